@@ -1,0 +1,53 @@
+# make demo   fine-tune a small model with sloth, and compare with eager and Inductor
+# make test   lint, format check and the test suite
+# make sweep  the slow sweep over the model zoo
+# Both share one environment, .venv, which is brought up to date when pyproject.toml, TORCH or TRITON changes.
+
+PYTHON ?= python3
+# Installed first and by itself, so that the build which this machine's pip offers (CPU, CUDA, ROCm) is the one taken.
+TORCH ?= torch==2.13.0
+# The CPU builds of torch name no Triton, and the newest need not suit them: take the one that the CUDA builds ask for.
+TRITON ?= $(if $(findstring ==2.13,$(TORCH)),triton==3.7.1,$(if $(findstring ==2.11,$(TORCH)),triton==3.6.0,triton))
+# The demo's own folder is replaced each time; `python examples/finetune.py` never replaces one unasked.
+DEMO ?= --out runs/demo --force
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The name of the stamp holds a checksum of TORCH and TRITON: another choice is another stamp.
+STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
+
+.PHONY: help demo test sweep clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo | test | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=\"options of the demo\")"
+
+$(STAMP): pyproject.toml
+	@echo "== environment: $(VENV), $(TORCH)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	@$(BIN)/python -m pip install -q '$(TORCH)'
+	@echo "== environment: sloth and what it needs"
+	@$(BIN)/python -m pip install -q '$(TRITON)' -e '.[test,train]'
+	@touch $@
+
+demo: $(STAMP)
+	@echo "== demo: examples/finetune.py"
+	@$(BIN)/python examples/finetune.py $(DEMO)
+
+test: $(STAMP)
+	@echo "== lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== tests"
+	@$(BIN)/python -m pytest -n 2
+
+sweep: $(STAMP)
+	@echo "== sweep"
+	@$(BIN)/python -m pytest -m sweep
+
+clean:
+	@echo "== removing the environment, runs and caches"
+	@rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info src/*.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

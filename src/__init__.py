@@ -1,0 +1,29 @@
+"""sloth: a torch.compile backend that rewrites Hugging Face causal LMs with operators whose backward passes are derived by hand.
+
+    model = torch.compile(model, backend="sloth")          # no import of sloth needed
+    print(sloth.explain(model, batch))                     # what is rewritten, what is not, and why
+
+Everything is imported when first used: `import sloth` alone is free.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "explain": "sloth.rewriter.explain",
+    "Report": "sloth.rewriter.report",
+    "Construct": "sloth.rewriter.pattern",
+    "PatternError": "sloth.rewriter.pattern",
+    "pattern": "sloth.rewriter.registry",
+    "patterns": "sloth.rewriter.registry",
+    "unregister": "sloth.rewriter.registry",
+}
+__all__ = [*_HOME, "kernels"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in ("kernels", "patterns_"):
+        return import_module(f"sloth.{name}")
+    raise AttributeError(f"module 'sloth' has no attribute {name!r}")

@@ -1,0 +1,300 @@
+"""Cross-entropy of logits that are already there, with soft-capping and scaling.
+
+Shapes   logits [..., V] in any float dtype, target [...] int64 with as many elements as logits has rows (N); ignored rows have
+         target = ignore_index.
+
+Forward  z = scale · logits, and z = softcap · tanh(z / softcap) where there is a soft cap; for row n with target t
+             m = max_j z_j,   l = Σ_j e^(z_j − m),   lse = m + log l
+             nll = lse − z_t = log l + (m − z_t)            (this order keeps small losses exact)
+         loss = Σ nll over the rows that count (÷ their number for "mean"; nan where there are none, as in PyTorch).
+         One pass: every lane keeps m and l of the columns it has seen; when m rises to m', l is scaled by e^(m − m').
+         (Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018.)
+
+Backward For one row that counts, with G = ∂L/∂loss (÷ number of rows for "mean"):
+             ∂lse/∂z_j = e^(z_j − m)/l = e^(z_j − lse)               the softmax
+             ∂nll/∂z_j = e^(z_j − lse) − [j = t]
+             ∂z_j/∂logit_j = scale · (1 − (z_j/softcap)²)            tanh' = 1 − tanh²; without soft cap: scale
+             dlogit_j = G · (e^(z_j − lse) − [j = t]) · ∂z_j/∂logit_j
+         Ignored rows are exactly 0.
+
+Saved    the logits (which the matmul before produced), target, and per row lse and its rounding error lse_low, in fp32: lse alone
+         would leave e^(z − lse) an error of ε·|lse|, some ten times that of eager's log-softmax. No softmax is saved.
+Bytes    forward reads the logits once, backward reads them and writes the gradient, a new tensor: the floor is
+         3·N·V·itemsize over the copy rate.
+
+A target out of range: PyTorch's "index out of bounds" error in eager code on the CPU; on a GPU the row's loss and gradient are
+nan, nothing is read out of bounds, and nothing waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from sloth.kernels.launch import compute_dtype, launch, rows, use_triton
+
+# Tuning. Forward, one program a row: a step of its walk takes FORWARD_UNROLL × FORWARD_LANES columns. With 8 lanes (16 bytes of
+# bf16) to a thread, that is FORWARD_LANES = 256 · FORWARD_WARPS, the reduction over UNROLL stays inside a thread.
+# STAGES: steps whose loads are in flight (software pipelining).
+FORWARD_LANES, FORWARD_UNROLL, FORWARD_WARPS, FORWARD_STAGES = 2048, 4, 8, 1
+# Backward: columns and warps of a program.
+BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 8
+
+REDUCTIONS = ("mean", "sum")
+
+
+# ---------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _exp(x, EXACT: tl.constexpr):
+    """e^x, fp32, x ≤ 0. tl.exp is 2^(x·log₂e) with the rounded product, an error of ε·|x|, which shows where the input has fp32's
+    precision: EXACT multiplies the rounding error of the product back in."""
+    if EXACT:
+        x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)  # e^−150 is 0; −∞ would give nan below
+        y = x * 1.4426950216293335
+        low = tl.fma(x, 1.4426950216293335, -y) + x * 1.9259629911266175e-08  # log₂e in two parts
+        return tl.exp2(y) * (1 + low * 0.6931471805599453)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
+    """tanh, fp32. The closed forms cancel near 0, so EXACT takes a polynomial there (Chebyshev fit, error 1e-9)."""
+    if EXACT:
+        s = x * x
+        p = s * (-0.008323187058278775 + s * 0.002269501684162354)
+        p = s * (-0.0539584616274522 + s * (0.021762502907359264 + p))
+        p = x + x * s * (-0.33333333149374506 + s * 0.13333300146188914 + s * p)
+        t = _exp(-2 * tl.abs(x), EXACT)
+        far = (1 - t) / (1 + t)
+        return tl.where(s < 0.4, p, tl.where(x < 0, -far, far))
+    else:
+        return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _capped(x, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """z of raw logits, fp32."""
+    z = x.to(tl.float32) * SCALE
+    if SOFTCAP is not None:
+        z = SOFTCAP * _tanh(z / SOFTCAP, EXACT)
+    return z
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, target_ptr, nll_ptr, lse_ptr, low_ptr, x_stride, V,
+    IGNORE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row: nll, lse and lse_low; all 0 and the logits not read where it is ignored."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * x_stride
+    target = tl.load(target_ptr + row)
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    offset = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    peak = tl.full((LANES,), -3.4028234663852886e38, tl.float32)  # finite: −∞ − (−∞) would be nan
+    total = tl.zeros((LANES,), tl.float32)
+    if target != IGNORE:
+        for start in tl.range(0, V, UNROLL * LANES, num_stages=STAGES):
+            col = start + offset
+            z = _capped(tl.load(x_row + col, col < V, other=float("-inf")), SCALE, SOFTCAP, EXACT)
+            if SOFTCAP is not None or SCALE <= 0:
+                z = tl.where(col < V, z, float("-inf"))
+            higher = tl.maximum(peak, tl.max(z, 0))
+            total = total * _exp(peak - higher, EXACT) + tl.sum(_exp(z - higher[None, :], EXACT), 0)
+            peak = higher
+    ignored = target == IGNORE
+    m = tl.max(peak, 0)
+    log_l = tl.log(tl.sum(total * _exp(peak - m, EXACT), 0))
+    lse = m + log_l
+    inside = (target >= 0) & (target < V)
+    z_t = _capped(tl.load(x_row + target, inside, other=0.0), SCALE, SOFTCAP, EXACT)
+    nll = tl.where(inside, log_l + (m - z_t), float("nan"))
+    tl.store(nll_ptr + row, tl.where(ignored, 0.0, nll))
+    tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
+    tl.store(low_ptr + row, tl.where(ignored, 0.0, (m - lse) + log_l))
+
+
+@triton.jit
+def _backward_kernel(
+    dloss_ptr, x_ptr, target_ptr, lse_ptr, low_ptr, count_ptr, dx_ptr, x_stride, V,
+    IGNORE: tl.constexpr, MEAN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one row; neighbouring programs work on neighbouring memory."""
+    blocks = tl.cdiv(V, BLOCK)
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    col = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < V
+    target = tl.load(target_ptr + row)
+    dx = tl.zeros((BLOCK,), tl.float32)
+    if target != IGNORE:
+        G = tl.load(dloss_ptr).to(tl.float32) * SCALE
+        if MEAN:
+            G = G / tl.load(count_ptr).to(tl.float32)
+        G = tl.where((target >= 0) & (target < V), G, float("nan"))
+        EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+        z = _capped(tl.load(x_ptr + row * x_stride + col, mask, other=0.0), SCALE, SOFTCAP, EXACT)
+        p = _exp((z - tl.load(lse_ptr + row)) - tl.load(low_ptr + row), EXACT)
+        dx = G * tl.where(col == target, p - 1, p)
+        if SOFTCAP is not None:
+            t = z / SOFTCAP
+            dx *= 1 - t * t
+    tl.store(dx_ptr + row * V + col, dx.to(dx_ptr.dtype.element_ty), mask)
+
+
+def forward_triton(logits, target, ignore_index: int, softcap: float | None, scale: float):
+    """nll, lse, lse_low, each [N] fp32, 0 for ignored rows."""
+    x_NV, target_N = rows(logits), target.reshape(-1).contiguous()
+    N, V = x_NV.shape
+    nll, lse, low = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(3))
+    launch(_forward_kernel)[(N,)](
+        x_NV, target_N, nll, lse, low, x_NV.stride(0), V, IGNORE=ignore_index, SCALE=scale, SOFTCAP=softcap,
+        LANES=FORWARD_LANES, UNROLL=FORWARD_UNROLL, STAGES=FORWARD_STAGES, num_warps=FORWARD_WARPS,
+    )  # fmt: skip
+    return nll, lse, low
+
+
+def backward_triton(dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float):
+    """dlogits, contiguous, in logits' dtype."""
+    x_NV, target_N = rows(logits), target.reshape(-1).contiguous()
+    N, V = x_NV.shape
+    dx = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    launch(_backward_kernel)[(N * ((V + BACKWARD_BLOCK - 1) // BACKWARD_BLOCK),)](
+        dloss, x_NV, target_N, lse, low, count, dx, x_NV.stride(0), V,
+        IGNORE=ignore_index, MEAN=mean, SCALE=scale, SOFTCAP=softcap, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,
+    )  # fmt: skip
+    return dx
+
+
+# ---------------------------------------------------------------- ATen
+
+
+def _capped_aten(logits: Tensor, softcap: float | None, scale: float) -> Tensor:
+    z = logits.to(compute_dtype(logits))
+    if scale != 1.0:
+        z = z * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def forward_aten(logits, target, ignore_index: int, softcap: float | None, scale: float):
+    """As forward_triton."""
+    z_NV = _capped_aten(logits.reshape(-1, logits.shape[-1]), softcap, scale)
+    target_N = target.reshape(-1)
+    counts = target_N != ignore_index
+    m = z_NV.amax(-1)
+    log_l = (z_NV - m.unsqueeze(-1)).exp().sum(-1).log()
+    z_t = z_NV.gather(-1, torch.where(counts, target_N, 0).unsqueeze(-1)).squeeze(-1)
+    lse = m + log_l
+    return tuple(torch.where(counts, t, 0.0) for t in (log_l + (m - z_t), lse, (m - lse) + log_l))
+
+
+def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float):
+    """As backward_triton."""
+    V = logits.shape[-1]
+    z_NV, target_N1 = _capped_aten(logits.reshape(-1, V), softcap, scale), target.reshape(-1, 1)
+    G = dloss.to(z_NV.dtype) * scale
+    if mean:
+        G = G / count
+    p = torch.exp((z_NV - lse.unsqueeze(-1)) - low.unsqueeze(-1))
+    dz = p - (torch.arange(V, device=logits.device) == target_N1).to(p.dtype)
+    if softcap is not None:
+        t = z_NV / softcap
+        dz = dz * (1 - t * t)
+    return torch.where(target_N1 != ignore_index, G * dz, 0.0).to(logits.dtype).reshape(logits.shape)
+
+
+# ---------------------------------------------------------------- operators
+
+
+@triton_op("sloth::cross_entropy_forward", mutates_args={})
+def _cross_entropy_forward(
+    logits: Tensor, target: Tensor, ignore_index: int, reduction: str, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, lse_low, count)"""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    n_rows = logits.numel() // logits.shape[-1]
+    torch._check(target.numel() == n_rows, lambda: f"{n_rows} rows of logits, but {target.numel()} targets")
+    forward = forward_triton if use_triton(logits) else forward_aten
+    nll, lse, low = forward(logits, target, ignore_index, softcap, scale)
+    count = (target != ignore_index).sum()
+    loss = nll.sum()
+    return loss / count if reduction == "mean" else loss, lse, low, count
+
+
+@triton_op("sloth::cross_entropy_backward", mutates_args={})
+def _cross_entropy_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    count: Tensor,
+    ignore_index: int,
+    reduction: str,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    backward = backward_triton if use_triton(logits) else backward_aten
+    return backward(dloss, logits, target, lse, lse_low, count, ignore_index, reduction == "mean", softcap, scale)
+
+
+def _setup(ctx, inputs, output):
+    logits, target, *ctx.how = inputs
+    _, lse, low, count = output
+    ctx.save_for_backward(logits, target, lse, low, count)
+    ctx.mark_non_differentiable(lse, low, count)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *_):
+    dlogits = None
+    if dloss is not None:
+        dlogits = torch.ops.sloth.cross_entropy_backward.default(dloss, *ctx.saved_tensors, *ctx.how)
+    return dlogits, None, None, None, None, None
+
+
+_cross_entropy_forward.register_autograd(_backward, setup_context=_setup)
+
+# What models call: the operator above without lse_low, which only the backward pass wants.
+torch.library.define(
+    "sloth::cross_entropy",
+    '(Tensor logits, Tensor target, int ignore_index=-100, str reduction="mean", float? softcap=None, float scale=1.0)'
+    " -> (Tensor loss, Tensor lse, Tensor count)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("sloth::cross_entropy", "CompositeImplicitAutograd")
+def _(logits, target, ignore_index=-100, reduction="mean", softcap=None, scale=1.0):
+    loss, lse, _, count = torch.ops.sloth.cross_entropy_forward.default(logits, target, ignore_index, reduction, softcap, scale)
+    return loss, lse, count
+
+
+cross_entropy = torch.ops.sloth.cross_entropy.default
+"""cross_entropy(logits [..., V], target [...] int64, ignore_index=-100, reduction="mean", softcap=None, scale=1.0)
+-> (loss [] , lse [N], count [] int64); loss and lse in fp32, fp64 for fp64 logits. Only loss is differentiable."""
+
+
+# ---------------------------------------------------------------- compiled for every target by the tests
+
+
+def _compile_case(kernel, softcap: float | None, warps: int):
+    types = dict(target_ptr="*i64", count_ptr="*i64", x_ptr="*bf16", dx_ptr="*bf16")
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name.endswith("_ptr")}
+    constants = dict(IGNORE=-100, SCALE=1.0, SOFTCAP=softcap, MEAN=True, BLOCK=BACKWARD_BLOCK)
+    constants |= dict(LANES=FORWARD_LANES, UNROLL=FORWARD_UNROLL, STAGES=FORWARD_STAGES)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return kernel, signature | {"x_stride": "i32", "V": "i32"}, constants, {"num_warps": warps}
+
+
+COMPILE = [
+    _compile_case(kernel, softcap, warps)
+    for kernel, warps in ((_forward_kernel, FORWARD_WARPS), (_backward_kernel, BACKWARD_WARPS))
+    for softcap in (None, 30.0)
+]

@@ -1,0 +1,29 @@
+"""Where a kernel runs, and how it is launched so that Inductor can see it."""
+
+import torch
+from torch.library import wrap_triton
+from triton.runtime.interpreter import InterpretedFunction
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Triton on GPUs; elsewhere the ATen formula, which Inductor fuses. Triton has no fp64 worth using, so fp64 is ATen too."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+def launch(kernel):
+    """The kernel as a node that Inductor can see, or as it is under Triton's interpreter (TRITON_INTERPRET=1)."""
+    return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """fp32, or fp64 where an input has it: low precision is for storage only."""
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` [..., D] as [N, D] with unit stride along D: a view where the strides allow it, otherwise a copy."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()

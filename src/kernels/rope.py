@@ -1,0 +1,347 @@
+"""Rotary position embedding (RoPE), applied to q and k in one launch.
+
+Shapes   q [B, H, S, D], k [B, G, S, D] with any strides (in Hugging Face models a transpose of [B, S, H, D]),
+         cos, sin [B or 1, S, R], R even, R ≤ D. The last D − R channels pass through (partial rotary).
+
+Forward  y = x·cos + rotate(x)·sin on the first R channels, in fp32, rounded once. With the channels of x paired as
+         (a, b) = (x[:R/2], x[R/2:R])   half-split (GPT-NeoX, Llama)   rotate(x) = cat(−b, a)
+         (a, b) = (x[0:R:2], x[1:R:2])  interleaved (GPT-J, Cohere)    rotate(x) = stack(−b, a).flatten
+         and c₁, c₂, s₁, s₂ the values of cos and sin at the channels of a and b (they may differ: used as given)
+             y_a = a·c₁ − b·s₁
+             y_b = b·c₂ + a·s₂
+
+Backward For each pair that is a linear map (y_a, y_b)ᵀ = M (a, b)ᵀ,  M = [[c₁, −s₁], [s₂, c₂]], so
+         ∂L/∂(a, b) = Mᵀ ∂L/∂(y_a, y_b):
+             da = dy_a·c₁ + dy_b·s₂
+             db = dy_b·c₂ − dy_a·s₁
+         which is the forward with (s₁, s₂) replaced by (−s₂, −s₁). cos and sin are functions of the positions: no gradient.
+(Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.)
+
+Saved    cos and sin only.
+Layout   outputs as the eager code: like q's and k's own memory order, or contiguous where partial rotary ends in a `cat`;
+         gradients in [B, S, H, D] memory order (seen as [B, H, S, D]), as the projection before consumes them.
+Bytes    forward and backward each read and write q and k once: the floor is 4·B·S·(H + G)·D·itemsize over the copy rate.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op
+
+from sloth.kernels.launch import compute_dtype, launch, use_triton
+
+# Tuning: pairs of channels that a program (one token) holds at a time, and its warps.
+PAIRS = 2048
+NUM_WARPS = 4
+
+
+# ---------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _load_pairs(at, mask, R: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The paired channels of ROWS rows as two fp32 tiles [ROWS, HALF]; `at` and `mask` are [ROWS, 1]. HALF ≥ R/2."""
+    if INTERLEAVED:
+        col = tl.arange(0, 2 * HALF)[None, :]
+        x = tl.load(at + col, mask & (col < R), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (ROWS, HALF, 2)))
+    else:
+        col = tl.arange(0, HALF)[None, :]
+        inside = mask & (col < R // 2)
+        a = tl.load(at + col, inside, other=0.0).to(tl.float32)
+        b = tl.load(at + R // 2 + col, inside, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store_pairs(at, mask, a, b, R: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    if INTERLEAVED:
+        col = tl.arange(0, 2 * HALF)[None, :]
+        x = tl.reshape(tl.join(a, b), (ROWS, 2 * HALF))
+        tl.store(at + col, x.to(at.dtype.element_ty), mask & (col < R))
+    else:
+        col = tl.arange(0, HALF)[None, :]
+        inside = mask & (col < R // 2)
+        tl.store(at + col, a.to(at.dtype.element_ty), inside)
+        tl.store(at + R // 2 + col, b.to(at.dtype.element_ty), inside)
+
+
+@triton.jit
+def _load_table(cos_at, sin_at, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr):
+    """c₁, c₂, s₁, s₂ of one token, each [1, HALF]; for the transposed map where TRANSPOSE."""
+    zero = tl.zeros((1, 1), tl.int64)
+    c1, c2 = _load_pairs(cos_at + zero, zero == 0, R, HALF, 1, INTERLEAVED)
+    s1, s2 = _load_pairs(sin_at + zero, zero == 0, R, HALF, 1, INTERLEAVED)
+    if TRANSPOSE:
+        s1, s2 = -s2, -s1
+    return c1, c2, s1, s2
+
+
+@triton.jit
+def _rotate(
+    x_at,  # the token's first channel of the first head, in x and in y
+    y_at,
+    x_head,  # strides from head to head
+    y_head,
+    heads,
+    table,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """All heads of one token, ROWS at a time."""
+    c1, c2, s1, s2 = table
+    for first in range(0, heads, ROWS):
+        head = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        mask = head < heads
+        x, y = x_at + head * x_head, y_at + head * y_head
+        a, b = _load_pairs(x, mask, R, HALF, ROWS, INTERLEAVED)
+        _store_pairs(y, mask, a * c1 - b * s1, b * c2 + a * s2, R, HALF, ROWS, INTERLEAVED)
+        if D > R:
+            col = R + tl.arange(0, REST)[None, :]
+            rest = tl.load(x + col, mask & (col < D))
+            tl.store(y + col, rest.to(y.dtype.element_ty), mask & (col < D))
+
+
+@triton.jit
+def _single_kernel(
+    x_ptr, y_ptr, cos_ptr, sin_ptr, S, H,
+    x_b, x_h, x_s, y_b, y_h, y_s, cos_b, cos_s, sin_b, sin_s,
+    D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr,
+):  # fmt: skip
+    """One token: program b·S + s. Strides are named tensor_dimension."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, s = pid // S, pid % S
+    table = _load_table(cos_ptr + b * cos_b + s * cos_s, sin_ptr + b * sin_b + s * sin_s, R, HALF, INTERLEAVED, TRANSPOSE)
+    x, y = x_ptr + b * x_b + s * x_s, y_ptr + b * y_b + s * y_s
+    _rotate(x, y, x_h, y_h, H, table, D, R, HALF, REST, ROWS, INTERLEAVED)
+
+
+@triton.jit
+def _pair_kernel(
+    q_ptr, k_ptr, yq_ptr, yk_ptr, cos_ptr, sin_ptr, S, H, G,
+    q_b, q_h, q_s, k_b, k_h, k_s, yq_b, yq_h, yq_s, yk_b, yk_h, yk_s, cos_b, cos_s, sin_b, sin_s,
+    D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, K_ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr,
+):  # fmt: skip
+    """One token of q and of k: cos and sin are read once."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, s = pid // S, pid % S
+    table = _load_table(cos_ptr + b * cos_b + s * cos_s, sin_ptr + b * sin_b + s * sin_s, R, HALF, INTERLEAVED, TRANSPOSE)
+    q, yq = q_ptr + b * q_b + s * q_s, yq_ptr + b * yq_b + s * yq_s
+    _rotate(q, yq, q_h, yq_h, H, table, D, R, HALF, REST, ROWS, INTERLEAVED)
+    k, yk = k_ptr + b * k_b + s * k_s, yk_ptr + b * yk_b + s * yk_s
+    _rotate(k, yk, k_h, yk_h, G, table, D, R, HALF, REST, K_ROWS, INTERLEAVED)
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _table_args(cos: torch.Tensor, sin: torch.Tensor, B) -> tuple[list[torch.Tensor], list[int]]:
+    """cos, sin with unit stride along R, and their batch and position strides (batch 0 where they have one row for all)."""
+    tables = [_unit_stride(t).expand(B, -1, -1) for t in (cos, sin)]
+    return tables, [t.stride(d) for t in tables for d in (0, 1)]
+
+
+def _constants(x: torch.Tensor, R: int, interleaved: bool, transpose: bool) -> dict:
+    half, rest = triton.next_power_of_2(R // 2), triton.next_power_of_2(max(x.shape[-1] - R, 1))
+    return dict(
+        D=x.shape[-1], R=R, HALF=half, REST=rest, ROWS=_block_heads(x.shape[1], half),
+        INTERLEAVED=interleaved, TRANSPOSE=transpose, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def _block_heads(heads: int, half: int) -> int:
+    return min(triton.next_power_of_2(heads), max(PAIRS // half, 1))
+
+
+def single_triton(x, cos, sin, interleaved: bool, dtype: torch.dtype, backward: bool = False) -> torch.Tensor:
+    x = _unit_stride(x)
+    B, H, S, _ = x.shape
+    buffer, out = _allocate(x, cos, dtype, backward)
+    (cos, sin), table_strides = _table_args(cos, sin, B)
+    strides = [t.stride(d) for t in (x, out) for d in range(3)]
+    options = _constants(x, cos.shape[-1], interleaved, backward)
+    launch(_single_kernel)[(B * S,)](x, buffer, cos, sin, S, H, *strides, *table_strides, **options)
+    return out
+
+
+def pair_triton(
+    q, k, cos, sin, interleaved: bool, q_dtype: torch.dtype, k_dtype: torch.dtype, backward: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = _unit_stride(q), _unit_stride(k)
+    B, H, S, _ = q.shape
+    G = k.shape[1]
+    (q_buffer, yq), (k_buffer, yk) = _allocate(q, cos, q_dtype, backward), _allocate(k, cos, k_dtype, backward)
+    (cos, sin), table_strides = _table_args(cos, sin, B)
+    strides = [t.stride(d) for t in (q, k, yq, yk) for d in range(3)]
+    options = _constants(q, cos.shape[-1], interleaved, backward)
+    options["K_ROWS"] = _block_heads(G, options["HALF"])
+    launch(_pair_kernel)[(B * S,)](q, k, q_buffer, k_buffer, cos, sin, S, H, G, *strides, *table_strides, **options)
+    return yq, yk
+
+
+# ---------------------------------------------------------------- ATen
+
+
+def single_aten(x, cos, sin, interleaved: bool, dtype: torch.dtype, backward: bool = False) -> torch.Tensor:
+    """Stacks nothing: with x viewed as pairs, rotate(x) is a flip whose sign goes to the (small) table of sines."""
+    R, D = cos.shape[-1], x.shape[-1]
+    wide = compute_dtype(x, cos)
+    pairs, axis = ((R // 2, 2), -1) if interleaved else ((2, R // 2), -2)
+    c, s = (t.to(wide).unsqueeze(1).unflatten(-1, pairs) for t in (cos, sin))
+    s1, s2 = s.unbind(axis)
+    s = torch.stack((s2, -s1) if backward else (-s1, s2), axis)
+    _, out = _allocate(x, cos, dtype, backward)
+    x_pairs = x[..., :R].to(wide).unflatten(-1, pairs)
+    y = (x_pairs * c + x_pairs.flip(axis) * s).flatten(-2)
+    if R < D:
+        y = torch.cat((y.to(dtype), x[..., R:].to(dtype)), -1)
+    return out.copy_(y)
+
+
+def pair_aten(q, k, cos, sin, interleaved, q_dtype, k_dtype, backward: bool = False):
+    return (
+        single_aten(q, cos, sin, interleaved, q_dtype, backward),
+        single_aten(k, cos, sin, interleaved, k_dtype, backward),
+    )
+
+
+# ---------------------------------------------------------------- operators
+
+
+def _allocate(x: torch.Tensor, cos: torch.Tensor, dtype: torch.dtype, backward: bool):
+    """The output's buffer and the output, which may be a view of it (see Layout above)."""
+    if backward:
+        buffer = torch.empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), dtype=dtype, device=x.device)
+        return buffer, buffer.transpose(1, 2)
+    partial = cos.shape[-1] < x.shape[-1]
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format if partial else torch.preserve_format)
+    return out, out
+
+
+def _check(cos: torch.Tensor, sin: torch.Tensor, *xs: torch.Tensor) -> None:
+    torch._check(cos.shape == sin.shape, lambda: f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ in shape")
+    for x in xs:
+        torch._check(x.dim() == 4 and cos.dim() == 3, lambda: "rope takes x [B, heads, S, D] and cos, sin [B or 1, S, R]")
+        R, D = cos.shape[-1], x.shape[-1]
+        torch._check(R % 2 == 0 and 0 < R <= D, lambda: f"the rotary width {R} must be even and at most {D}")  # noqa: B023
+        torch._check(x.shape[2] == cos.shape[1], lambda: f"{x.shape[2]} positions, but cos has {cos.shape[1]}")  # noqa: B023
+
+
+def _result_dtype(x: torch.Tensor, cos: torch.Tensor, promote: bool) -> torch.dtype:
+    return torch.promote_types(x.dtype, cos.dtype) if promote else x.dtype
+
+
+def _on_triton(*tensors: torch.Tensor) -> bool:
+    return all(use_triton(t) for t in tensors)
+
+
+@triton_op("sloth::rope", mutates_args={})
+def _rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool = False,
+    promote: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(cos, sin, q, k)
+    pair = pair_triton if _on_triton(q, k, cos) else pair_aten
+    return pair(q, k, cos, sin, interleaved, _result_dtype(q, cos, promote), _result_dtype(k, cos, promote))
+
+
+@triton_op("sloth::rope_backward", mutates_args={})
+def _rope_backward(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    q_dtype: torch.dtype,
+    k_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pair = pair_triton if _on_triton(dq, dk, cos) else pair_aten
+    return pair(dq, dk, cos, sin, interleaved, q_dtype, k_dtype, True)
+
+
+@triton_op("sloth::rope_single", mutates_args={})
+def _rope_single(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False, promote: bool = False
+) -> torch.Tensor:
+    _check(cos, sin, x)
+    single = single_triton if _on_triton(x, cos) else single_aten
+    return single(x, cos, sin, interleaved, _result_dtype(x, cos, promote))
+
+
+@triton_op("sloth::rope_single_backward", mutates_args={})
+def _rope_single_backward(
+    dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    single = single_triton if _on_triton(dy, cos) else single_aten
+    return single(dy, cos, sin, interleaved, dtype, True)
+
+
+rope = torch.ops.sloth.rope.default
+rope_backward = torch.ops.sloth.rope_backward.default
+rope_single = torch.ops.sloth.rope_single.default
+rope_single_backward = torch.ops.sloth.rope_single_backward.default
+
+
+def _setup(ctx, inputs, output):
+    q, k, cos, sin, ctx.interleaved, _ = inputs
+    ctx.dtypes = q.dtype, k.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, dq, dk):
+    cos, sin = ctx.saved_tensors
+    q_dtype, k_dtype = ctx.dtypes
+    need_q, need_k = ctx.needs_input_grad[0] and dq is not None, ctx.needs_input_grad[1] and dk is not None
+    if need_q and need_k:
+        dq, dk = rope_backward(dq, dk, cos, sin, ctx.interleaved, q_dtype, k_dtype)
+    else:
+        dq = rope_single_backward(dq, cos, sin, ctx.interleaved, q_dtype) if need_q else None
+        dk = rope_single_backward(dk, cos, sin, ctx.interleaved, k_dtype) if need_k else None
+    return dq, dk, None, None, None, None
+
+
+def _setup_single(ctx, inputs, output):
+    x, cos, sin, ctx.interleaved, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward_single(ctx, dy):
+    return rope_single_backward(dy, *ctx.saved_tensors, ctx.interleaved, ctx.dtype), None, None, None, None
+
+
+_rope.register_autograd(_backward, setup_context=_setup)
+_rope_single.register_autograd(_backward_single, setup_context=_setup_single)
+
+
+# ---------------------------------------------------------------- compiled for every target by the tests
+
+
+def _compile_case(kernel, R: int, interleaved: bool, transpose: bool, out: str = "*bf16"):
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    constants = dict(D=128, R=R, HALF=64, REST=64, ROWS=32, K_ROWS=8, INTERLEAVED=interleaved, TRANSPOSE=transpose)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constants}
+    signature |= {name: out if name.startswith("y") else "*bf16" for name in pointers}
+    return kernel, signature, constants, {"num_warps": NUM_WARPS}
+
+
+COMPILE = [
+    _compile_case(_pair_kernel, 128, False, False),
+    _compile_case(_pair_kernel, 96, False, True, out="*fp32"),
+    _compile_case(_pair_kernel, 96, True, True),
+    _compile_case(_single_kernel, 128, True, False),
+    _compile_case(_single_kernel, 64, False, True),
+]

@@ -1,0 +1,74 @@
+"""The middle of a gated MLP: act(gate) · up, with gate and up from two projections or packed in one."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from sloth.kernels.gated_act import gated_act, gated_act_packed
+from sloth.rewriter.ir import Value
+from sloth.rewriter.pattern import Construct
+from sloth.rewriter.registry import pattern
+
+
+def is_gate(v: Value) -> bool:
+    """An activation times something else."""
+    if v.op != "mul" or not isinstance(v.args[1], Value):
+        return False
+    return any((a.args[0] if a.op == "cast" else a).op in ("silu", "gelu") for a in v.args) and v.args[0] is not v.args[1]
+
+
+def _calls(module: torch.nn.Module, arguments: dict) -> int:
+    has = lambda *names: all(hasattr(module, n) for n in names)  # noqa: E731
+    return int(has("gate_proj", "up_proj") or has("gate_up_proj") or has("w1", "w2", "w3"))
+
+
+GATED_MLP = Construct("gated_mlp", "gated MLP", anchor=is_gate, module=_calls)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_new(x):
+    """GPT-2's: the tanh form written out."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+ACTIVATIONS = {
+    "silu": (F.silu, "silu"),
+    "gelu": (F.gelu, "gelu"),
+    "gelu_tanh": (gelu_tanh, "gelu_tanh"),
+    "gelu_new": (gelu_new, "gelu_tanh"),
+}
+
+
+def separate(act):
+    return lambda gate, up: act(gate) * up
+
+
+def packed(act, up_first):
+    def both(x):
+        gate, up = reversed(x.chunk(2, -1)) if up_first else x.chunk(2, -1)
+        return act(gate) * up
+
+    return both
+
+
+act_mul = pattern(GATED_MLP, op=gated_act, dims={"gate": "B S I", "up": "B S I"}, name="gated_mlp", variant="silu", act="silu")(
+    separate(F.silu)
+)
+act_mul_packed = pattern(
+    GATED_MLP, op=gated_act_packed, dims={"x": "B S 2*I"}, name="gated_mlp_packed", variant="silu", act="silu", up_first=False
+)(packed(F.silu, False))
+for _name, (_act, _told) in ACTIVATIONS.items():
+    if _name != "silu":
+        act_mul.variant(_name, act=_told)(separate(_act))
+        act_mul_packed.variant(_name, act=_told, up_first=False)(packed(_act, False))
+    act_mul_packed.variant(f"{_name}_up_first", act=_told, up_first=True)(packed(_act, True))
+
+
+@act_mul.check
+def _(match):
+    gate, up = match.gate.meta, match.up.meta
+    match.require(gate.dtype == up.dtype, f"gate is {gate.dtype}, up is {up.dtype}")

@@ -1,0 +1,55 @@
+"""LayerNorm: PyTorch's operator with and without affine parameters, and Cohere's, which is written out."""
+
+import torch
+import torch.nn.functional as F
+
+from sloth.kernels.layer_norm import layer_norm
+from sloth.patterns.rms_norm import is_centred
+from sloth.rewriter.ir import Value
+from sloth.rewriter.pattern import Construct
+from sloth.rewriter.registry import pattern
+
+
+def is_layer_norm(v: Value) -> bool:
+    """PyTorch's operator, or rsqrt(mean((x − mean(x))²) + eps)."""
+    if v.op != "rsqrt" or v.args[0].op != "add":
+        return v.op == "layer_norm"
+    mean = v.args[0].args[0]
+    return mean.op == "mean" and mean.args[0].op == "mul" and is_centred(mean.args[0].args[0])
+
+
+def _calls(module: torch.nn.Module, arguments: dict) -> int:
+    return int(type(module).__name__.endswith("LayerNorm"))
+
+
+LAYER_NORM = Construct("layer_norm", "LayerNorm", anchor=is_layer_norm, module=_calls)
+
+
+@pattern(LAYER_NORM, op=layer_norm, dims={"x": "B S D", "weight": "D", "bias": "D"}, name="layer_norm", variant="affine")
+def norm(x, weight, bias, *, eps: float):
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+@norm.variant("no_bias")
+def _(x, weight, *, eps: float):
+    return F.layer_norm(x, (x.shape[-1],), weight, None, eps)
+
+
+@norm.variant("plain")
+def _(x, *, eps: float):
+    return F.layer_norm(x, (x.shape[-1],), None, None, eps)
+
+
+@norm.variant("olmo")
+def _(x, *, eps: float):
+    """In fp32, cast back."""
+    return F.layer_norm(x.float(), (x.shape[-1],), None, None, eps).to(x.dtype)
+
+
+@norm.variant("cohere")
+def _(x, weight, *, eps: float):
+    """Written out in fp32, no bias."""
+    h = x.float()
+    h = h - h.mean(-1, keepdim=True)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() * h).to(x.dtype)

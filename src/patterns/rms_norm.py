@@ -1,0 +1,113 @@
+"""RMSNorm as models write it: y = x · rsqrt(mean(x²) + eps) · w, with and without the residual addition before it.
+
+Dtype placement is part of each form: where the variance is taken, and whether the weight multiplies before or after the cast back.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from sloth.kernels.rms_norm import add_rms_norm, rms_norm
+from sloth.rewriter.ir import Value
+from sloth.rewriter.pattern import Construct
+from sloth.rewriter.registry import pattern
+
+
+def is_norm(v: Value) -> bool:
+    """rsqrt(mean(x · x) + eps), or PyTorch's own operator."""
+    if v.op == "rms_norm":
+        return True
+    mean = v.args[0].args[0] if v.op == "rsqrt" and v.args[0].op == "add" else None
+    square = mean.args[0] if isinstance(mean, Value) and mean.op == "mean" else None
+    return square is not None and square.op == "mul" and square.args[0] is square.args[1] and not is_centred(square.args[0])
+
+
+def is_centred(x: Value) -> bool:
+    """x − mean(x): then it is a LayerNorm."""
+    return x.op == "sub" and isinstance(x.args[1], Value) and x.args[1].op == "mean"
+
+
+def _calls(module: torch.nn.Module, arguments: dict) -> int:
+    name = type(module).__name__
+    return int(name.endswith(("RMSNorm", "L2Norm")) and not name.endswith("GatedRMSNorm"))
+
+
+RMS_NORM = Construct("rms_norm", "RMSNorm", anchor=is_norm, module=_calls)
+
+
+def llama(x, weight, *, eps: float):
+    """Variance in fp32; back to the model's dtype, then the weight."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+def olmo2(x, weight, *, eps: float):
+    """The weight multiplies in fp32, one cast back (also gpt_oss)."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * h).to(x.dtype)
+
+
+def helium(x, weight, *, eps: float):
+    """As olmo2, with the weight cast to fp32 first (also gemma3n, gemma4, moshi)."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() * h).to(x.dtype)
+
+
+def gemma(x, weight, *, eps: float):
+    """All in fp32, and the weight is stored as its distance from one."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h * (1.0 + weight.float())).type_as(x)
+
+
+def no_weight(x, *, eps: float):
+    """Without a weight (llama4's L2 norm, nanochat)."""
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def torch_rms_norm(x, weight, *, eps: float):
+    """torch.nn.RMSNorm."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+# name → (reference, what the operator is told)
+FORMS = {
+    "olmo2": (olmo2, {}),
+    "helium": (helium, {}),
+    "gemma": (gemma, {"offset": 1.0}),
+    "no_weight": (no_weight, {}),
+    "torch": (torch_rms_norm, {}),
+}
+DIMS = {"x": "B S D", "residual": "B S D", "weight": "D"}
+
+
+def after_addition(form):
+    """The form on h = x + residual; h, the residual stream, is a result too."""
+
+    def both(x, residual, weight, *, eps: float):
+        h = x + residual
+        return h, form(h, weight, eps=eps)
+
+    def both_no_weight(x, residual, *, eps: float):
+        h = x + residual
+        return h, form(h, eps=eps)
+
+    return both_no_weight if form is no_weight else both
+
+
+norm = pattern(RMS_NORM, op=rms_norm, dims=DIMS, name="rms_norm", variant="llama", promote=True)(llama)
+add_norm = pattern(RMS_NORM, op=add_rms_norm, dims=DIMS, name="add_rms_norm", variant="llama", promote=True)(
+    after_addition(llama)
+)
+for _name, (_form, _options) in FORMS.items():
+    norm.variant(_name, **_options)(_form)
+    add_norm.variant(_name, **_options)(after_addition(_form))
+
+
+@norm.check
+@add_norm.check
+def _(match):
+    match.require(match.x.meta.dtype.is_floating_point, f"x is {match.x.meta.dtype}")

@@ -1,0 +1,86 @@
+"""`sloth.explain(model, batch)`: what the backend would rewrite in one training call, and what it would leave alone, and why."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from sloth.rewriter.backend import listening, sloth
+from sloth.rewriter.pattern import Construct
+from sloth.rewriter.registry import constructs
+from sloth.rewriter.report import Report
+
+
+def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
+    """Trace one call `model(**batch)` with the backend, without Inductor, and report.
+
+    model: any nn.Module, compiled or not; its parameters, gradients, buffers and mode, and the random state, are left as they were.
+    batch: the keyword arguments of one training call, e.g. {"input_ids": …, "labels": …}.
+    For models of transformers the expected counts come from the modules that are called (one site for each norm, rotation, MLP, loss);
+    for others from what their graphs show. Raises TypeError for a batch that is no mapping, and whatever the model itself raises.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"explain needs an nn.Module, not {type(model).__name__}")
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"explain needs the keyword arguments of one call as a mapping, not {type(batch).__name__}")
+    module = getattr(model, "_orig_mod", model)
+    report = Report(titles={c.name: c.title for c in constructs()})
+    with _unchanged(module), torch.enable_grad():
+        report.expected = _expected(module, batch, constructs())
+        before = Counter(counters["graph_break"])
+        with listening() as graphs:
+            torch.compile(module, backend=_trace_only)(**batch)
+        report.graphs = graphs
+        report.breaks = [reason.strip().split("\n")[0] for reason in Counter(counters["graph_break"]) - before]
+    return report
+
+
+def _trace_only(gm, example_inputs):
+    return sloth(gm, example_inputs, options={"sloth.inner_backend": "eager"})
+
+
+def _expected(model: torch.nn.Module, batch: Mapping[str, Any], wanted: list[Construct]) -> dict[str, int]:
+    """Sites by the modules that one eager call goes through."""
+    found: Counter[str] = Counter()
+
+    def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = _arguments(module, args, kwargs)
+        for c in wanted:
+            found[c.name] += c.module(module, arguments)
+
+    known = [m for m in model.modules() if type(m).__module__.startswith("transformers.")]
+    if not known:
+        return {}
+    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for h in hooks:
+            h.remove()
+    return dict(found)
+
+
+def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    try:
+        return dict(signature(module.forward).bind_partial(*args, **kwargs).arguments) | kwargs
+    except TypeError:
+        return kwargs
+
+
+@contextlib.contextmanager
+def _unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Buffers and the random state are put back; gradients are not touched by a forward pass."""
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+    with torch.no_grad():
+        for n, b in model.named_buffers():
+            if n in buffers and buffers[n].shape == b.shape:
+                b.copy_(buffers[n])

@@ -1,0 +1,129 @@
+"""What a match must satisfy before it may be made. Each rule either passes or refuses with a reason for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sloth.rewriter.ir import Meta, Symbol, Value, same_literal
+from sloth.rewriter.match import Match, Refused
+from sloth.rewriter.normal_form import POINTWISE, VIEWS
+from sloth.rewriter.shadow import View
+from sloth.rewriter.trace import fakes
+
+EMITTABLE = frozenset({"cast", "view", "expand", "permute", "slice"})  # what a rewrite may compute anew for an operand
+
+
+def check(match: Match, view: View, mode: FakeTensorMode) -> None:
+    """Raise Refused where the rewrite is not proven legal."""
+    for rule in RULES:
+        rule(match, view, mode)
+    for condition in match.pattern.checks:
+        condition(match)
+
+
+def memory(match: Match, view: View, mode: FakeTensorMode) -> None:
+    """Nothing it reads or computes is written in place anywhere, or random."""
+    for v in (*match.tensors.values(), *match.values):
+        if v.pinned:
+            raise Refused("mutation", f"{_name(v)} is written in place or random")
+
+
+def regions(match: Match, view: View, mode: FakeTensorMode) -> None:
+    """It does not span a change of grad mode or autocast."""
+    if len({v.region for v in match.values}) > 1:
+        raise Refused("region", "it spans a change of grad mode or autocast")
+
+
+def operands(match: Match, view: View, mode: FakeTensorMode) -> None:
+    """Operands and results are values of the traced graph (operands also a view or cast of one)."""
+    for v in match.tensors.values():
+        while not v.nodes and v.op in EMITTABLE and not any(_symbolic(a) for a in v.args):
+            v = v.args[0]
+        if not v.nodes:
+            raise Refused("hidden", f"operand {v.op} is computed inside one call")
+    for v in match.roots:
+        if not v.nodes:
+            raise Refused("hidden", f"result {v.op} is computed inside one call")
+
+
+def escapes(match: Match, view: View, mode: FakeTensorMode) -> None:
+    """What is used elsewhere too is a result, or cheap to have twice."""
+    cheap: dict[Value, bool] = {}
+
+    def is_cheap(v: Value) -> bool:
+        if v not in match.values:
+            return True
+        if v not in cheap:
+            cheap[v] = v.op in VIEWS | POINTWISE and all(map(is_cheap, v.inputs))
+        return cheap[v]
+
+    for v in match.values - set(match.roots):
+        if not is_cheap(v) and any(u not in match.values and _alive(u) for u in v.users):
+            raise Refused("escape", f"{_name(v)} is used elsewhere too")
+
+
+def gradients(match: Match, view: View, mode: FakeTensorMode) -> None:
+    """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it."""
+    wanting = [name for name, v in match.tensors.items() if v.meta.requires_grad]
+    if not wanting or not any(r.meta.requires_grad for r in match.roots):
+        return
+    if not has_backward(match.pattern.op):
+        raise Refused("gradient", f"{match.pattern.op} has no registered backward")
+    if skipped := [name for name in wanting if name in match.pattern.no_grad]:
+        raise Refused("gradient", f"{match.pattern.op} gives no gradient to {', '.join(skipped)}")
+
+
+def results(match: Match, view: View, mode: FakeTensorMode) -> None:
+    """The operator's results have the shapes and dtypes of what they replace."""
+    try:
+        found = operator_metas(match, mode)
+    except Exception as e:
+        raise Refused("operator", f"{match.pattern.op} does not accept these operands: {type(e).__name__}: {e}"[:300]) from e
+    for r, m in zip(match.roots, found, strict=False):
+        if r.meta.dtype != m.dtype or not same_literal(r.meta.shape, m.shape):
+            raise Refused(
+                "dtype", f"{match.pattern.op} gives {m.dtype} {list(m.shape)}, the model {r.meta.dtype} {list(r.meta.shape)}"
+            )
+
+
+RULES: tuple[Callable[[Match, View, FakeTensorMode], None], ...] = (memory, regions, operands, gradients, escapes, results)
+
+
+def has_backward(op: torch._ops.OpOverload) -> bool:
+    """Is there an autograd formula for `op`, or is it composed of operators that have one?"""
+    key, has = op.name(), torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has(key, k) for k in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"))
+
+
+def call_arguments(match: Match, tensor: Callable[[Value], Any]) -> tuple:
+    """The operator's arguments in schema order: bound tensors, numbers, the variant's options, defaults; None for a tensor it lacks."""
+    options = {n: o(match) if callable(o) else o for n, o in match.variant.options.items()}
+    given = {**{n: tensor(v) for n, v in match.tensors.items()}, **match.numbers, **options}
+    return tuple(given.get(a.name, a.default_value) for a in match.pattern.op._schema.arguments)
+
+
+def operator_metas(match: Match, mode: FakeTensorMode) -> list[Meta]:
+    leaves = list(match.tensors.values())
+    tensors = dict(zip(leaves, fakes([v.meta for v in leaves], mode), strict=True))
+    with mode, torch.no_grad():
+        out = match.pattern.op(*call_arguments(match, tensors.__getitem__))
+    return [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
+
+
+def _alive(v: Value) -> bool:
+    """Does anybody read it in the end? Dead code of the model counts as nobody."""
+    return any(n.users for n in v.nodes) or any(_alive(u) for u in v.users)
+
+
+def _name(v: Value) -> str:
+    node: fx.Node | None = v.nodes[0] if v.nodes else v.origin
+    return f"`{node.name}`" if node is not None else v.op
+
+
+def _symbolic(a: Any) -> bool:
+    return isinstance(a, Symbol) or isinstance(a, tuple) and any(map(_symbolic, a))

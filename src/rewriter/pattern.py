@@ -1,0 +1,166 @@
+"""Patterns: plain PyTorch reference code, traced by the same recorder and normal form as the models it is looked for in.
+
+    rms = Construct("rms_norm", "RMSNorm", anchor=is_rms_anchor)
+
+    @pattern(rms, op=kernels.rms_norm, dims={"x": "B S D", "weight": "D"})
+    def rms_norm(x, weight, *, eps: float):
+        ...reference code...
+
+    @rms_norm.variant("gemma", offset=1.0)
+    def _(x, weight, *, eps: float): ...
+
+Positional parameters are tensors, keyword-only parameters are numbers found in the graph (annotated `float` or `int`). A match calls
+`op` with the bound tensors and numbers by the names of its schema; what a variant passes (`offset=1.0`) goes to the operator too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sloth.rewriter.ir import Meta, Shadow, Symbol, Value, literal_key
+from sloth.rewriter.normal_form import Normal
+from sloth.rewriter.trace import trace
+
+
+class PatternError(ValueError):
+    """An entry that cannot be used; the message names the entry and what to change."""
+
+
+@dataclass(frozen=True)
+class Construct:
+    """A piece of mathematics that models are made of, whatever the entries that match it.
+
+    anchor: is this value characteristic of the construct (one, or a fixed number, for each site)?
+    module: how many sites does one call of this module hold, by its class and attributes? Used for models of transformers.
+    per_site: how many anchors a site can hold (a rotation of q and one of k: 2).
+    """
+
+    name: str
+    title: str
+    anchor: Callable[[Value], bool] = lambda value: False
+    module: Callable[[torch.nn.Module, dict], int] = lambda module, arguments: 0
+    per_site: int = 1
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced reference: its inputs and results in normal form, and which literals stand for which numbers."""
+
+    inputs: dict[str, Value]
+    roots: tuple[Value, ...]
+    sentinels: dict[Any, str]
+
+    @property
+    def main(self) -> Value:
+        """The result that the others are found from: the one computed last."""
+        return max(self.roots, key=lambda r: r.id)
+
+
+@dataclass(eq=False)
+class Variant:
+    """One way to write a construct."""
+
+    pattern: Pattern
+    name: str
+    reference: Callable[..., Any]
+    options: dict[str, Any]
+    dims: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.tensors, self.numbers = _parameters(self.reference)
+        if missing := [t for t in self.tensors if t not in self.dims]:
+            raise PatternError(f"pattern {self}: no dims given for {', '.join(missing)}")
+        self._exact: dict[Any, Graph] = {}
+        self._loose: Graph | None = None
+
+    def __str__(self) -> str:
+        return f"{self.pattern.name}[{self.name}]"
+
+    def sample_metas(self, dtype: torch.dtype = torch.bfloat16) -> list[Meta]:
+        """Descriptions of example inputs: a size for each letter of `dims`."""
+        sizes = {}
+        letters = sorted({str(s) for spec in self.dims.values() for s in _sizes(spec) for s in s.free_symbols})
+        for i, letter in enumerate(letters):
+            sizes[letter] = self.pattern.sizes.get(letter, 2 * (i + 3))
+        return [self.meta(t, sizes, dtype) for t in self.tensors]
+
+    def meta(self, tensor: str, sizes: dict[str, int], dtype: torch.dtype) -> Meta:
+        spec = self.dims[tensor]
+        shape = tuple(int(s.subs(sizes)) for s in _sizes(spec))
+        return Meta(shape, torch.int64 if spec.endswith("int64") else dtype, torch.device("cpu"))
+
+    def loose(self) -> Graph:
+        """Traced once in bf16, so that every cast shows; sizes and dtypes in it are examples."""
+        if self._loose is None:
+            sentinels = {(0.0173 + 0.0011 * i if t is float else 90017 + i): n for i, (n, t) in enumerate(self.numbers.items())}
+            self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, FakeTensorMode(), sentinels)
+        return self._loose
+
+    def exact(self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode) -> Graph:
+        """Traced with a match's own shapes, dtypes and numbers."""
+        key = literal_key(
+            (tuple(m[:3] for m in metas), tuple(numbers.items()), tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda")))
+        )
+        if any(isinstance(s, Symbol) for m in metas for s in m.shape):
+            return self.graph(metas, numbers, mode)  # symbols belong to one compilation
+        if key not in self._exact:
+            self._exact[key] = self.graph(metas, numbers, mode)
+        return self._exact[key]
+
+    def graph(self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode, sentinels: dict | None = None) -> Graph:
+        traced = trace(lambda *tensors: self.reference(*tensors, **numbers), metas, mode)
+        shadow = Shadow()
+        inputs = [shadow.add("input", (t,), m) for t, m in zip(self.tensors, metas, strict=True)]
+        output = Normal(shadow).replay(traced, inputs)
+        roots = output if isinstance(output, tuple) else (output,)
+        return Graph(dict(zip(self.tensors, inputs, strict=True)), roots, sentinels or {})
+
+
+@dataclass(eq=False)
+class Pattern:
+    """An entry of the registry: variants of one construct that one operator replaces."""
+
+    name: str
+    construct: Construct
+    op: torch._ops.OpOverload
+    dims: dict[str, str]
+    sizes: dict[str, int] = field(default_factory=dict)
+    no_grad: tuple[str, ...] = ()
+    variants: list[Variant] = field(default_factory=list)
+    checks: list[Callable[..., None]] = field(default_factory=list)
+
+    def variant(self, name: str, dims: dict[str, str] | None = None, **options: Any) -> Callable[[Callable], Callable]:
+        """Add another spelling. `options` go to the operator; `dims` replaces or adds descriptions of tensors."""
+
+        def enter(reference: Callable) -> Callable:
+            self.variants.append(Variant(self, name, reference, options, {**self.dims, **(dims or {})}))
+            return reference
+
+        return enter
+
+    def check(self, fn: Callable[..., None]) -> Callable[..., None]:
+        """Add a condition: `fn(match)` calls `match.require(condition, reason)`."""
+        self.checks.append(fn)
+        return fn
+
+
+def _parameters(fn: Callable) -> tuple[list[str], dict[str, type]]:
+    tensors, numbers = [], {}
+    for p in inspect.signature(fn).parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            numbers[p.name] = int if p.annotation in (int, "int") else float
+        else:
+            tensors.append(p.name)
+    return tensors, numbers
+
+
+def _sizes(spec: str) -> list[sympy.Expr]:
+    """ "B S 2*I" as symbolic sizes (a trailing dtype is not a size)."""
+    return [sympy.sympify(s, locals={c: sympy.Symbol(c) for c in "BSDGHINRTV"}) for s in spec.split() if s != "int64"]

@@ -1,0 +1,79 @@
+"""From a Dynamo graph to the rewritten graph: shadow → match → legality → choice → rewrite → sites. One page."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sloth.rewriter import legality
+from sloth.rewriter.match import Match, Matcher, Refused
+from sloth.rewriter.pattern import Construct, Pattern
+from sloth.rewriter.report import GraphReport
+from sloth.rewriter.rewrite import Rewriter, choose
+from sloth.rewriter.shadow import View, shape_env_of, views
+from sloth.rewriter.sites import matched_site, missed_sites
+
+
+def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Construct]) -> GraphReport:
+    """Rewrite `gm` and its bodies in place. Whatever goes wrong, the graph is then as it was, and the report says why."""
+    report = GraphReport()
+    bodies: list[fx.GraphModule] = []
+    backup: list[fx.Graph] = []
+    try:
+        with _timed(report, "shadow"):
+            shadows = views(gm)
+        bodies = [view.gm for view in shadows]
+        backup = [copy.deepcopy(body.graph) for body in bodies]
+        mode = FakeTensorMode(shape_env=shape_env_of(gm))
+        for view in shadows:
+            report.opaque |= {f"{view.path}{n.name}": why for n, why in view.opaque.items()}
+            rewrite_view(view, Matcher(entries, mode), mode, constructs, report)
+    except Exception as e:
+        for body, graph in zip(bodies, backup, strict=False):
+            body.graph = graph
+        report.sites.clear()
+        report.untouched = f"{type(e).__name__}: {e}".split("\n")[0]
+    return report
+
+
+def rewrite_view(view: View, matcher: Matcher, mode: FakeTensorMode, constructs: list[Construct], report: GraphReport) -> None:
+    legal: list[Match] = []
+    refused: list[tuple[Match, Refused]] = []
+    with _timed(report, "match"):
+        found = list(matcher.matches(view.shadow.values))
+    with _timed(report, "legality"):
+        for match in found:
+            try:
+                legality.check(match, view, mode)
+                legal.append(match)
+            except Refused as why:
+                refused.append((match, why))
+        accepted, _ = choose(legal)
+    with _timed(report, "rewrite"):
+        rewriter, placed = Rewriter(view), []
+        for match in accepted:
+            site = matched_site(match)
+            try:
+                rewriter.apply(match)
+            except Refused as why:
+                refused.append((match, why))
+                continue
+            placed.append(match)
+            report.sites.append(site)
+        if placed:
+            view.gm.graph.lint()
+            view.gm.recompile()
+    with _timed(report, "report"):
+        report.sites += missed_sites(view, matcher, placed, refused, constructs)
+
+
+@contextmanager
+def _timed(report: GraphReport, stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    report.seconds[stage] = report.seconds.get(stage, 0.0) + time.perf_counter() - start

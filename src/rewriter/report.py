@@ -1,0 +1,139 @@
+"""What was rewritten, what was not, and why: one `Site` for each place in the model, collected in a `Report`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+MATCHED = "matched"
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a construct occurs. status: "matched", or the rule that refused it; reason: the first thing that differed."""
+
+    construct: str
+    variant: str
+    status: str
+    file: str = ""
+    line: int = 0
+    reason: str = ""
+
+
+@dataclass
+class GraphReport:
+    """One compiled graph."""
+
+    sites: list[Site] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # stage → time
+    untouched: str = ""  # why the graph went through as it was, if it did
+    opaque: dict[str, str] = field(default_factory=dict)  # node → why the shadow does not look inside
+
+    def line(self, titles: dict[str, str]) -> str:
+        """`129/129 RMSNorm, 32/32 RoPE, 0.8 s`"""
+        if self.untouched:
+            return f"graph left as it was: {self.untouched}"
+        expected, matched = (
+            Counter(s.construct for s in self.sites),
+            Counter(s.construct for s in self.sites if s.status == MATCHED),
+        )
+        parts = [f"{matched[c]}/{n} {titles.get(c, c)}" for c, n in expected.items()] or ["nothing to rewrite"]
+        return f"{', '.join(parts)}, {sum(self.seconds.values()):.1f} s"
+
+
+@dataclass
+class Report:
+    """All graphs of one model. `expected` may know of more sites than the graphs show (code that was never traced)."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+    expected: dict[str, int] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[Site]:
+        return [s for g in self.graphs for s in g.sites]
+
+    @property
+    def constructs(self) -> dict[str, dict[str, int]]:
+        """name → {"matched": int, "expected": int}"""
+        found, matched = Counter(s.construct for s in self.sites), Counter(s.construct for s in self.sites if s.status == MATCHED)
+        names = list(dict.fromkeys([*self.titles, *found]))
+        return {c: {"matched": matched[c], "expected": max(found[c], self.expected.get(c, 0))} for c in names}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for g in self.graphs:
+            total.update(g.seconds)
+        return dict(total)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The public format: constructs, sites, graphs (how many), breaks, and seconds by stage."""
+        return {
+            "constructs": self.constructs,
+            "sites": [asdict(s) for s in self.sites],
+            "graphs": len(self.graphs),
+            "breaks": self.breaks,
+            "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+            "untouched": [g.untouched for g in self.graphs if g.untouched],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._counts()
+        if missed := [s for s in self.sites if s.status != MATCHED]:
+            yield _misses(missed)
+        stages = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
+        yield Text(f"{len(self.graphs)} graph(s), {len(self.breaks)} break(s); {stages}")
+        for why in (*(g.untouched for g in self.graphs if g.untouched), *self.breaks):
+            yield Text(f"  {why}", style="yellow")
+
+    def _counts(self) -> Table:
+        table = Table("construct", "matched", "variants", "where", title="sloth")
+        for name, count in self.constructs.items():
+            if not count["expected"]:
+                continue
+            sites = [s for s in self.sites if s.construct == name and s.status == MATCHED]
+            variants = Counter(s.variant for s in sites)
+            places = sorted({f"{s.file.split('site-packages/')[-1].split('/')[-1]}:{s.line}" for s in sites})
+            table.add_row(
+                self.titles.get(name, name),
+                Text(
+                    f"{count['matched']}/{count['expected']}", style="green" if count["matched"] == count["expected"] else "red"
+                ),
+                "\n".join(f"{v} ×{n}" for v, n in variants.items()),
+                "\n".join(places[:6]),
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(self)
+        return console.export_text()
+
+
+def _misses(sites: list[Site]) -> Group:
+    table = Table("construct", "status", "where", "first difference", title="not rewritten")
+    for s, n in Counter(sites).items():
+        table.add_row(
+            s.construct, s.status + (f" ×{n}" if n > 1 else ""), f"{s.file.split('site-packages/')[-1]}:{s.line}", s.reason
+        )
+    return Group(table)
+
+
+def source(node: fx.Node | None) -> tuple[str, int]:
+    """File and line of the innermost frame of the model's code that made this node."""
+    frames = _FRAME.findall((node.meta.get("stack_trace") or "") if node is not None else "")
+    return (frames[-1][0], int(frames[-1][1])) if frames else ("", 0)

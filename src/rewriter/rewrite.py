@@ -1,0 +1,139 @@
+"""Put the operator calls of accepted matches into the ORIGINAL graph. Whatever no match covers stays as Dynamo traced it."""
+
+from __future__ import annotations
+
+import operator
+
+import networkx as nx
+import torch
+from torch import fx
+
+from sloth.rewriter.ir import Value
+from sloth.rewriter.legality import call_arguments
+from sloth.rewriter.match import Match, Refused
+from sloth.rewriter.normal_form import VIEWS
+from sloth.rewriter.shadow import View
+
+# How a view or cast that is no node of the graph is written when an operand needs it.
+EMIT = {
+    "cast": torch.ops.aten.to.dtype,
+    "view": torch.ops.aten.reshape.default,
+    "expand": torch.ops.aten.expand.default,
+    "permute": torch.ops.aten.permute.default,
+    "slice": torch.ops.aten.slice.Tensor,
+}
+
+
+def choose(matches: list[Match]) -> tuple[list[Match], list[tuple[Match, Match]]]:
+    """The largest matches that do not overlap, in graph order, and the losers, each with the match that took its place."""
+    taken: dict[Value, Match] = {}
+    accepted, losers = [], []
+    for m in sorted(matches, key=lambda m: (*(-n for n in m.size), m.roots[0].id)):
+        own = [v for v in m.values if v.op not in VIEWS] or list(m.roots)
+        winner = next((taken[v] for v in own if v in taken), None)
+        if winner is not None:
+            losers.append((m, winner))
+            continue
+        taken.update(dict.fromkeys(own, m))
+        accepted.append(m)
+    return sorted(accepted, key=lambda m: m.roots[0].id), losers
+
+
+class Rewriter:
+    """Edits one view's graph, match by match. A match that cannot be placed raises Refused and leaves the graph as it was."""
+
+    def __init__(self, view: View):
+        self.graph, self.view = view.gm.graph, view
+        self.order = {n: i for i, n in enumerate(self.graph.nodes)}
+
+    def apply(self, match: Match) -> fx.Node:
+        """Insert the call as early as its operands allow, redirect its results' users, drop what nobody reads any more."""
+        place = self.place(match)
+        moved = self.held_back(match, place)
+        old = [n for v in match.values for n in v.nodes]
+        for node in reversed(moved):  # readers of an early result, behind the call now
+            place.append(node)
+        with self.graph.inserting_after(place):
+            call = self.graph.call_function(match.pattern.op)
+        with self.graph.inserting_before(call):
+            call.args = call_arguments(match, self.operand)
+        for value, output in zip(match.roots, self.outputs(call, match), strict=True):
+            for node in value.nodes:
+                node.replace_all_uses_with(output)
+            value.nodes[:] = [output]
+        self.sweep(match, old)
+        self.order = {n: i for i, n in enumerate(self.graph.nodes)}
+        return call
+
+    def place(self, match: Match) -> fx.Node:
+        """The earliest node behind which all operands exist and the grad mode and autocast are those of the match."""
+        region = match.roots[0].region
+        node = max((_source(v) for v in match.tensors.values()), key=self.order.__getitem__)
+        while node.next.op == "placeholder" or self.view.regions.get(node, region) != region:
+            node = node.next
+        return node
+
+    def held_back(self, match: Match, place: fx.Node) -> list[fx.Node]:
+        """Nodes before `place` that read a result: they must move behind the call. None of them may be an operand (convexity)."""
+        results = [n for r in match.roots for n in r.nodes]
+        if all(self.order[u] > self.order[place] for n in results for u in n.users):
+            return []
+        span = nx.DiGraph((a, n) for n in self.graph.nodes for a in n.all_input_nodes)
+        behind = set().union(*(nx.descendants(span, n) for n in results if n in span)) - set(results)
+        if any(_source(v) in behind for v in match.tensors.values()):
+            raise Refused("convexity", "an operand depends on a result")
+        moved = [n for n in self.graph.nodes if n in behind and self.order[n] <= self.order[place]]
+        region = match.roots[0].region
+        if any(n.is_impure() or self.view.regions.get(n, region) != region or _random(n) for n in moved):
+            raise Refused("convexity", "its results are read before all its operands exist")
+        return moved
+
+    def operand(self, v: Value) -> fx.Node:
+        """The node that holds `v`, or a view or cast of one, written out."""
+        if v.nodes:
+            return v.nodes[0]
+        x, *rest = v.args
+        node = self.graph.call_function(EMIT[v.op], (self.operand(x), *rest))
+        node.meta.update({k: m for k, m in v.origin.meta.items() if k != "example_value"})
+        v.nodes.append(node)
+        return node
+
+    def outputs(self, call: fx.Node, match: Match) -> list[fx.Node]:
+        """The nodes that hold the results, with the metadata of those they replace: where in the model, and what it looks like."""
+        sites = [r.nodes[0] for r in match.roots]
+        call.meta.update(sites[0].meta, sloth=match.pattern.name)
+        if len(match.pattern.op._schema.returns) == 1:
+            return [call]
+        call.meta.pop("example_value", None)
+        out, at = [], call
+        for i, site in enumerate(sites):
+            with self.graph.inserting_after(at):
+                at = self.graph.call_function(operator.getitem, (call, i))
+            at.meta.update(site.meta)
+            out.append(at)
+        return out
+
+    def sweep(self, match: Match, old: list[fx.Node]) -> None:
+        """Remove the match's nodes that nobody reads any more, from the last to the first."""
+        nodes = {*old, *(v.origin for v in match.values if v.origin is not None)}
+        for n in sorted(nodes & self.order.keys(), key=self.order.__getitem__, reverse=True):
+            if n.op not in ("placeholder", "get_attr") and not n.users and not n.is_impure():
+                self.graph.erase_node(n)
+                del self.order[n]
+                for v in match.values:
+                    if n in v.nodes:
+                        v.nodes.remove(n)
+
+
+def _source(v: Value) -> fx.Node:
+    while not v.nodes:
+        v = v.args[0]
+    return v.nodes[0]
+
+
+def _random(n: fx.Node) -> bool:
+    return (
+        isinstance(n.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in n.target.tags
+        or "dropout" in str(n.target)
+    )

@@ -1,0 +1,254 @@
+"""Lower a Dynamo graph, node by node, to its shadow in normal form. The graph itself is only read.
+
+Each node's call is recorded once for each distinct signature (target, literals, descriptions of its tensors) and replayed for the
+others: the layers of a model repeat, so a hundred layers cost little more than one. What cannot be lowered (higher-order operators,
+data-dependent results, calls that fail on fakes) becomes an opaque value described by its `example_value`; the bodies of
+checkpoints, autograd functions and invoke_subgraph are graphs of their own with views of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+
+from sloth.rewriter.ir import Meta, Region, Shadow, Symbol, Value, literal_key, values_in
+from sloth.rewriter.normal_form import Normal
+from sloth.rewriter.trace import Ref, Trace, rebuilt, resolve, trace
+
+# Higher-order operators whose bodies are ordinary code of the model; the bodies of others (flex_attention's score_mod, cond …) are left alone.
+BODIES = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph", "autograd_function_apply"}
+
+
+@dataclass
+class View:
+    """One graph and its shadow. `env` gives each node's Value (or literal, or tuple of those)."""
+
+    gm: fx.GraphModule
+    path: str
+    region: Region
+    shadow: Shadow = field(default_factory=Shadow)
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+    opaque: dict[fx.Node, str] = field(default_factory=dict)  # node → why it was not lowered
+    regions: dict[fx.Node, Region] = field(default_factory=dict)
+
+
+def views(gm: fx.GraphModule) -> list[View]:
+    """The shadow of `gm` and of every body in it, outermost first."""
+    shape_env = shape_env_of(gm)
+    mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=False)
+    out: list[View] = []
+    todo = [(gm, "", Region(grad=torch.is_grad_enabled()))]
+    seen: set[int] = set()
+    with shape_env.suppress_guards() if shape_env else contextlib.nullcontext():
+        while todo:
+            body, path, region = todo.pop(0)
+            if id(body) in seen:
+                continue
+            seen.add(id(body))
+            builder = _Builder(View(body, path, region), mode)
+            written = builder.run()
+            if written:  # somebody writes in place: once more, with that memory pinned
+                builder = _Builder(View(body, path, region), mode, written)
+                builder.run()
+            out.append(builder.view)
+            todo += builder.bodies
+    return out
+
+
+def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode.shape_env
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        for s in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(s, Symbol):
+                return s.node.shape_env
+    return None
+
+
+class _Builder:
+    def __init__(self, view: View, mode: FakeTensorMode, written: frozenset[fx.Node] = frozenset()):
+        self.view, self.mode, self.written = view, mode, written
+        self.normal = Normal(view.shadow)
+        self.normal.region = view.region
+        self.memo: dict[Any, Trace | Exception] = {}
+        self.bodies: list[tuple[fx.GraphModule, str, Region]] = []
+        self.blocks = 0  # autocast blocks seen
+        self.autocasts: list[tuple[torch.autocast, int]] = []  # open ones, and the region outside of each
+
+    def run(self) -> frozenset[fx.Node]:
+        """Build the view; the nodes whose memory is written in place."""
+        try:
+            for node in self.view.gm.graph.nodes:
+                self.normal.origin = node
+                self.normal.pinned = node in self.written
+                self.view.regions[node] = self.normal.region
+                result = self.view.env[node] = self.lower(node)
+                if isinstance(result, Value):
+                    result.nodes.append(node)
+        finally:
+            while self.autocasts:
+                self.leave_autocast()
+        roots = {_root(v) for v in self.normal.mutated}
+        return frozenset(n for v in self.view.shadow.values if _root(v) in roots for n in v.nodes)
+
+    def lower(self, node: fx.Node) -> Any:
+        example = node.meta.get("example_value")
+        if node.op == "output":
+            return None
+        if node.op in ("placeholder", "get_attr"):
+            return self.leaf(node, example)
+        if node.target is torch._C._set_grad_enabled:
+            self.normal.region = self.normal.region._replace(grad=node.args[0])
+        elif node.target is _enter_autocast:
+            self.enter_autocast(node)
+        elif node.target is _exit_autocast:
+            self.leave_autocast()
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            self.enter_bodies(node)
+            return self.opaque(node, example, f"higher-order operator {node.target.name()}")
+        elif isinstance(example, (*Symbol, int, float, torch.Size, torch.dtype, torch.device)):
+            return tuple(example) if isinstance(example, torch.Size) else example
+        else:
+            return self.operation(node, example)
+        return None
+
+    def leaf(self, node: fx.Node, example: Any) -> Any:
+        if node.op == "get_attr":
+            example = operator.attrgetter(node.target)(self.view.gm)
+        if not isinstance(example, torch.Tensor):
+            return example
+        kind = "input" if node.op == "placeholder" else "constant"
+        grad = example.requires_grad and self.view.region.grad
+        return self.normal.shadow.add(
+            kind, (node.name,), Meta.of(example, grad), self.view.region, self.normal.pinned, origin=node
+        )
+
+    def enter_autocast(self, node: fx.Node) -> None:
+        block = torch.autocast(*node.args)
+        block.__enter__()
+        self.blocks += 1
+        self.autocasts.append((block, self.normal.region.autocast))
+        self.normal.region = self.normal.region._replace(autocast=self.blocks)
+
+    def leave_autocast(self) -> None:
+        block, outer = self.autocasts.pop()
+        block.__exit__(None, None, None)
+        self.normal.region = self.normal.region._replace(autocast=outer)
+
+    def enter_bodies(self, node: fx.Node) -> None:
+        if node.target.name() not in BODIES:
+            return
+        grad = self.normal.region.grad and node.target.name() != "autograd_function_apply"
+        for arg in node.args:
+            body = self.view.env.get(arg) if isinstance(arg, fx.Node) else None
+            if isinstance(body, fx.GraphModule):
+                self.bodies.append((body, f"{self.view.path}{arg.target}.", Region(grad=grad)))
+
+    def opaque(self, node: fx.Node, example: Any, why: str) -> Any:
+        """Values that stand for themselves, one for each tensor in the result."""
+        self.view.opaque[node] = why
+        source = self.normal.shadow.add(
+            "opaque", (node.name, *_operands(node, self.view.env)), None, self.normal.region, True, node
+        )
+        floating = lambda t: t.dtype.is_floating_point or t.dtype.is_complex  # noqa: E731
+        count = iter(range(1 << 30))
+
+        def stand_in(x: Any) -> Any:
+            if isinstance(x, torch.Tensor):
+                grad = floating(x) and self.normal.region.grad
+                pinned = self.normal.pinned
+                return self.normal.shadow.add("result", (source, next(count)), Meta.of(x, grad), self.normal.region, pinned, node)
+            return type(x)(map(stand_in, x)) if type(x) in (tuple, list) else x
+
+        return stand_in(example)
+
+    def operation(self, node: fx.Node, example: Any) -> Any:
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._value)
+        if node.target is operator.getitem and not isinstance(args[0], Value):
+            return args[0][args[1]]
+        if any(free_unbacked_symbols(t) for t in _tensors(example)):
+            return self.opaque(node, example, "its size depends on data")
+        try:
+            result = self.normal.replay(*self.recorded(node, args, kwargs))
+        except Exception as e:
+            return self.opaque(node, example, f"{type(e).__name__}: {e}".split("\n")[0][:200])
+        seen, told = [v.meta for v in values_in((result,))], [Meta.of(t) for t in _tensors(example)]
+        if any(len(a.shape) != len(b.shape) or a.dtype != b.dtype for a, b in zip(seen, told, strict=False)):
+            return self.opaque(node, example, "lowers to another shape or dtype than it was traced with")
+        return result
+
+    def _value(self, a: Any) -> Any:
+        return self.view.env[a] if isinstance(a, fx.Node) else a
+
+    def recorded(self, node: fx.Node, args: tuple, kwargs: dict) -> tuple[Trace, list[Value]]:
+        """The trace of the node's call, from the memo where the like was seen."""
+        leaves: list[Value] = []
+
+        def lift(a: Any) -> Any:
+            if isinstance(a, Value):
+                leaves.append(a)
+                return Ref(-1, len(leaves) - 1)
+            return rebuilt(a, lift)
+
+        lifted = lift((args, kwargs))
+        signature = (node.op, node.target, literal_key(_flat(lifted)), self.normal.region.autocast)
+        key = (signature, tuple((literal_key(v.meta.shape), v.meta.dtype, v.meta.device) for v in leaves))
+        if key not in self.memo:
+            function = _callable(node, self.view.gm)
+
+            def call(*tensors: torch.Tensor) -> Any:
+                a, k = resolve(lifted, lambda r: tensors[r.index])
+                return function(*a, **k)
+
+            try:
+                self.memo[key] = trace(call, [v.meta for v in leaves], self.mode)
+            except Exception as e:
+                self.memo[key] = e
+        found = self.memo[key]
+        if isinstance(found, Exception):
+            raise found
+        return found, leaves
+
+
+def _flat(a: Any) -> Any:
+    """Containers as tuples, for a key."""
+    if isinstance(a, dict):
+        return tuple((k, _flat(v)) for k, v in a.items())
+    return tuple(_flat(x) for x in a) if isinstance(a, tuple | list) and not isinstance(a, Ref) else a
+
+
+def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any]:
+    if node.op == "call_method":
+        return getattr(torch.Tensor, node.target)
+    return node.target if node.op == "call_function" else gm.get_submodule(node.target)
+
+
+def _operands(node: fx.Node, env: dict) -> tuple:
+    return tuple(env[n] for n in node.all_input_nodes if isinstance(env.get(n), Value))
+
+
+def _tensors(example: Any) -> Iterator[torch.Tensor]:
+    if isinstance(example, torch.Tensor):
+        yield example
+    elif isinstance(example, tuple | list):
+        for x in example:
+            yield from _tensors(x)
+
+
+def _root(v: Value) -> Value:
+    """Whose memory `v` may share."""
+    while v.op in ("view", "expand", "permute", "slice"):
+        v = v.args[0]
+    return v

@@ -1,0 +1,110 @@
+"""Which sites a graph has, and why a site was missed: the anchors of each construct against the matches that cover them.
+
+The reasons come from the matcher's own unification: the attempt that got furthest through the anchor, or, where no attempt
+reached it from above, the largest part of a pattern that does match around it.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from sloth.rewriter.ir import Value
+from sloth.rewriter.match import Match, Matcher, Refused, Unifier
+from sloth.rewriter.pattern import Construct, Variant
+from sloth.rewriter.report import MATCHED, Site, source
+from sloth.rewriter.shadow import View
+
+Refusals = list[tuple[Match, Refused]]
+
+
+def matched_site(match: Match) -> Site:
+    """To be taken before the graph is rewritten: the rewrite removes the nodes it points to."""
+    file, line = source(match.roots[-1].nodes[0])
+    return Site(match.pattern.construct.name, str(match.variant), MATCHED, file, line)
+
+
+def missed_sites(
+    view: View, matcher: Matcher, accepted: list[Match], refused: Refusals, constructs: list[Construct]
+) -> list[Site]:
+    """One site for each anchor, or group of anchors of one module, that no accepted match covers."""
+    covered = {v for m in accepted for v in m.values}
+    sites = []
+    for construct in constructs:
+        groups: dict[object, list[Value]] = {}
+        for v in view.shadow.values:
+            if v not in covered and construct.anchor(v):
+                groups.setdefault(_module(v) if construct.per_site > 1 else v, []).append(v)
+        for anchors in groups.values():
+            for i in range(0, len(anchors), construct.per_site):
+                sites.append(_missed(anchors[i], construct, matcher, refused))
+    return sites
+
+
+def _module(v: Value) -> object:
+    stack = v.origin.meta.get("nn_module_stack") if v.origin is not None else None
+    return next(reversed(stack)) if stack else v
+
+
+def _missed(anchor: Value, construct: Construct, matcher: Matcher, refused: Refusals) -> Site:
+    file, line = source(anchor.origin)
+    own = [(m, r) for m, r in refused if m.pattern.construct is construct and anchor in m.values]
+    if own:
+        match, refusal = max(own, key=lambda mr: mr[0].size)
+        return Site(construct.name, str(match.variant), refusal.status, file, line, str(refusal))
+    if (miss := matcher.misses.get((construct.name, anchor))) is not None:
+        variant, d = miss
+        found = f", found {_show(d.found)}" if d.found is not None else ""
+        return Site(construct.name, str(variant), d.status, *_place(d.found, file, line), f"expected {d.expected}{found}")
+    variant, reason = nearest(anchor, construct, matcher)
+    return Site(construct.name, variant, "structure", file, line, reason)
+
+
+def nearest(anchor: Value, construct: Construct, matcher: Matcher) -> tuple[str, str]:
+    """The largest part of any variant of the construct that matches around the anchor, and what should have followed."""
+    around = _above(anchor, 6)
+    best: tuple[int, Variant | None, str] = (0, None, "no variant of the construct looks like this")
+    for variant, graph in {
+        id(g): (v, g) for vs in matcher.by_root.values() for v, g in vs if v.pattern.construct is construct
+    }.values():
+        for part in _parts(graph.main):
+            if len(list(_parts(part))) <= best[0]:
+                continue
+            for g in around:
+                bound = next(islice(Unifier(False, graph.sentinels).unify(part, g, {}), 1), None) if g.op == part.op else None
+                if bound is not None and anchor in bound.values():
+                    after = ", ".join(sorted({u.op for u in g.users})) or "nothing"
+                    follows = ", ".join(sorted({u.op for u in part.users})) or "a result"
+                    best = (len(list(_parts(part))), variant, f"expected {follows} after {_show(g)}, found {after}")
+                    break
+    return (str(best[1]) if best[1] else ""), best[2]
+
+
+def _parts(v: Value) -> list[Value]:
+    """The operations of a pattern below `v`, itself first."""
+    seen: dict[Value, None] = {}
+    todo = [v]
+    while todo:
+        x = todo.pop(0)
+        if x not in seen and x.op != "input":
+            seen[x] = None
+            todo += x.inputs
+    return list(seen)
+
+
+def _above(v: Value, levels: int) -> list[Value]:
+    out, level = {v: None}, [v]
+    for _ in range(levels):
+        level = [u for x in level for u in x.users if u not in out]
+        out.update(dict.fromkeys(level))
+    return list(out)
+
+
+def _show(v: Value) -> str:
+    node = v.nodes[0] if v.nodes else v.origin
+    return f"{v.op} ({node.name})" if node is not None else v.op
+
+
+def _place(v: Value | None, file: str, line: int) -> tuple[str, int]:
+    node = (v.nodes[0] if v.nodes else v.origin) if v is not None else None
+    found = source(node)
+    return found if found[0] else (file, line)

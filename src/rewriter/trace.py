@@ -1,0 +1,118 @@
+"""Record what a callable does as pre-dispatch ATen calls, on fake tensors, without make_fx.
+
+One small recorder serves both the nodes of a traced graph and the reference code of patterns, so that the two meet in one form.
+It sits at the PreDispatch key: above autograd, autocast and the decomposition of composite operators, so `linear`, `silu`, `softmax`
+stay whole. SymInts arrive as themselves and need no proxies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.utils import _pytree as pytree
+
+from sloth.rewriter.ir import Meta
+
+
+class Ref(NamedTuple):
+    """Result `index` of step `step`; step −1: the `index`-th tensor input."""
+
+    step: int
+    index: int
+
+
+class Step(NamedTuple):
+    """One ATen call: arguments hold Refs for tensors; `metas` describes its tensor results in order."""
+
+    op: torch._ops.OpOverload
+    args: tuple
+    kwargs: dict
+    metas: tuple[Meta | None, ...]
+
+
+class Trace(NamedTuple):
+    steps: list[Step]
+    output: Any  # a pytree of Refs and literals
+
+
+class _Recorder(SchemaCheckMode):
+    """The PreDispatch key admits three kinds of mode; SchemaCheckMode is the one that only looks on."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor]):
+        super().__init__()
+        self._dispatch_key = torch._C.DispatchKey.PreDispatch
+        self.steps: list[Step] = []
+        self.alive: list[Any] = [*inputs]  # ids must not be used twice
+        self.refs = {id(t): Ref(-1, i) for i, t in enumerate(inputs)}
+
+    def ref(self, x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            if id(x) not in self.refs:
+                raise ValueError("reads a tensor that is not among its inputs")
+            return self.refs[id(x)]
+        return x
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        flat = [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, tuple | list) else []
+        if not any(isinstance(t, torch.Tensor) for t in flat):
+            return out  # a size, a scalar: a literal where it is used
+        refs_in, kw_in = pytree.tree_map(self.ref, (tuple(args), kwargs))
+        step = len(self.steps)
+        self.steps.append(Step(func, refs_in, kw_in, tuple(Meta.of(t) if isinstance(t, torch.Tensor) else None for t in flat)))
+        for i, t in enumerate(flat):
+            if isinstance(t, torch.Tensor):
+                self.alive.append(t)
+                self.refs[id(t)] = Ref(step, i)
+        return out
+
+
+def fakes(metas: Sequence[Meta], mode: FakeTensorMode) -> list[torch.Tensor]:
+    """Fresh fake tensors of these descriptions (contiguous: layout is no part of the mathematics)."""
+    with mode:
+        return [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in metas]
+
+
+def trace(fn: Callable[..., Any], metas: Sequence[Meta], mode: FakeTensorMode) -> Trace:
+    """Run `fn(*tensors)` on fake tensors described by `metas` and record its ATen calls."""
+    inputs = fakes(metas, mode)
+    recorder = _Recorder(inputs)
+    with torch.no_grad(), mode, enable_python_dispatcher(), recorder:
+        out = fn(*inputs)
+    return Trace(recorder.steps, pytree.tree_map(recorder.ref, out))
+
+
+def op_name(op: torch._ops.OpOverload) -> str:
+    """`aten.mul.Tensor` → "mul"; operators of others keep their namespace."""
+    packet = op._schema.name
+    return packet.removeprefix("aten::")
+
+
+def positional(step: Step, lookup: Callable[[Ref], Any]) -> tuple:
+    """Arguments in schema order, defaults filled in, lists as tuples."""
+    out = []
+    for i, p in enumerate(step.op._schema.arguments):
+        a = step.args[i] if i < len(step.args) else step.kwargs.get(p.name, p.default_value)
+        out.append(resolve(a, lookup))
+    return tuple(tuple(a) if isinstance(a, list) else a for a in out)
+
+
+def resolve(a: Any, lookup: Callable[[Ref], Any]) -> Any:
+    return lookup(a) if isinstance(a, Ref) else rebuilt(a, lambda x: resolve(x, lookup))
+
+
+def rebuilt(a: Any, fn: Callable[[Any], Any]) -> Any:
+    """`a` with `fn` applied to its parts, if it is a container."""
+    if isinstance(a, dict):
+        return {k: fn(v) for k, v in a.items()}
+    if isinstance(a, slice):
+        return slice(fn(a.start), fn(a.stop), fn(a.step))
+    if isinstance(a, tuple | list):
+        return (list if isinstance(a, list) else tuple)(fn(x) for x in a)
+    return a

@@ -1,0 +1,173 @@
+"""What the operator tests share: the judge, the comparison of an operator with the code it replaces, and strategies.
+
+    @cases
+    @given(st.data(), dtypes)
+    def test(data, dtype):
+        x = data.draw(tensors((4, 8), dtype))
+        compare(op, eager, [x, w], grads=[True, False])
+
+`compare` runs three times: the operator, the eager code in the same dtype, and the eager code in fp64. For the last to be
+exact, eager code casts with `wide` where the original says `.float()`.
+"""
+
+import os
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a GPU machine the same tests run the real kernels
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+
+def _repair_interpreter() -> None:
+    """Triton's interpreter cuts fp32 off to bf16; GPUs round to nearest even. Bring it in line, so that tests can be exact."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data, source, target, mode):
+        if source == tl.float32 and target == tl.bfloat16:
+            bits = torch.from_numpy(np.ascontiguousarray(data, np.float32)).bfloat16().view(torch.int16)
+            return bits.numpy().view(np.uint16)
+        return convert(data, source, target, mode)
+
+    interpreter._convert_float = rounding
+
+
+_repair_interpreter()
+
+cases = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`.float()` of eager code, but fp64 stays fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------- the judge
+
+
+def assert_no_worse(ours, eager, exact, *, slack: float = 4.0, scale: float = 0.0, name: str = "output") -> None:
+    """‖ours − exact‖ ≤ 1.05 · max(‖eager − exact‖, ‖round(exact) − exact‖) + slack · ε₃₂ · max(‖exact‖, scale).
+
+    The second term of the maximum is the least error any result of this dtype can have (eager may be lucky). `slack`, in fp32
+    ulps of the norm, is for sums taken in another order; pass 0 for large tensors, where luck averages out, and `scale` where
+    the terms that were summed are much larger than the result. Takes tensors or equally long sequences (None: absent in all).
+    """
+    if not isinstance(ours, torch.Tensor) and ours is not None:
+        assert len(ours) == len(eager) == len(exact)
+        for i, triple in enumerate(zip(ours, eager, exact, strict=True)):
+            assert_no_worse(*triple, slack=slack, scale=scale, name=f"{name}[{i}]")
+        return
+    if exact is None:
+        assert ours is None, f"{name}: a gradient that was not asked for"
+        return
+    assert ours is not None, f"{name} is missing"
+    assert ours.shape == eager.shape == exact.shape, (name, ours.shape, eager.shape)
+    assert ours.dtype == eager.dtype, (name, ours.dtype, eager.dtype)
+    exact = exact.detach().double()
+    error = [(t.detach().double() - exact).norm().item() for t in (ours, eager, exact.to(ours.dtype))]
+    unit = 2.0**-52 if ours.dtype == torch.float64 else 2.0**-23
+    limit = 1.05 * max(error[1:]) + slack * unit * max(exact.norm().item(), scale)
+    assert error[0] <= limit, f"{name}: error {error[0]:.3e}, eager {error[1]:.3e}, rounding {error[2]:.3e}"
+
+
+def evaluate(function, tensors, grads, douts):
+    """Outputs and gradients of `function` at fresh leaves with the values and strides of `tensors` (None allowed).
+
+    `grads[i]`: does input i require a gradient. `douts[j]` is ∂L/∂output j, None for an output nobody used."""
+    leaves = [t if t is None else t.detach().requires_grad_(g) for t, g in zip(tensors, grads, strict=True)]
+    outputs = function(*leaves)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+    used = [(o, d) for o, d in zip(outputs, douts, strict=True) if d is not None and o.requires_grad]
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    found = iter(())
+    if used and wanted:
+        roots, cotangents = zip(*used, strict=True)
+        found = iter(torch.autograd.grad(roots, wanted, cotangents, allow_unused=True))
+    return outputs, [next(found, None) if t is not None and t.requires_grad else None for t in leaves]
+
+
+def compare(op, eager, tensors, grads=None, douts=None, *, slack: float = 4.0, scale: float = 0.0, strides: bool = True):
+    """The operator against the eager code it replaces: values, dtypes, strides of outputs, and gradients.
+
+    grads    which inputs require gradients; default: all floating-point ones
+    douts    gradients of the outputs; default: random, contiguous
+    Returns the operator's (outputs, gradients)."""
+    tensors = list(tensors)
+    if grads is None:
+        grads = [t is not None and t.is_floating_point() for t in tensors]
+    with torch.no_grad():
+        reference = eager(*tensors)
+    reference = (reference,) if isinstance(reference, torch.Tensor) else tuple(reference)
+    if douts is None:
+        douts = [torch.randn(r.shape, device=r.device).to(r.dtype) for r in reference]
+
+    def exact(t):
+        return t.detach().double() if t is not None and t.is_floating_point() else t
+
+    ours = evaluate(op, tensors, grads, douts)
+    theirs = evaluate(eager, tensors, grads, douts)
+    truth = evaluate(eager, [exact(t) for t in tensors], grads, [exact(d) for d in douts])
+    assert_no_worse(ours[0], theirs[0], truth[0], slack=slack, scale=scale, name="output")
+    assert_no_worse(ours[1], theirs[1], truth[1], slack=slack, scale=scale, name="gradient")
+    if strides:
+        for i, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)):
+            meaningful = [d for d in range(a.dim()) if a.shape[d] > 1 and a.numel()]
+            assert [a.stride(d) for d in meaningful] == [b.stride(d) for d in meaningful], (i, a.stride(), b.stride())
+    return ours
+
+
+# ---------------------------------------------------------------- strategies
+
+dtypes = st.sampled_from(DTYPES)
+seeds = st.integers(0, 2**24)
+LAYOUTS = ("contiguous", "permuted", "padded", "offset", "strided", "expanded")
+"""How a tensor lies in memory: dense; its leading dimensions permuted (as after `transpose(1, 2)`); rows cut from wider ones
+(as after `chunk`); dense but not aligned; last dimension with stride 2; leading dimension broadcast (stride 0)."""
+
+
+def shapes(last=st.integers(3, 70), rank=(0, 3), side=st.integers(1, 5)):
+    """Leading dimensions, `rank` of them, before a last one."""
+    leading = st.lists(side, min_size=rank[0], max_size=rank[1])
+    return st.tuples(leading, last).map(lambda t: (*t[0], t[1]))
+
+
+def make(shape, dtype, layout="contiguous", seed=0, *, scale=1.0, mean=0.0, device=DEVICE) -> torch.Tensor:
+    """A random normal tensor of this shape in this layout."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = tuple(shape)
+    *lead, last = shape
+
+    def random(*size):
+        return (torch.randn(size, generator=generator) * scale + mean).to(device, dtype)
+
+    if layout == "permuted" and len(lead) > 1:
+        return random(*reversed(lead), last).permute(*reversed(range(len(lead))), len(lead))
+    if layout == "padded":
+        return random(*lead, 2 * last + 1)[..., last : 2 * last]
+    if layout == "offset":
+        n = torch.Size(shape).numel()
+        return random(n + 1)[1:].view(shape)
+    if layout == "strided":
+        return random(*lead, 2 * last)[..., ::2]
+    if layout == "expanded" and lead:
+        return random(*lead[1:], last).expand(shape)
+    return random(*shape)
+
+
+def tensors(shape, dtype, layouts=LAYOUTS, *, salt: int = 0, **how):
+    """Strategy: `make(shape, dtype)` in any of `layouts`. Tensors with different `salt` never hold the same values: a gradient
+    parallel to its input, say, would cancel to nothing but rounding errors, which can be compared with nothing."""
+    return st.builds(lambda layout, seed: make(shape, dtype, layout, 64 * seed + salt, **how), st.sampled_from(layouts), seeds)

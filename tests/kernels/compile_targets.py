@@ -1,0 +1,80 @@
+"""Compiles Triton kernels to machine code for GPUs that are not there; run by test_compile_targets.py in a fresh interpreter,
+because Triton's interpreter, which the other tests use, cannot be switched off again in a process.
+
+Each module of sloth.kernels lists what to compile:
+
+    COMPILE = [(kernel, signature, constexprs), ...]
+
+signature   {argument: type} of the arguments that are no constants, such as "*bf16", "*fp32", "*i64", "i32". "*bf16" stands for
+            "any activation dtype": it becomes fp16 on a target without bf16, and fp32 as well where DTYPES says so.
+constexprs  {argument: value} of the constant ones
+A fourth element, {"num_warps": 8}, is optional.
+
+    python tests/kernels/compile_targets.py         one JSON line for each compilation
+"""
+
+import importlib
+import json
+import multiprocessing
+import pkgutil
+import sys
+
+TARGETS = {
+    "sm_75": ("cuda", 75, 32),
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+DTYPES = {"sm_75": ("fp16", "fp32"), "sm_80": ("bf16", "fp16"), "sm_90": ("bf16", "fp16", "fp32")}  # others: bf16
+
+
+def modules() -> list[str]:
+    """Kernel modules with something to compile."""
+    import sloth.kernels
+
+    names = [f"sloth.kernels.{m.name}" for m in pkgutil.iter_modules(sloth.kernels.__path__)]
+    return [name for name in names if getattr(importlib.import_module(name), "COMPILE", None)]
+
+
+def jobs() -> list[tuple[str, int, str, str]]:
+    """(module, index in its COMPILE, target, dtype)"""
+    return [
+        (name, i, target, dtype)
+        for name in modules()
+        for i, entry in enumerate(importlib.import_module(name).COMPILE)
+        for target in TARGETS
+        for dtype in DTYPES.get(target, ("bf16",))
+        if dtype == "bf16" or "*bf16" in entry[1].values() or dtype == DTYPES[target][0]
+    ]
+
+
+def compile_one(job: tuple[str, int, str, str]) -> dict:
+    """What came of one compilation: `error` is empty where it went well."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, index, target, dtype = job
+    kernel, signature, constexprs, *options = importlib.import_module(name).COMPILE[index]
+    signature = {arg: f"*{dtype}" if kind == "*bf16" else kind for arg, kind in signature.items()}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    signature = {arg: signature[arg] for arg in kernel.arg_names}
+    report = {"module": name, "index": index, "kernel": kernel.__name__, "target": target, "dtype": dtype, "error": ""}
+    try:
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options[0] if options else None)
+        binary = compiled.asm.get("cubin") or compiled.asm.get("hsaco")
+        assert binary, f"no machine code among {list(compiled.asm)}"
+        report["shared"] = compiled.metadata.shared
+    except Exception as error:  # reported to the test
+        report["error"] = f"{type(error).__name__}: {error}"[:2000]
+    return report
+
+
+if __name__ == "__main__":
+    todo = jobs()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for line in pool.imap_unordered(compile_one, todo, chunksize=2):
+            print(json.dumps(line))
+            sys.stdout.flush()

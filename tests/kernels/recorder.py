@@ -1,0 +1,44 @@
+"""What an operator does behind its back: the kernels it launches, the operators it calls, the tensors it saves."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextmanager
+def interpret(module, on: bool = True):
+    """Operators of this kernel module take their Triton kernels, on the CPU through Triton's interpreter."""
+    with mock.patch.object(module, "use_triton", (lambda x: x.dtype != torch.float64) if on else module.use_triton):
+        yield
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of sloth's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sloth":
+            self.calls.append((func._opname, args))
+        return func(*args, **(kwargs or {}))
+
+    def named(self, name: str) -> list[tuple]:
+        """Arguments of each call of sloth::name."""
+        return [args for called, args in self.calls if called == name]
+
+
+@contextmanager
+def saved():
+    """The list of tensors that autograd saves within."""
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield kept

@@ -1,0 +1,43 @@
+"""Every Triton kernel compiles to machine code for every GPU we mean to run on; no GPU is needed."""
+
+import ast
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import compile_targets
+import pytest
+import sloth.kernels
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """The reports of all compilations, made in an interpreter where Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, compile_targets.__file__], env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("target", compile_targets.TARGETS)
+def test_compiles(reports, target):
+    mine = [r for r in reports if r["target"] == target]
+    failed = [r for r in mine if r["error"]]
+    assert mine and not failed, "\n".join(f"{r['module']}[{r['index']}] {r['kernel']} {r['dtype']}: {r['error']}" for r in failed)
+
+
+@pytest.mark.parametrize("module", [m.name for m in pkgutil.iter_modules(sloth.kernels.__path__)])
+def test_every_kernel_is_listed(module):
+    """Each function that a module launches stands in its COMPILE."""
+    module = importlib.import_module(f"sloth.kernels.{module}")
+    launched = {
+        call.args[0].id
+        for call in ast.walk(ast.parse(Path(module.__file__).read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "launch"
+        if isinstance(call.args[0], ast.Name)
+    }
+    assert launched <= {entry[0].__name__ for entry in getattr(module, "COMPILE", [])}
