@@ -94,9 +94,12 @@ def check_resume(run: RunFolder, settings: Settings) -> None:
         raise BadInput(f"--resume: {run.root} is incomplete ({error}): start again with --force") from error
     for ids in blocks:
         corpus.check_ids(ids, config.get_text_config().vocab_size)
-    checkpoint = last_checkpoint(run.contender(settings.backend))
+    done = training.read_result(run, settings.backend)
+    if done and done["steps"] > settings.steps:
+        raise BadInput(f"--steps {settings.steps}: the run in {run.root} has {done['steps']} already, give more")
+    checkpoint = last_checkpoint(run.contender(settings.backend), settings.steps)
     if checkpoint is None:
-        print("there is no checkpoint yet: starting at the first step")
+        print("there is no checkpoint: starting at the first step")
         return
     check_fits(checkpoint, run.start)
     print(f"going on from {checkpoint}")

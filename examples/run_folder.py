@@ -163,10 +163,13 @@ def merge_settings(saved: Settings, asked: Settings, given: set[str], out: Path)
     return Settings(**{**asdict(saved), "steps": steps})
 
 
-def last_checkpoint(contender: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
-    found = [path for path in contender.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def last_checkpoint(contender: Path, steps: int) -> Path | None:
+    """The newest checkpoint from which there are steps left to `steps`.
+
+    Only one that was written to its end: the Trainer writes trainer_state.json last.
+    """
+    found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in contender.glob("checkpoint-*/trainer_state.json")}
+    return found.get(max((step for step in found if step < steps), default=0))
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:

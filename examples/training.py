@@ -295,6 +295,10 @@ def train(run: RunFolder, backend: str, *, resume: bool) -> None:
     settings = run.read_settings()
     main = backend == settings.backend
     folder = run.contender(backend)
+    done = read_result(run, backend)
+    if resume and done and done["steps"] >= settings.steps:
+        print(f"{backend}: the run had its {done['steps']} steps already")
+        return
     recorder = Recorder(backend)
     trainer = Trainer(
         model=load_model(run.start),
@@ -304,11 +308,8 @@ def train(run: RunFolder, backend: str, *, resume: bool) -> None:
         callbacks=[recorder],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(folder) if resume else None
+    checkpoint = last_checkpoint(folder, settings.steps) if resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not recorder.seconds:
-        print(f"{backend}: the run had its {trainer.state.global_step} steps already")
-        return
     memory = peak_memory()
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.state.global_step not in evaluated:

@@ -13,7 +13,7 @@ Forward  z = scale · logits, and z = softcap · tanh(z / softcap) where there i
 Backward For one row that counts, with G = ∂L/∂loss (÷ number of rows for "mean"):
              ∂lse/∂z_j = e^(z_j − m)/l = e^(z_j − lse)               the softmax
              ∂nll/∂z_j = e^(z_j − lse) − [j = t]
-             ∂z_j/∂logit_j = scale · (1 − (z_j/softcap)²)            tanh' = 1 − tanh²; without soft cap: scale
+             ∂z_j/∂logit_j = scale · tanh'(scale·logit_j/softcap)     tanh' = 1 − tanh²; without soft cap: scale
              dlogit_j = G · (e^(z_j − lse) − [j = t]) · ∂z_j/∂logit_j
          Ignored rows are exactly 0.
 
@@ -62,26 +62,30 @@ def _exp(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _tanh(x, EXACT: tl.constexpr):
-    """tanh, fp32. The closed forms cancel near 0, so EXACT takes a polynomial there (Chebyshev fit, error 1e-9)."""
+    """tanh and its derivative, fp32: with e = e^(−2|x|), |tanh| = (1 − e)/(1 + e) and tanh' = 4e/(1 + e)², which, other than
+    1 − tanh², stays right where tanh is nearly 1. (1 − e) cancels near 0: EXACT takes a polynomial there (Chebyshev fit)."""
+    e = _exp(-2 * tl.abs(x), EXACT)
+    r = 1 / (1 + e)
+    t = (1 - e) * r
+    t = tl.where(x < 0, -t, t)
     if EXACT:
         s = x * x
         p = s * (-0.008323187058278775 + s * 0.002269501684162354)
         p = s * (-0.0539584616274522 + s * (0.021762502907359264 + p))
         p = x + x * s * (-0.33333333149374506 + s * 0.13333300146188914 + s * p)
-        t = _exp(-2 * tl.abs(x), EXACT)
-        far = (1 - t) / (1 + t)
-        return tl.where(s < 0.4, p, tl.where(x < 0, -far, far))
-    else:
-        return 2 * tl.sigmoid(2 * x) - 1
+        t = tl.where(s < 0.4, p, t)
+    return t, 4 * e * r * r
 
 
 @triton.jit
 def _capped(x, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
-    """z of raw logits, fp32."""
+    """z and ∂z/∂logit of raw logits, fp32."""
     z = x.to(tl.float32) * SCALE
     if SOFTCAP is not None:
-        z = SOFTCAP * _tanh(z / SOFTCAP, EXACT)
-    return z
+        t, slope = _tanh(z / SOFTCAP, EXACT)
+        return SOFTCAP * t, SCALE * slope
+    else:
+        return z, SCALE
 
 
 @triton.jit
@@ -101,7 +105,7 @@ def _forward_kernel(
     if target != IGNORE:
         for start in tl.range(0, V, UNROLL * LANES, num_stages=STAGES):
             col = start + offset
-            z = _capped(tl.load(x_row + col, col < V, other=float("-inf")), SCALE, SOFTCAP, EXACT)
+            z, _ = _capped(tl.load(x_row + col, col < V, other=float("-inf")), SCALE, SOFTCAP, EXACT)
             if SOFTCAP is not None or SCALE <= 0:
                 z = tl.where(col < V, z, float("-inf"))
             higher = tl.maximum(peak, tl.max(z, 0))
@@ -112,7 +116,7 @@ def _forward_kernel(
     log_l = tl.log(tl.sum(total * _exp(peak - m, EXACT), 0))
     lse = m + log_l
     inside = (target >= 0) & (target < V)
-    z_t = _capped(tl.load(x_row + target, inside, other=0.0), SCALE, SOFTCAP, EXACT)
+    z_t, _ = _capped(tl.load(x_row + target, inside, other=0.0), SCALE, SOFTCAP, EXACT)
     nll = tl.where(inside, log_l + (m - z_t), float("nan"))
     tl.store(nll_ptr + row, tl.where(ignored, 0.0, nll))
     tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
@@ -133,17 +137,14 @@ def _backward_kernel(
     target = tl.load(target_ptr + row)
     dx = tl.zeros((BLOCK,), tl.float32)
     if target != IGNORE:
-        G = tl.load(dloss_ptr).to(tl.float32) * SCALE
+        G = tl.load(dloss_ptr).to(tl.float32)
         if MEAN:
             G = G / tl.load(count_ptr).to(tl.float32)
         G = tl.where((target >= 0) & (target < V), G, float("nan"))
         EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-        z = _capped(tl.load(x_ptr + row * x_stride + col, mask, other=0.0), SCALE, SOFTCAP, EXACT)
+        z, slope = _capped(tl.load(x_ptr + row * x_stride + col, mask, other=0.0), SCALE, SOFTCAP, EXACT)
         p = _exp((z - tl.load(lse_ptr + row)) - tl.load(low_ptr + row), EXACT)
-        dx = G * tl.where(col == target, p - 1, p)
-        if SOFTCAP is not None:
-            t = z / SOFTCAP
-            dx *= 1 - t * t
+        dx = (G * slope) * tl.where(col == target, p - 1, p)
     tl.store(dx_ptr + row * V + col, dx.to(dx_ptr.dtype.element_ty), mask)
 
 
@@ -197,14 +198,14 @@ def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mea
     """As backward_triton."""
     V = logits.shape[-1]
     z_NV, target_N1 = _capped_aten(logits.reshape(-1, V), softcap, scale), target.reshape(-1, 1)
-    G = dloss.to(z_NV.dtype) * scale
-    if mean:
-        G = G / count
+    G = dloss.to(z_NV.dtype)
+    G = (G / count if mean else G) * scale
     p = torch.exp((z_NV - lse.unsqueeze(-1)) - low.unsqueeze(-1))
     dz = p - (torch.arange(V, device=logits.device) == target_N1).to(p.dtype)
     if softcap is not None:
-        t = z_NV / softcap
-        dz = dz * (1 - t * t)
+        e = torch.exp(logits.reshape(-1, V).to(p.dtype).abs() * (-2 * abs(scale) / softcap))
+        r = 1 / (1 + e)
+        dz = dz * (4 * e * r * r)
     return torch.where(target_N1 != ignore_index, G * dz, 0.0).to(logits.dtype).reshape(logits.shape)
 
 

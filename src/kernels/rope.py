@@ -1,7 +1,7 @@
 """Rotary position embedding (RoPE), applied to q and k in one launch.
 
 Shapes   q [B, H, S, D], k [B, G, S, D] with any strides (in Hugging Face models a transpose of [B, S, H, D]),
-         cos, sin [B or 1, S, R], R even, R ≤ D. The last D − R channels pass through (partial rotary).
+         cos, sin [B or 1, S, R] or [B or 1, 1, S, R], R even, R ≤ D. The last D − R channels pass through (partial rotary).
 
 Forward  y = x·cos + rotate(x)·sin on the first R channels, in fp32, rounded once. With the channels of x paired as
          (a, b) = (x[:R/2], x[R/2:R])   half-split (GPT-NeoX, Llama)   rotate(x) = cat(−b, a)
@@ -225,13 +225,20 @@ def _allocate(x: torch.Tensor, cos: torch.Tensor, dtype: torch.dtype, backward: 
     return out, out
 
 
-def _check(cos: torch.Tensor, sin: torch.Tensor, *xs: torch.Tensor) -> None:
+def _tables(cos: torch.Tensor, sin: torch.Tensor, *xs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables as [B or 1, S, R], after checking that they fit."""
+    if cos.dim() == 4 and sin.dim() == 4:
+        cos, sin = cos.squeeze(1), sin.squeeze(1)
     torch._check(cos.shape == sin.shape, lambda: f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ in shape")
     for x in xs:
-        torch._check(x.dim() == 4 and cos.dim() == 3, lambda: "rope takes x [B, heads, S, D] and cos, sin [B or 1, S, R]")
+        torch._check(
+            x.dim() == 4 and cos.dim() == 3,
+            lambda: "rope takes x [B, heads, S, D] and cos, sin [B or 1, S, R] or [B or 1, 1, S, R]",
+        )
         R, D = cos.shape[-1], x.shape[-1]
         torch._check(R % 2 == 0 and 0 < R <= D, lambda: f"the rotary width {R} must be even and at most {D}")  # noqa: B023
         torch._check(x.shape[2] == cos.shape[1], lambda: f"{x.shape[2]} positions, but cos has {cos.shape[1]}")  # noqa: B023
+    return cos, sin
 
 
 def _result_dtype(x: torch.Tensor, cos: torch.Tensor, promote: bool) -> torch.dtype:
@@ -251,7 +258,7 @@ def _rope(
     interleaved: bool = False,
     promote: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(cos, sin, q, k)
+    cos, sin = _tables(cos, sin, q, k)
     pair = pair_triton if _on_triton(q, k, cos) else pair_aten
     return pair(q, k, cos, sin, interleaved, _result_dtype(q, cos, promote), _result_dtype(k, cos, promote))
 
@@ -266,6 +273,7 @@ def _rope_backward(
     q_dtype: torch.dtype,
     k_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = _tables(cos, sin, dq, dk)
     pair = pair_triton if _on_triton(dq, dk, cos) else pair_aten
     return pair(dq, dk, cos, sin, interleaved, q_dtype, k_dtype, True)
 
@@ -274,7 +282,7 @@ def _rope_backward(
 def _rope_single(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False, promote: bool = False
 ) -> torch.Tensor:
-    _check(cos, sin, x)
+    cos, sin = _tables(cos, sin, x)
     single = single_triton if _on_triton(x, cos) else single_aten
     return single(x, cos, sin, interleaved, _result_dtype(x, cos, promote))
 
@@ -283,6 +291,7 @@ def _rope_single(
 def _rope_single_backward(
     dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, dtype: torch.dtype
 ) -> torch.Tensor:
+    cos, sin = _tables(cos, sin, dy)
     single = single_triton if _on_triton(dy, cos) else single_aten
     return single(dy, cos, sin, interleaved, dtype, True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from inspect import signature
@@ -35,7 +36,8 @@ def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
         report.expected = _expected(module, batch, constructs())
         before = Counter(counters["graph_break"])
         with listening() as graphs:
-            torch.compile(module, backend=_trace_only)(**batch)
+            with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+                torch.compile(module, backend=_trace_only)(**batch)
         report.graphs = graphs
         report.breaks = [reason.strip().split("\n")[0] for reason in Counter(counters["graph_break"]) - before]
     return report

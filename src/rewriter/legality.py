@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sloth.rewriter.ir import Meta, Symbol, Value, same_literal
+from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import POINTWISE, VIEWS
 from sloth.rewriter.shadow import View
@@ -18,28 +19,37 @@ from sloth.rewriter.trace import fakes
 EMITTABLE = frozenset({"cast", "view", "expand", "permute", "slice"})  # what a rewrite may compute anew for an operand
 
 
-def check(match: Match, view: View, mode: FakeTensorMode) -> None:
+@dataclass
+class Ground:
+    """Where matches are judged: a graph's shadow, fakes to try operators on, and what they gave for each signature."""
+
+    view: View
+    mode: FakeTensorMode
+    tried: dict[Any, list[Meta]] = field(default_factory=dict)
+
+
+def check(match: Match, graph: Ground) -> None:
     """Raise Refused where the rewrite is not proven legal."""
     for rule in RULES:
-        rule(match, view, mode)
+        rule(match, graph)
     for condition in match.pattern.checks:
         condition(match)
 
 
-def memory(match: Match, view: View, mode: FakeTensorMode) -> None:
+def memory(match: Match, graph: Ground) -> None:
     """Nothing it reads or computes is written in place anywhere, or random."""
     for v in (*match.tensors.values(), *match.values):
         if v.pinned:
             raise Refused("mutation", f"{_name(v)} is written in place or random")
 
 
-def regions(match: Match, view: View, mode: FakeTensorMode) -> None:
+def regions(match: Match, graph: Ground) -> None:
     """It does not span a change of grad mode or autocast."""
     if len({v.region for v in match.values}) > 1:
         raise Refused("region", "it spans a change of grad mode or autocast")
 
 
-def operands(match: Match, view: View, mode: FakeTensorMode) -> None:
+def operands(match: Match, graph: Ground) -> None:
     """Operands and results are values of the traced graph (operands also a view or cast of one)."""
     for v in match.tensors.values():
         while not v.nodes and v.op in EMITTABLE and not any(_symbolic(a) for a in v.args):
@@ -51,7 +61,7 @@ def operands(match: Match, view: View, mode: FakeTensorMode) -> None:
             raise Refused("hidden", f"result {v.op} is computed inside one call")
 
 
-def escapes(match: Match, view: View, mode: FakeTensorMode) -> None:
+def escapes(match: Match, graph: Ground) -> None:
     """What is used elsewhere too is a result, or cheap to have twice."""
     cheap: dict[Value, bool] = {}
 
@@ -67,7 +77,7 @@ def escapes(match: Match, view: View, mode: FakeTensorMode) -> None:
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
 
 
-def gradients(match: Match, view: View, mode: FakeTensorMode) -> None:
+def gradients(match: Match, graph: Ground) -> None:
     """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it."""
     wanting = [name for name, v in match.tensors.items() if v.meta.requires_grad]
     if not wanting or not any(r.meta.requires_grad for r in match.roots):
@@ -78,10 +88,10 @@ def gradients(match: Match, view: View, mode: FakeTensorMode) -> None:
         raise Refused("gradient", f"{match.pattern.op} gives no gradient to {', '.join(skipped)}")
 
 
-def results(match: Match, view: View, mode: FakeTensorMode) -> None:
+def results(match: Match, graph: Ground) -> None:
     """The operator's results have the shapes and dtypes of what they replace."""
     try:
-        found = operator_metas(match, mode)
+        found = operator_metas(match, graph)
     except Exception as e:
         raise Refused("operator", f"{match.pattern.op} does not accept these operands: {type(e).__name__}: {e}"[:300]) from e
     for r, m in zip(match.roots, found, strict=False):
@@ -91,7 +101,7 @@ def results(match: Match, view: View, mode: FakeTensorMode) -> None:
             )
 
 
-RULES: tuple[Callable[[Match, View, FakeTensorMode], None], ...] = (memory, regions, operands, gradients, escapes, results)
+RULES: tuple[Callable[[Match, Ground], None], ...] = (memory, regions, operands, gradients, escapes, results)
 
 
 def has_backward(op: torch._ops.OpOverload) -> bool:
@@ -107,12 +117,17 @@ def call_arguments(match: Match, tensor: Callable[[Value], Any]) -> tuple:
     return tuple(given.get(a.name, a.default_value) for a in match.pattern.op._schema.arguments)
 
 
-def operator_metas(match: Match, mode: FakeTensorMode) -> list[Meta]:
+def operator_metas(match: Match, graph: Ground) -> list[Meta]:
+    """What the operator gives for operands like these."""
     leaves = list(match.tensors.values())
-    tensors = dict(zip(leaves, fakes([v.meta for v in leaves], mode), strict=True))
-    with mode, torch.no_grad():
-        out = match.pattern.op(*call_arguments(match, tensors.__getitem__))
-    return [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
+    arguments = call_arguments(match, lambda v: v.meta[:3])
+    key = (match.pattern.op, literal_key(arguments), torch.is_autocast_enabled(leaves[0].meta.device.type))
+    if key not in graph.tried:
+        tensors = dict(zip(leaves, fakes([v.meta for v in leaves], graph.mode), strict=True))
+        with graph.mode, torch.no_grad():
+            out = match.pattern.op(*call_arguments(match, tensors.__getitem__))
+        graph.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
+    return graph.tried[key]
 
 
 def _alive(v: Value) -> bool:

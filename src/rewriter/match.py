@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sloth.rewriter.ir import Symbol, Value, same_literal
+from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
 from sloth.rewriter.normal_form import COMMUTATIVE, VIEWS
 from sloth.rewriter.pattern import Graph, Pattern, Variant
 
@@ -96,6 +96,8 @@ class Unifier:
             yield from self.unify(p.args[0], g, {**b, p: g})
         elif p.op != g.op:
             self.differ(b, p.op, g, "dtype" if "cast" in (p.op, g.op) else "structure")
+        elif self.exact and p.meta is not None and p.meta.dtype != g.meta.dtype:
+            self.differ(b, f"{p.op} in {p.meta.dtype}", g, "dtype")
         else:
             yield from self.unify_all(p.args, g.args, {**b, p: g}, g)
             if p.op in COMMUTATIVE and len(p.args) == 2 and isinstance(g.args[1], Value):
@@ -153,6 +155,7 @@ class Matcher:
 
     def __init__(self, entries: list[Pattern], mode: FakeTensorMode):
         self.mode = mode
+        self.traced: dict[Any, Graph] = {}
         self.by_root: dict[str, list[tuple[Variant, Graph]]] = defaultdict(list)
         for entry in entries:
             for variant in entry.variants:
@@ -206,6 +209,13 @@ class Matcher:
             for bound in unifier.unify(root, g, b):
                 yield from self.other_roots(unifier, graph, i + 1, bound)
 
+    def exact(self, variant: Variant, metas: list[Meta], numbers: dict[str, Any]) -> Graph:
+        """The reference with a match's own shapes, dtypes and numbers, traced once for all sites alike."""
+        key = (variant, literal_key(([m[:3] for m in metas], tuple(numbers.values()))), torch.is_autocast_enabled(metas[0].device.type))
+        if key not in self.traced:
+            self.traced[key] = variant.graph(metas, numbers, self.mode)
+        return self.traced[key]
+
     def second_look(self, variant: Variant, graph: Graph, b: Bindings) -> tuple[Match | None, Difference]:
         tensors = {name: b[p] for name, p in graph.inputs.items() if p in b}
         numbers = {n: _constant(b[n]) for n in variant.numbers if n in b}
@@ -213,7 +223,7 @@ class Matcher:
         if len(tensors) < len(graph.inputs) or len(numbers) < len(variant.numbers):
             return None, Difference(len(b), "a reference that uses all its parameters", roots[0], "structure")
         try:
-            again = variant.exact([v.meta for v in tensors.values()], numbers, self.mode)
+            again = self.exact(variant, [v.meta for v in tensors.values()], numbers)
         except Exception as e:  # e.g. shapes that do not fit the reference
             return None, Difference(len(b), f"operands the reference accepts ({type(e).__name__}: {e})"[:200], roots[0], "shape")
         unifier = Unifier(True)

@@ -24,7 +24,7 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sloth.rewriter.ir import Meta, Shadow, Symbol, Value, literal_key
+from sloth.rewriter.ir import Meta, Shadow, Value
 from sloth.rewriter.normal_form import Normal
 from sloth.rewriter.trace import trace
 
@@ -77,7 +77,6 @@ class Variant:
         self.tensors, self.numbers = _parameters(self.reference)
         if missing := [t for t in self.tensors if t not in self.dims]:
             raise PatternError(f"pattern {self}: no dims given for {', '.join(missing)}")
-        self._exact: dict[Any, Graph] = {}
         self._loose: Graph | None = None
 
     def __str__(self) -> str:
@@ -103,18 +102,8 @@ class Variant:
             self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, FakeTensorMode(), sentinels)
         return self._loose
 
-    def exact(self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode) -> Graph:
-        """Traced with a match's own shapes, dtypes and numbers."""
-        key = literal_key(
-            (tuple(m[:3] for m in metas), tuple(numbers.items()), tuple(torch.is_autocast_enabled(d) for d in ("cpu", "cuda")))
-        )
-        if any(isinstance(s, Symbol) for m in metas for s in m.shape):
-            return self.graph(metas, numbers, mode)  # symbols belong to one compilation
-        if key not in self._exact:
-            self._exact[key] = self.graph(metas, numbers, mode)
-        return self._exact[key]
-
     def graph(self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode, sentinels: dict | None = None) -> Graph:
+        """The reference traced on tensors like these."""
         traced = trace(lambda *tensors: self.reference(*tensors, **numbers), metas, mode)
         shadow = Shadow()
         inputs = [shadow.add("input", (t,), m) for t, m in zip(self.tensors, metas, strict=True)]

@@ -30,9 +30,10 @@ def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Constru
         bodies = [view.gm for view in shadows]
         backup = [copy.deepcopy(body.graph) for body in bodies]
         mode = FakeTensorMode(shape_env=shape_env_of(gm))
+        matcher = Matcher(entries, mode)
         for view in shadows:
             report.opaque |= {f"{view.path}{n.name}": why for n, why in view.opaque.items()}
-            rewrite_view(view, Matcher(entries, mode), mode, constructs, report)
+            rewrite_view(view, matcher, mode, constructs, report)
     except Exception as e:
         for body, graph in zip(bodies, backup, strict=False):
             body.graph = graph
@@ -47,9 +48,10 @@ def rewrite_view(view: View, matcher: Matcher, mode: FakeTensorMode, constructs:
     with _timed(report, "match"):
         found = list(matcher.matches(view.shadow.values))
     with _timed(report, "legality"):
+        ground = legality.Ground(view, mode)
         for match in found:
             try:
-                legality.check(match, view, mode)
+                legality.check(match, ground)
                 legal.append(match)
             except Refused as why:
                 refused.append((match, why))

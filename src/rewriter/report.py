@@ -113,7 +113,7 @@ class Report:
                 Text(
                     f"{count['matched']}/{count['expected']}", style="green" if count["matched"] == count["expected"] else "red"
                 ),
-                "\n".join(f"{v} ×{n}" for v, n in variants.items()),
+                Text("\n".join(f"{v} ×{n}" for v, n in variants.items())),
                 "\n".join(places[:6]),
             )
         return table

@@ -57,9 +57,33 @@ class _Recorder(SchemaCheckMode):
             return self.refs[id(x)]
         return x
 
+    def autocast(self, func, args, kwargs, out):
+        """Make the casts of ambient autocast steps of their own: they leave no trace but the dtype of the result."""
+        if not isinstance(out, torch.Tensor) or not torch.is_autocast_enabled(out.device.type):
+            return args, kwargs
+        with torch.autocast(out.device.type, enabled=False):
+            try:
+                plain = func(*args, **kwargs).dtype
+            except RuntimeError:  # mixed dtypes, which only autocast lets pass
+                plain = None
+        if plain == out.dtype or func._schema.is_mutable:
+            return args, kwargs
+
+        def cast(x):
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == out.dtype:
+                return x
+            y = torch.empty_like(x, dtype=out.dtype)
+            self.alive.append(y)
+            self.steps.append(Step(torch.ops.aten.to.dtype, (self.ref(x), out.dtype), {}, (Meta.of(y),)))
+            self.refs[id(y)] = Ref(len(self.steps) - 1, 0)
+            return y
+
+        return pytree.tree_map(cast, (args, kwargs))
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        args, kwargs = self.autocast(func, args, kwargs, out)
         flat = [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, tuple | list) else []
         if not any(isinstance(t, torch.Tensor) for t in flat):
             return out  # a size, a scalar: a literal where it is used

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import compile_targets
 import pytest
+
 import sloth.kernels
 
 

@@ -8,6 +8,7 @@ from common import DEVICE, cases, compare, dtypes, make, shapes, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from recorder import Recorder, interpret, saved
+
 from sloth.kernels import gated_act as module
 from sloth.kernels.gated_act import ACTIVATIONS, gated_act, gated_act_packed
 
@@ -83,7 +84,9 @@ def test_offsets_beyond_32_bits():
     with interpret(module):
         assert torch.equal(gated_act_packed(x, "silu"), gated_act_packed(values, "silu"))
         dh = make((2, 8), torch.float16, seed=1)
-        assert torch.equal(module.backward_packed_triton(dh, x, "silu", False), module.backward_packed_triton(dh, values, "silu", False))
+        assert torch.equal(
+            module.backward_packed_triton(dh, x, "silu", False), module.backward_packed_triton(dh, values, "silu", False)
+        )
 
 
 def test_extremes():

@@ -1,0 +1,344 @@
+"""Our operators beside eager PyTorch, Inductor and Liger on one GPU: device time in the graph, memory, error against fp64.
+
+    python benchmarks/operators.py [--out benchmarks/results/operators.json] [--rows rms_norm,rope] [--tiny]
+
+Every contender differentiates the same function of the same inputs. "sloth" and "inductor" are torch.compile of the eager code with
+that backend, so what is timed is what a model runs. Time is the median of device time between events, launches hidden behind a sleep
+of the device and a flush of the L2 before each repetition. Bytes are the fewest that must move (each input read, each output written
+once); `copy_fraction` is their rate over the measured rate of a large device-to-device copy. Peers that are not installed are left out.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+BF16 = torch.bfloat16
+Tensors = list[torch.Tensor]
+
+
+@dataclass
+class Row:
+    """One function: `inputs` (leaves), the eager code, and peers' versions of it."""
+
+    name: str
+    inputs: Tensors
+    eager: Callable[..., Any]
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    bytes_forward: int = 0
+    bytes_both: int = 0
+    check: bool = True  # compare with fp64 (too large otherwise)
+    in_place: tuple[str, ...] = ()  # peers that write over their inputs: timed, not compared
+
+
+# ---------------------------------------------------------------- rows
+
+
+def randn(*shape: int, grad: bool = True, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype).requires_grad_(grad)
+
+
+def llama_norm(x, w):
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def rms_norm_rows(T: int, D: int) -> list[Row]:
+    out = []
+    for name, grad in (("rms_norm dX", False), ("rms_norm dX+dW", True)):
+        x, w = randn(T, D), torch.rand(D, device="cuda").to(BF16).requires_grad_(grad)
+        peers = {"F.rms_norm": lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)}
+        if liger := optional("liger_kernel.ops.rms_norm"):
+            peers["liger"] = lambda x, w, f=liger.LigerRMSNormFunction: f.apply(x, w, 1e-5, 0.0, "llama", False)
+            peers["liger in place"] = lambda x, w, f=liger.LigerRMSNormFunction: f.apply(x, w, 1e-5, 0.0, "llama", True)
+        out.append(Row(name, [x, w], llama_norm, peers, 2 * nbytes(x), 5 * nbytes(x), in_place=("liger in place",)))
+    x, r, w = randn(T, D), randn(T, D), torch.rand(D, device="cuda").to(BF16)
+
+    def add_norm(x, r, w):
+        h = x + r
+        return h, llama_norm(h, w)
+
+    peers = {}
+    if liger := optional("liger_kernel.ops.fused_add_rms_norm"):
+        peers["liger"] = lambda x, r, w, f=liger.LigerFusedAddRMSNormFunction: f.apply(x, r, w, 1e-5, 0.0, "llama", False)[::-1]
+    out.append(Row("add_rms_norm dX", [x, r, w], add_norm, peers, 4 * nbytes(x), 8 * nbytes(x)))
+    return out
+
+
+def layer_norm_rows(T: int, D: int) -> list[Row]:
+    x, w, b = randn(T, D), randn(D), randn(D)
+    peers = {}
+    if liger := optional("liger_kernel.ops.layer_norm"):
+        peers["liger"] = lambda x, w, b, f=liger.LigerLayerNormFunction: f.apply(x, w, b, 1e-5)
+    return [
+        Row(
+            "layer_norm",
+            [x, w, b],
+            lambda x, w, b: F.layer_norm(x, (x.shape[-1],), w, b, 1e-5),
+            peers,
+            2 * nbytes(x),
+            5 * nbytes(x),
+        )
+    ]
+
+
+def rope_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
+    q, k = (randn(B, S, n, D, grad=False).transpose(1, 2).detach().requires_grad_() for n in (H, G))
+    angle = torch.arange(S, device="cuda")[:, None] / 5e5 ** (torch.arange(0, D, 2, device="cuda") / D)
+    angle = torch.cat((angle, angle), -1)[None]
+    cos, sin = angle.cos().to(BF16), angle.sin().to(BF16)
+
+    def turn(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat((-b, a), -1)
+
+    def eager(q, k, cos, sin):
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        return q * c + turn(q) * s, k * c + turn(k) * s
+
+    peers = {}
+    if liger := optional("liger_kernel.transformers.rope"):
+        peers["liger"] = lambda q, k, cos, sin, f=liger.liger_rotary_pos_emb: f(q.view_as(q), k.view_as(k), cos, sin)
+    once = nbytes(q) + nbytes(k)
+    return [Row("rope", [q, k, cos, sin], eager, peers, 2 * once, 4 * once, in_place=("liger",))]
+
+
+def gated_rows(T: int, I: int) -> list[Row]:
+    g, u = randn(T, I), randn(T, I)
+    peers, geglu = {}, {}
+    if liger := optional("liger_kernel.ops.swiglu"):
+        peers["liger"] = lambda g, u, f=liger.LigerSiLUMulFunction: f.apply(g.view_as(g), u.view_as(u))
+    if liger := optional("liger_kernel.ops.geglu"):
+        geglu["liger"] = lambda g, u, f=liger.LigerGELUMulFunction: f.apply(g.view_as(g), u.view_as(u))
+    sizes = 3 * nbytes(g), 8 * nbytes(g)
+    return [
+        Row("swiglu", [g, u], lambda g, u: F.silu(g) * u, peers, *sizes, in_place=("liger",)),
+        Row("geglu tanh", [g, u], lambda g, u: F.gelu(g, approximate="tanh") * u, geglu, *sizes, in_place=("liger",)),
+        Row("swiglu packed", [randn(T, 2 * I)], lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], {}, *sizes),
+    ]
+
+
+def cross_entropy_rows(T: int, V: int) -> list[Row]:
+    logits, target = (torch.randn(T, V, device="cuda") * 1.3).to(BF16).requires_grad_(), torch.randint(0, V, (T,), device="cuda")
+    peers = {}
+    if liger := optional("liger_kernel.ops.cross_entropy"):
+        peers["liger"] = lambda z, y, f=liger.LigerCrossEntropyFunction: f.apply(z.view_as(z), y, None)[0]
+    eager = lambda z, y: F.cross_entropy(z.float(), y)  # noqa: E731
+    return [
+        Row(
+            "cross_entropy",
+            [logits, target],
+            eager,
+            peers,
+            nbytes(logits),
+            3 * nbytes(logits),
+            check=V < 40000,
+            in_place=("liger",),
+        )
+    ]
+
+
+def all_rows(tiny: bool) -> dict[str, Callable[[], list[Row]]]:
+    T, D, I, V, B, S = (64, 256, 512, 1000, 2, 32) if tiny else (8192, 4096, 14336, 128256, 4, 2048)
+    return {
+        "rms_norm": lambda: rms_norm_rows(T, D),
+        "layer_norm": lambda: layer_norm_rows(T, D),
+        "rope": lambda: rope_rows(B, S, 32, 8, 128),
+        "gated_act": lambda: gated_rows(T, I),
+        "cross_entropy": lambda: cross_entropy_rows(T, V),
+    }
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def device_us(fn: Callable[[], Any], flush: torch.Tensor, repeats: int = 25) -> float:
+    """Median device time of `fn` in microseconds."""
+    for _ in range(4):
+        fn()
+    events = []
+    for _ in range(repeats):
+        flush.zero_()
+        torch.cuda._sleep(3_000_000)
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        fn()
+        b.record()
+        events.append((a, b))
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in events) * 1e3
+
+
+def copy_rate(flush: torch.Tensor) -> float:
+    """Bytes per second, read plus written, of an 8 GiB device-to-device copy."""
+    a = torch.empty(2**33, dtype=torch.int8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / (device_us(lambda: b.copy_(a), flush, 9) * 1e-6)
+
+
+def measure(row: Row, name: str, fn: Callable[..., Any], flush: torch.Tensor, rate: float, exact: Any) -> dict[str, Any]:
+    wanted = [x for x in row.inputs if x.requires_grad]
+    upstream: Tensors = []
+
+    def forward():
+        y = fn(*row.inputs)
+        return list(y) if isinstance(y, tuple | list) else [y]
+
+    def both():
+        y = forward()
+        return torch.autograd.grad(y, wanted, upstream if y[0].dim() else None)
+
+    start = time.perf_counter()
+    torch.manual_seed(1)
+    upstream += [torch.randn_like(y) for y in forward()]
+    grads = both()
+    torch.cuda.synchronize()
+    result: dict[str, Any] = {"row": row.name, "contender": name, "first_s": time.perf_counter() - start}
+    if exact is not None and name not in row.in_place:
+        values, true_grads = exact
+        result["error_y"] = max(error(a, b) for a, b in zip(forward(), values, strict=True))
+        result["error_grad"] = [error(a, b) for a, b in zip(grads, true_grads, strict=True)]
+    del grads
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = both()
+    torch.cuda.synchronize()
+    result["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    del kept
+    result["forward_us"], result["both_us"] = device_us(forward, flush), device_us(both, flush)
+    result["forward_copy_fraction"] = row.bytes_forward / result["forward_us"] * 1e6 / rate
+    result["both_copy_fraction"] = row.bytes_both / result["both_us"] * 1e6 / rate
+    return result
+
+
+def truth(row: Row) -> tuple[Tensors, Tensors]:
+    """Values and gradients in fp64, for the same upstream gradients."""
+    inputs = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in row.inputs]
+    with torch.no_grad():
+        shapes = row.eager(*row.inputs)
+    shapes = list(shapes) if isinstance(shapes, tuple) else [shapes]
+    torch.manual_seed(1)
+    upstream = [torch.randn_like(y).double() for y in shapes]
+    y = EXACT.get(row.name, row.eager)(*inputs)
+    y = list(y) if isinstance(y, tuple) else [y]
+    grads = torch.autograd.grad(y, [x for x in inputs if x.requires_grad], upstream if y[0].dim() else None)
+    return [t.detach() for t in y], list(grads)
+
+
+def exact_norm(x, w):
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+# rows whose eager code casts to fp32 on its own
+EXACT = {
+    "rms_norm dX": exact_norm,
+    "rms_norm dX+dW": exact_norm,
+    "add_rms_norm dX": lambda x, r, w: (x + r, exact_norm(x + r, w)),
+    "cross_entropy": lambda z, y: F.cross_entropy(z, y),
+}
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.detach().double() - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def nbytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def optional(module: str) -> Any:
+    """The module, or None where it is not installed."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        return None
+
+
+def run(wanted: list[str], tiny: bool) -> dict[str, Any]:
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    rate = copy_rate(flush)
+    print(f"copy rate {rate / 1e9:.0f} GB/s")
+    results = []
+    for group, rows in all_rows(tiny).items():
+        if wanted and group not in wanted:
+            continue
+        torch.manual_seed(0)
+        for row in rows():
+            exact = truth(row) if row.check else None
+            contenders = {
+                "eager": row.eager,
+                "inductor": torch.compile(row.eager, dynamic=False),
+                "sloth": torch.compile(row.eager, backend="sloth", dynamic=False),
+                **row.peers,
+            }
+            for name, fn in contenders.items():
+                try:
+                    results.append(measure(row, name, fn, flush, rate, exact))
+                except Exception as e:  # a peer that does not run is a row of its own
+                    traceback.print_exc()
+                    results.append({"row": row.name, "contender": name, "error": f"{type(e).__name__}: {e}"[:300]})
+                print(show(results[-1]), flush=True)
+                torch.cuda.empty_cache()
+            torch._dynamo.reset()
+            del row, exact, contenders
+            torch.cuda.empty_cache()
+    return {"machine": machine(), "copy_gb_s": rate / 1e9, "rows": results}
+
+
+def show(r: dict[str, Any]) -> str:
+    if "error" in r:
+        return f"{r['row']:16} {r['contender']:15} {r['error'][:90]}"
+    errors = f"{r['error_y']:.2e} {max(r['error_grad']):.2e}" if "error_y" in r else ""
+    return (
+        f"{r['row']:16} {r['contender']:15} fwd {r['forward_us']:8.1f} us ({r['forward_copy_fraction']:.2f})  "
+        f"fwd+bwd {r['both_us']:8.1f} us ({r['both_copy_fraction']:.2f})  peak {r['peak_mib']:7.1f} MiB  {errors}"
+    )
+
+
+def machine() -> dict[str, str]:
+    """What was measured on: device, versions, commit, date."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    peers = {m: getattr(optional(m), "__version__", "?") for m in ("liger_kernel", "transformers") if optional(m)}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **peers,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--rows", default="", help="comma-separated groups: rms_norm, layer_norm, rope, gated_act, cross_entropy")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/operators.py needs a GPU that torch can see", file=sys.stderr)
+        return 2
+    results = run([r for r in args.rows.split(",") if r], args.tiny)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
