@@ -96,7 +96,8 @@ def layer_norm_rows(T: int, D: int) -> list[Row]:
 
 
 def rope_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
-    q, k = (randn(B, S, n, D, grad=False).transpose(1, 2).detach().requires_grad_() for n in (H, G))
+    """As in a model: q and k are views of projections [B, S, heads, D], and so is what attention hands back."""
+    q, k = randn(B, S, H, D), randn(B, S, G, D)
     angle = torch.arange(S, device="cuda")[:, None] / 5e5 ** (torch.arange(0, D, 2, device="cuda") / D)
     angle = torch.cat((angle, angle), -1)[None]
     cos, sin = angle.cos().to(BF16), angle.sin().to(BF16)
@@ -105,15 +106,22 @@ def rope_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
         a, b = x.chunk(2, -1)
         return torch.cat((-b, a), -1)
 
+    def transposed(rotate):
+        def call(q, k, cos, sin):
+            q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+            return q.transpose(1, 2), k.transpose(1, 2)
+
+        return call
+
     def eager(q, k, cos, sin):
         c, s = cos.unsqueeze(1), sin.unsqueeze(1)
         return q * c + turn(q) * s, k * c + turn(k) * s
 
     peers = {}
     if liger := optional("liger_kernel.transformers.rope"):
-        peers["liger"] = lambda q, k, cos, sin, f=liger.liger_rotary_pos_emb: f(q.view_as(q), k.view_as(k), cos, sin)
+        peers["liger"] = transposed(lambda q, k, cos, sin, f=liger.liger_rotary_pos_emb: f(q, k, cos, sin))
     once = nbytes(q) + nbytes(k)
-    return [Row("rope", [q, k, cos, sin], eager, peers, 2 * once, 4 * once, in_place=("liger",))]
+    return [Row("rope", [q, k, cos, sin], transposed(eager), peers, 2 * once, 4 * once, in_place=("liger",))]
 
 
 def gated_rows(T: int, I: int) -> list[Row]:
@@ -126,7 +134,14 @@ def gated_rows(T: int, I: int) -> list[Row]:
     sizes = 3 * nbytes(g), 8 * nbytes(g)
     return [
         Row("swiglu", [g, u], lambda g, u: F.silu(g) * u, peers, *sizes, in_place=("liger",)),
-        Row("geglu tanh", [g, u], lambda g, u: F.gelu(g, approximate="tanh") * u, geglu, *sizes, in_place=("liger",)),
+        Row(
+            "geglu tanh",
+            [randn(T, I), randn(T, I)],
+            lambda g, u: F.gelu(g, approximate="tanh") * u,
+            geglu,
+            *sizes,
+            in_place=("liger",),
+        ),
         Row("swiglu packed", [randn(T, 2 * I)], lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], {}, *sizes),
     ]
 
@@ -272,7 +287,7 @@ def run(wanted: list[str], tiny: bool) -> dict[str, Any]:
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     rate = copy_rate(flush)
     print(f"copy rate {rate / 1e9:.0f} GB/s")
-    results = []
+    results: list[dict[str, Any]] = []
     for group, rows in all_rows(tiny).items():
         if wanted and group not in wanted:
             continue

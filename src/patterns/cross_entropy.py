@@ -27,41 +27,46 @@ def same(logits):
     return logits
 
 
-def loss(prepare, reduction):
-    """`prepare` acts on the logits before the loss."""
+def loss(prepare, reduction, flatten):
+    """The loss in four spellings. `prepare` acts on the logits first; `flatten`: logits come as [B, S, V], not [N, V]."""
+
+    def nll(z, target, ignore_index):
+        z = z.float()
+        z = z.view(-1, z.shape[-1]) if flatten else z
+        return F.cross_entropy(z, target, ignore_index=ignore_index, reduction=reduction)
 
     def plain(logits, target, *, ignore_index: int):
-        z = prepare(logits).float()
-        return F.cross_entropy(z.view(-1, z.shape[-1]), target, ignore_index=ignore_index, reduction=reduction)
+        return nll(prepare(logits), target, ignore_index)
 
     def softcapped(logits, target, *, ignore_index: int, softcap: float):
-        z = (torch.tanh(prepare(logits) / softcap) * softcap).float()
-        return F.cross_entropy(z.view(-1, z.shape[-1]), target, ignore_index=ignore_index, reduction=reduction)
+        return nll(torch.tanh(prepare(logits) / softcap) * softcap, target, ignore_index)
 
     def scaled(logits, target, *, ignore_index: int, scale: float):
-        z = (prepare(logits) * scale).float()
-        return F.cross_entropy(z.view(-1, z.shape[-1]), target, ignore_index=ignore_index, reduction=reduction)
+        return nll(prepare(logits) * scale, target, ignore_index)
 
     def divided(logits, target, *, ignore_index: int, divisor: float):
-        z = (prepare(logits) / divisor).float()
-        return F.cross_entropy(z.view(-1, z.shape[-1]), target, ignore_index=ignore_index, reduction=reduction)
+        return nll(prepare(logits) / divisor, target, ignore_index)
 
     return {"plain": plain, "softcap": softcapped, "scale": scaled, "divisor": divided}
 
 
-entry = pattern(
-    CROSS_ENTROPY,
-    op=cross_entropy,
-    dims={"logits": "B S V", "target": "B*S int64"},
-    name="cross_entropy",
-    variant="mean",
-    reduction="mean",
-)(loss(same, "mean")["plain"])
+LOGITS = {True: {"logits": "B S V", "target": "B*S int64"}, False: {"logits": "N V", "target": "N int64"}}
+
+entry = pattern(CROSS_ENTROPY, op=cross_entropy, dims=LOGITS[True], name="cross_entropy", variant="mean", reduction="mean")(
+    loss(same, "mean", True)["plain"]
+)
 
 for _reduction in ("mean", "sum"):
-    for _where, _prepare in (("", same), ("_fp32", torch.Tensor.float)):
-        for _name, _reference in loss(_prepare, _reduction).items():
-            if _name == "plain" and (_reduction == "mean" or _where):
-                continue
-            _options = {"scale": lambda match: 1.0 / match.divisor} if _name == "divisor" else {}
-            entry.variant(f"{_reduction}_{_name}{_where}", reduction=_reduction, **_options)(_reference)
+    for _flatten in (True, False):
+        for _prepare in (same, torch.Tensor.float):
+            for _name, _reference in loss(_prepare, _reduction, _flatten).items():
+                if _name == "plain" and (_prepare is not same or (_reduction, _flatten) == ("mean", True)):
+                    continue  # the upcast is there already; the entry's first variant
+                _parts = (
+                    _reduction,
+                    "" if _name == "plain" else _name,
+                    "fp32" if _prepare is not same else "",
+                    "" if _flatten else "flat",
+                )
+                _options = {"scale": lambda match: 1.0 / match.divisor} if _name == "divisor" else {}
+                entry.variant("_".join(filter(None, _parts)), LOGITS[_flatten], reduction=_reduction, **_options)(_reference)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from sloth import kernels
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.registry import constructs, patterns
 from sloth.rewriter.report import GraphReport
@@ -51,9 +55,19 @@ def sloth(
     for listener in _listeners:
         listener.append(report)
     start = time.perf_counter()
-    compiled = compiler(gm, example_inputs)
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}sloth-{_sources()}"):
+        compiled = compiler(gm, example_inputs)
     report.seconds[inner] = time.perf_counter() - start
     return compiled
+
+
+@cache
+def _sources() -> str:
+    """A digest of our kernels: torch's caches on disk must not outlive the code that was compiled into them."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(kernels.__path__[0]).glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -211,7 +211,11 @@ class Matcher:
 
     def exact(self, variant: Variant, metas: list[Meta], numbers: dict[str, Any]) -> Graph:
         """The reference with a match's own shapes, dtypes and numbers, traced once for all sites alike."""
-        key = (variant, literal_key(([m[:3] for m in metas], tuple(numbers.values()))), torch.is_autocast_enabled(metas[0].device.type))
+        key = (
+            variant,
+            literal_key(([m[:3] for m in metas], tuple(numbers.values()))),
+            torch.is_autocast_enabled(metas[0].device.type),
+        )
         if key not in self.traced:
             self.traced[key] = variant.graph(metas, numbers, self.mode)
         return self.traced[key]
