@@ -15,15 +15,12 @@ _HOME = {
     "Construct": "sloth.rewriter.pattern",
     "PatternError": "sloth.rewriter.pattern",
     "pattern": "sloth.rewriter.registry",
-    "patterns": "sloth.rewriter.registry",
     "unregister": "sloth.rewriter.registry",
 }
-__all__ = [*_HOME, "kernels"]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("kernels", "patterns_"):
-        return import_module(f"sloth.{name}")
     raise AttributeError(f"module 'sloth' has no attribute {name!r}")

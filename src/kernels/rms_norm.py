@@ -52,7 +52,11 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < N) & (col < D)
+    if ROWS == 1 and BLOCK == D:
+        mask = tl.full([1, BLOCK], 1, tl.int1)  # a whole row a program: loads without a mask
     x = tl.load(x_ptr + row * x_stride + col, mask, 0.0).to(tl.float32)
+    if HAS_W:  # every program reads the same weight: keep it in L2, and let what is written pass by
+        scale = tl.load(w_ptr + col, col < D, 0.0, eviction_policy="evict_last").to(tl.float32) + OFFSET
     if HAS_RES:
         h = (x + tl.load(res_ptr + row * res_stride + col, mask, 0.0).to(tl.float32)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + row * D + col, h, mask)
@@ -60,8 +64,8 @@ def _forward_kernel(
     rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
     y = x * rstd
     if HAS_W:
-        y *= tl.load(w_ptr + col, col < D, 0.0).to(tl.float32) + OFFSET
-    tl.store(y_ptr + row * D + col, y.to(y_ptr.dtype.element_ty), mask)
+        y *= scale
+    tl.store(y_ptr + row * D + col, y.to(y_ptr.dtype.element_ty), mask, cache_modifier=".cg")
     tl.store(rstd_ptr + row, rstd, row < N)
 
 

@@ -31,7 +31,7 @@ from torch.library import triton_op
 from sloth.kernels.launch import compute_dtype, launch, use_triton
 
 # Tuning: pairs of channels that a program (one token) holds at a time, and its warps.
-PAIRS = 2048
+PAIRS = 512
 NUM_WARPS = 4
 
 

@@ -48,7 +48,7 @@ class Value:
     args: tuple
     meta: Meta | None  # None: not a tensor (an operation with several results)
     region: Region
-    pinned: bool = False  # somebody writes this memory, or the value is random: never shared, never matched
+    pinned: bool = False  # somebody writes this memory: never shared, never matched
     users: list[Value] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)  # nodes of the traced graph whose value this is, in graph order
     origin: fx.Node | None = None  # the node during whose expansion it first appeared
@@ -117,8 +117,13 @@ class Shadow:
         region: Region = Region(),
         pinned: bool = False,
         origin: fx.Node | None = None,
+        random: bool = False,
     ) -> Value:
-        key = None if pinned or any(v.pinned for v in values_in(args)) else (op, literal_key(args), meta and meta.dtype, region)
+        key = (
+            None
+            if pinned or random or any(v.pinned for v in values_in(args))
+            else (op, literal_key(args), meta and meta.dtype, region)
+        )
         if key is not None and (known := self._by_key.get(key)) is not None:
             return known
         value = Value(len(self.values), op, args, meta, region, pinned, origin=origin)

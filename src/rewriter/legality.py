@@ -37,10 +37,10 @@ def check(match: Match, graph: Ground) -> None:
 
 
 def memory(match: Match, graph: Ground) -> None:
-    """Nothing it reads or computes is written in place anywhere, or random."""
+    """Nothing it reads or computes is written in place anywhere."""
     for v in (*match.tensors.values(), *match.values):
         if v.pinned:
-            raise Refused("mutation", f"{_name(v)} is written in place or random")
+            raise Refused("mutation", f"{_name(v)} is written in place")
 
 
 def regions(match: Match, graph: Ground) -> None:

@@ -1,8 +1,9 @@
-"""Normal form: one spelling for each piece of mathematics. The rules are a table; each is a small function with its law as docstring.
+"""Normal form: one spelling for each piece of mathematics. The rules are a table; each is a function with its law as docstring.
 
-A rule `(n, c, *args)` sees one ATen call `c` whose arguments are in normal form already (positional, defaults filled in) and returns
-the Value, or the tuple of Values, that stands for it, or None where it does not apply. Rules for one operator are tried in the order written; where
-none applies the call stands for itself. A rule may only use what is proven of its arguments: shapes, dtypes, constants.
+A rule `(n, c, *args)` sees one ATen call `c` whose arguments are in normal form already (positional, defaults filled in) and
+returns the Value, or the tuple of Values, that stands for it, or None where it does not apply. Rules for one operator are tried in
+the order written; where none applies the call stands for itself. A rule may only use what is proven of its arguments: shapes,
+dtypes, constants.
 
 `python -m sloth patterns --rules` prints the table.
 """
@@ -51,13 +52,14 @@ class Call(NamedTuple):
 
 
 class Normal:
-    """Builds Values in normal form: `call` for an ATen operation, the other methods for the canonical operations the rules speak of."""
+    """Builds Values in normal form: `call` for an ATen operation, the others for the canonical operations the rules speak of."""
 
     def __init__(self, shadow: Shadow):
         self.shadow = shadow
         self.region = Region()
         self.origin: fx.Node | None = None
-        self.pinned = False
+        self.pinned = False  # what is made now lies in memory that somebody writes
+        self.random = False  # … or is random: two calls are two values
         self.mutated: set[Value] = set()  # written in place by some call
 
     def call(self, op: str, args: tuple, metas: Metas) -> Any:
@@ -74,17 +76,16 @@ class Normal:
         """The results of a recorded call, on these Values, in normal form."""
         steps: list[tuple] = []
         lookup = lambda r: leaves[r.index] if r.step < 0 else steps[r.step][r.index]  # noqa: E731
-        pinned = self.pinned
         for step in traced.steps:
             args = positional(step, lookup)
             schema = step.op._schema
             if schema.is_mutable:
                 written = [a for a, p in zip(args, schema.arguments, strict=True) if p.alias_info and p.alias_info.is_write]
                 self.mutated.update(values_in(written))
-            self.pinned = pinned or torch.Tag.nondeterministic_seeded in step.op.tags
+            self.random = torch.Tag.nondeterministic_seeded in step.op.tags
             result = self.call(op_name(step.op), args, step.metas)
-            steps.append(result if isinstance(result, tuple) else (result,))
-        self.pinned = pinned
+            steps.append(tuple(map(self.cut, result)) if isinstance(result, tuple) else (self.cut(result),))
+        self.random = False
         return resolve(traced.output, lookup)
 
     def add(self, op: str, args: tuple, meta: Meta | None) -> Value:
@@ -93,7 +94,16 @@ class Normal:
             grad = floating and self.region.grad and op != "detach"
             meta = meta._replace(requires_grad=grad and any(_wants_grad(a) for a in args))
         pinned = self.pinned or op in ALIASES and args[0].pinned
-        return self.shadow.add(op, args, meta, self.region, pinned, self.origin)
+        return self.shadow.add(op, args, meta, self.region, pinned, self.origin, self.random)
+
+    def cut(self, x: Value) -> Value:
+        """A value that a no-op gives back where gradients are off is its argument without the gradient."""
+        wants = x.meta is not None and x.meta.requires_grad
+        return self.add("detach", (x,), x.meta) if wants and not self.region.grad else x
+
+    def near(self, x: Any, op: str) -> bool:
+        """Is it an `op` to look through? Not across a change of grad mode or autocast: it may have no gradient, where the whole has one."""
+        return isinstance(x, Value) and x.op == op and x.region == self.region
 
     # the canonical operations
 
@@ -103,7 +113,7 @@ class Normal:
     def view(self, x: Value, shape: tuple) -> Value:
         """Row-major reinterpretation; a view of a view is one view."""
         shape = tuple(shape)
-        while x.op == "view":
+        while self.near(x, "view"):
             x = x.args[0]
         return x if same_literal(x.meta.shape, shape) else self.add("view", (x, shape), x.meta._replace(shape=shape))
 
@@ -112,7 +122,7 @@ class Normal:
         return x if same_literal(x.meta.shape, shape) else self.add("expand", (x, shape), x.meta._replace(shape=shape))
 
     def permute(self, x: Value, dims: tuple[int, ...]) -> Value:
-        if x.op == "permute":
+        if self.near(x, "permute"):
             x, dims = x.args[0], tuple(x.args[1][d] for d in dims)
         if dims == tuple(range(len(dims))):
             return x
@@ -152,13 +162,20 @@ def copy(n: Normal, c: Call, x: Value, *_):
     return x
 
 
-@rule("dropout", "feature_dropout", "alpha_dropout")
+@rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 def no_dropout(n: Normal, c: Call, x: Value, p, train):
     """dropout(x) = x with p = 0 or outside of training."""
     return x if train is False or (_number(p) and p == 0) else None
 
 
 # ---------------------------------------------------------------- arithmetic
+
+
+@rule("multiply", "divide", "true_divide", "subtract", "negative")
+def other_name(n: Normal, c: Call, *args):
+    """multiply, divide, true_divide, subtract, negative = mul, div, div, sub, neg."""
+    names = {"multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg"}
+    return n.call(names[c.op], args, c.metas)
 
 
 @rule("add", "sub")
@@ -192,7 +209,7 @@ def times_one(n: Normal, c: Call, a, b, *rounding):
 def swish(n: Normal, c: Call, a, b):
     """x · sigmoid(x) = silu(x)."""
     for x, s in ((a, b), (b, a)):
-        if isinstance(s, Value) and s.op == "sigmoid" and s.args[0] is x:
+        if n.near(s, "sigmoid") and s.args[0] is x:
             return n.add("silu", (x,), c.meta)
     return None
 
@@ -218,13 +235,13 @@ def powers(n: Normal, c: Call, x, exponent=2):
 @rule("reciprocal")
 def inverse_root(n: Normal, c: Call, x: Value):
     """1 / sqrt(x) = rsqrt(x)."""
-    return n.add("rsqrt", x.args, c.meta) if x.op == "sqrt" else None
+    return n.add("rsqrt", x.args, c.meta) if n.near(x, "sqrt") else None
 
 
 @rule("div")
 def division_by_root(n: Normal, c: Call, a, b, *rounding):
     """a / sqrt(x) = a · rsqrt(x)."""
-    if any(rounding) or not isinstance(a, Value) or not isinstance(b, Value) or b.op != "sqrt":
+    if any(rounding) or not isinstance(a, Value) or not n.near(b, "sqrt"):
         return None
     return n.add("mul", (a, n.add("rsqrt", b.args, b.meta)), c.meta)
 
@@ -237,7 +254,7 @@ def true_division(n: Normal, c: Call, a, b, *rounding):
 
 @rule("mean", "sum")
 def positive_dims(n: Normal, c: Call, x: Value, dims=None, keepdim=False, dtype=None):
-    """mean(x, −1, dtype) = mean(cast(x, dtype), (rank − 1,)): reduced dimensions sorted and positive, the dtype a cast of its own."""
+    """mean(x, −1, dtype) = mean(cast(x, dtype), (rank − 1,)): dimensions sorted and positive, the dtype a cast of its own."""
     if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
         return None
     dims = tuple(sorted(_dim(x, d) for d in (dims if isinstance(dims, tuple | list) else (dims,))))
@@ -250,7 +267,7 @@ def positive_dims(n: Normal, c: Call, x: Value, dims=None, keepdim=False, dtype=
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "view_as", "reshape_as")
 def one_view(n: Normal, c: Call, x: Value, *_):
     """view, reshape, flatten, unflatten, squeeze, unsqueeze = view(x, shape);  view of view = view;  view(x, x.shape) = x."""
-    return n.view(x, c.meta.shape) if c.meta.dtype == x.meta.dtype else None
+    return n.view(x, c.meta.shape) if c.meta.dtype == x.meta.dtype else n.add("bitcast", (x, c.meta.dtype), c.meta)
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -290,7 +307,10 @@ def plain_slice(n: Normal, c: Call, x: Value, dim=0, start=None, end=None, step=
     dim = _dim(x, dim)
     size = x.meta.shape[dim]
     start, end = _index(start, size, 0), _index(end, size, size)
-    return n.slice(x, dim, start, end, step)
+    if isinstance(start, int) and isinstance(end, int):
+        end = max(start, end)
+    known = same_literal((end - start + step - 1) // step, c.meta.shape[dim])
+    return n.slice(x, dim, start, end, step) if known else None
 
 
 @rule("narrow")
@@ -316,7 +336,7 @@ def pieces(n: Normal, c: Call, x: Value, _, dim=0):
     for m in c.metas:
         out.append(n.slice(x, dim, start, start + m.shape[dim]))
         start = start + m.shape[dim]
-    return tuple(out)
+    return tuple(out) if same_literal(start, x.meta.shape[dim]) else None  # tensor_split's may overlap
 
 
 @rule("unbind")
@@ -371,5 +391,5 @@ def _index(i: Any, size: Any, default: Any) -> Any:
     if isinstance(i, int) and i >= INT_MAX:
         return size
     if isinstance(i, int) and i < 0:
-        i = i + size
+        i = i + size if isinstance(size, Symbol) else max(i + size, 0)
     return size if not isinstance(i, Symbol) and not isinstance(size, Symbol) and i > size else i

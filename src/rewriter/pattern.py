@@ -9,7 +9,7 @@
     @rms_norm.variant("gemma", offset=1.0)
     def _(x, weight, *, eps: float): ...
 
-Positional parameters are tensors, keyword-only parameters are numbers found in the graph (annotated `float` or `int`). A match calls
+Positional parameters are tensors, keyword-only parameters numbers found in the graph (annotated `float` or `int`). A match calls
 `op` with the bound tensors and numbers by the names of its schema; what a variant passes (`offset=1.0`) goes to the operator too.
 """
 

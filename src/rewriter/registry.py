@@ -30,8 +30,8 @@ def pattern(
 ) -> Callable[[Callable], Pattern]:
     """Register reference code as a pattern that `op` replaces.
 
-    op: an operator of torch.library (an OpOverload, its packet, or what `custom_op`/`triton_op` return), with a registered backward
-        unless it is only wanted where no gradient flows. Its arguments are found by name.
+    op: an operator of torch.library (an OpOverload, its packet, or what `custom_op`/`triton_op` return), with a registered
+        backward unless it is only wanted where no gradient flows. Its arguments are found by name.
     dims: for each tensor its sizes by letters, "B S D" or "B S 2*I", with " int64" behind for indices. `sizes` fixes letters.
     no_grad: tensors that the operator gives no gradient to; where one of them needs it, the match is refused.
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.

@@ -1,8 +1,8 @@
 """Lower a Dynamo graph, node by node, to its shadow in normal form. The graph itself is only read.
 
 Each node's call is recorded once for each distinct signature (target, literals, descriptions of its tensors) and replayed for the
-others: the layers of a model repeat, so a hundred layers cost little more than one. What cannot be lowered (higher-order operators,
-data-dependent results, calls that fail on fakes) becomes an opaque value described by its `example_value`; the bodies of
+others: the layers of a model repeat, so a hundred layers cost little more than one. What cannot be lowered (higher-order
+operators, data-dependent results, calls that fail on fakes) becomes an opaque value described by its `example_value`; the bodies of
 checkpoints, autograd functions and invoke_subgraph are graphs of their own with views of their own.
 """
 
@@ -25,7 +25,7 @@ from sloth.rewriter.ir import Meta, Region, Shadow, Symbol, Value, literal_key, 
 from sloth.rewriter.normal_form import Normal
 from sloth.rewriter.trace import Ref, Trace, rebuilt, resolve, trace
 
-# Higher-order operators whose bodies are ordinary code of the model; the bodies of others (flex_attention's score_mod, cond …) are left alone.
+# Higher-order operators whose bodies are ordinary code of the model. Those of others (flex_attention's score_mod, …) are left alone.
 BODIES = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph", "autograd_function_apply"}
 
 

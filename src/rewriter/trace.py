@@ -1,8 +1,8 @@
 """Record what a callable does as pre-dispatch ATen calls, on fake tensors, without make_fx.
 
 One small recorder serves both the nodes of a traced graph and the reference code of patterns, so that the two meet in one form.
-It sits at the PreDispatch key: above autograd, autocast and the decomposition of composite operators, so `linear`, `silu`, `softmax`
-stay whole. SymInts arrive as themselves and need no proxies.
+It sits at the PreDispatch key: above autograd, autocast and the decomposition of composite operators, so `linear`, `silu`,
+`softmax` stay whole. SymInts arrive as themselves and need no proxies.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+"""Models to explain, built without weights: every layer of a config with its widths shrunk, or two layers of a model_type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class ModelError(ValueError):
+    """What was given names no causal LM that can be built; the message says what to give."""
+
+
+DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# What "tiny" means: fields that many configs share. A config only gets those that it has.
+TINY: dict[str, Any] = {
+    **dict.fromkeys(DEPTH, 2),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "n_head_kv"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 128),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 512),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    "head_dim": 16,
+    "vocab_size": 256,
+    "sliding_window": 32,
+}
+
+
+def build(model: str) -> torch.nn.Module:
+    """The model, in training mode, on the CPU. Raises ModelError.
+
+    model: a checkpoint folder or a config.json (all its layers, widths shrunk: what is matched depends on neither widths nor weights;
+    a quantized checkpoint is loaded as it is), or a model_type (two tiny layers).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        if Path(model).exists():
+            config = _config(Path(model))
+            if getattr(config, "quantization_config", None) is not None:
+                return AutoModelForCausalLM.from_pretrained(model).train()
+            config = _tiny(config, keep=DEPTH)
+        elif model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            config = _tiny(AutoConfig.for_model(model))
+        else:
+            raise ModelError(f"{model!r} is neither a folder, nor a config.json, nor a model_type of a causal LM such as llama")
+        return AutoModelForCausalLM.from_config(config).train()
+    except ModelError:
+        raise
+    except Exception as e:
+        raise ModelError(f"{model} cannot be built: {type(e).__name__}: {e}".split("\n")[0]) from e
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ModelError(f"{path} holds no config.json")
+    try:
+        return AutoConfig.from_pretrained(file)
+    except (ValueError, KeyError, OSError) as e:
+        raise ModelError(f"{file} is no config of a causal LM: {e}".split("\n")[0]) from e
+
+
+def _tiny(config: Any, keep: tuple[str, ...] = ()) -> Any:
+    """The config with its widths, and unless kept its depth, shrunk; every kind of layer stays."""
+    known = {k: v for k in TINY if isinstance(v := getattr(config, k, None), int) and not isinstance(v, bool)}
+    changes = {k: v if k in keep else TINY[k] for k, v in known.items()}
+    layers = next((changes[k] for k in DEPTH if k in changes), 2)
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(kinds := getattr(config, name, None), list):
+            distinct = list(dict.fromkeys(kinds))
+            changes[name] = kinds if keep else [distinct[i % len(distinct)] for i in range(layers)]
+    kept = {k: v for k, v in config.to_diff_dict().items() if isinstance(v, str | bool | float) and k != "model_type"}
+    return type(config)(**{**kept, **changes, "use_cache": False})
