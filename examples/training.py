@@ -181,26 +181,10 @@ class Recorder(TrainerCallback):
         self.bar.close()
 
 
-def accept_backend(name: str) -> None:
-    """Let accelerate hand `name` on to torch.compile.
-
-    torch finds backends by entry point, but accelerate (up to 1.15 at least) keeps a closed list of names and refuses
-    any other before torch is asked. A name is added to that list; nothing in it is changed.
-    """
-    from accelerate.utils import DynamoBackend
-
-    if name.upper() not in DynamoBackend._value2member_map_:
-        member = str.__new__(DynamoBackend, name.upper())
-        member._name_ = member._value_ = name.upper()
-        DynamoBackend._value2member_map_[name.upper()] = member
-
-
 def make_arguments(settings: Settings, backend: str, folder: Path, checkpoints: bool) -> TrainingArguments:
     """The Trainer's arguments: the same for each contender, but for the compiler."""
     every = max(1, settings.steps // EVALUATIONS)
     compiled = backend != "eager"
-    if compiled:
-        accept_backend(backend)
     return TrainingArguments(
         output_dir=str(folder),
         torch_compile=compiled,

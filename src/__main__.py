@@ -27,7 +27,9 @@ def explain(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with gradient checkpointing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON")] = False,
 ) -> None:
-    """What the backend rewrites in one training call of MODEL, what it leaves alone, and why. No weights are needed or trained."""
+    """What the backend rewrites in one training call of MODEL, what it leaves alone, and why. No weights are needed or
+    trained.
+    """
     import torch
 
     import sloth

@@ -1,8 +1,8 @@
 """Make the name "sloth" known to accelerate, so that Trainer, TRL and `accelerate launch` accept `torch_compile_backend="sloth"`.
 
-accelerate keeps the names of backends in a closed enum, `DynamoBackend`, and refuses the others before Dynamo is asked. torch calls
-`register` at the end of `import torch` (entry point group "torch.backends"); it adds one member to the enum as soon as accelerate is
-imported, and nothing else: no class, function or setting of anybody changes.
+accelerate keeps the names of backends in a closed enum, `DynamoBackend`, and refuses the others before Dynamo is asked. torch
+calls `register` at the end of `import torch` (entry point group "torch.backends"); it adds one member to the enum as soon as
+accelerate is imported, and nothing else: no class, function or setting of anybody changes.
 """
 
 import importlib.util

@@ -177,16 +177,11 @@ def test_a_compiled_contender_follows_the_same_curve(copy: Path, finished: Path)
     assert not list((copy / "runs" / "aot_eager").glob("checkpoint-*"))
 
 
-def test_accelerate_takes_a_backend_that_torch_knows() -> None:
+def test_accelerate_takes_sloth_with_no_import_of_it() -> None:
     from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
-    before = list(DynamoBackend)
-    training.accept_backend("sloth")
-    training.accept_backend("sloth")
-    training.accept_backend("inductor")
     assert TorchDynamoPlugin(backend="sloth").to_kwargs()["backend"] == "sloth"
     assert TorchDynamoPlugin(backend="inductor").backend is DynamoBackend.INDUCTOR
-    assert list(DynamoBackend) == before
 
 
 # What it refuses

@@ -1,6 +1,7 @@
 """RMSNorm as models write it: y = x · rsqrt(mean(x²) + eps) · w, with and without the residual addition before it.
 
-Dtype placement is part of each form: where the variance is taken, and whether the weight multiplies before or after the cast back.
+Dtype placement is part of each form: where the variance is taken, and whether the weight multiplies before or after the cast
+back.
 """
 
 import torch

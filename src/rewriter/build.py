@@ -34,8 +34,8 @@ TINY: dict[str, Any] = {
 def build(model: str) -> torch.nn.Module:
     """The model, in training mode, on the CPU. Raises ModelError.
 
-    model: a checkpoint folder or a config.json (all its layers, widths shrunk: what is matched depends on neither widths nor weights;
-    a quantized checkpoint is loaded as it is), or a model_type (two tiny layers).
+    model: a checkpoint folder or a config.json (all its layers, widths shrunk: what is matched depends on neither widths nor
+    weights; a quantized checkpoint is loaded as it is), or a model_type (two tiny layers).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -21,10 +21,11 @@ from sloth.rewriter.report import Report
 def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
     """Trace one call `model(**batch)` with the backend, without Inductor, and report.
 
-    model: any nn.Module, compiled or not; its parameters, gradients, buffers and mode, and the random state, are left as they were.
-    batch: the keyword arguments of one training call, e.g. {"input_ids": …, "labels": …}.
-    For models of transformers the expected counts come from the modules that are called (one site for each norm, rotation, MLP, loss);
-    for others from what their graphs show. Raises TypeError for a batch that is no mapping, and whatever the model itself raises.
+    model: any nn.Module, compiled or not; its parameters, gradients, buffers and mode, and the random state, are left as they
+    were. batch: the keyword arguments of one training call, e.g. {"input_ids": …, "labels": …}.
+    For models of transformers the expected counts come from the modules that are called (one site for each norm, rotation, MLP,
+    loss); for others from what their graphs show. Raises TypeError for a batch that is no mapping, and whatever the model itself
+    raises.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"explain needs an nn.Module, not {type(model).__name__}")
@@ -35,9 +36,9 @@ def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
     with _unchanged(module), torch.enable_grad():
         report.expected = _expected(module, batch, constructs())
         before = Counter(counters["graph_break"])
-        with listening() as graphs:
-            with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
-                torch.compile(module, backend=_trace_only)(**batch)
+        unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+        with listening() as graphs, unlimited:
+            torch.compile(module, backend=_trace_only)(**batch)
         report.graphs = graphs
         report.breaks = [reason.strip().split("\n")[0] for reason in Counter(counters["graph_break"]) - before]
     return report

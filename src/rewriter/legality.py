@@ -111,7 +111,9 @@ def has_backward(op: torch._ops.OpOverload) -> bool:
 
 
 def call_arguments(match: Match, tensor: Callable[[Value], Any]) -> tuple:
-    """The operator's arguments in schema order: bound tensors, numbers, the variant's options, defaults; None for a tensor it lacks."""
+    """The operator's arguments in schema order: bound tensors, numbers, the variant's options, defaults; None for a tensor it
+    lacks.
+    """
     options = {n: o(match) if callable(o) else o for n, o in match.variant.options.items()}
     given = {**{n: tensor(v) for n, v in match.tensors.items()}, **match.numbers, **options}
     return tuple(given.get(a.name, a.default_value) for a in match.pattern.op._schema.arguments)

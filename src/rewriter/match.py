@@ -1,9 +1,9 @@
 """Find patterns in a shadow: unification with bindings, then an exact second look.
 
 The first look is loose: sizes and dtypes of the traced example are ignored, and a cast of the pattern may be absent (where the
-model's dtypes made it none). It yields bindings. The second look traces the reference again with the bindings' own shapes, dtypes and
-numbers and requires the two graphs to be equal, literal for literal. Both looks are `Unifier.unify`, and so are the reasons for a
-miss.
+model's dtypes made it none). It yields bindings. The second look traces the reference again with the bindings' own shapes, dtypes
+and numbers and requires the two graphs to be equal, literal for literal. Both looks are `Unifier.unify`, and so are the reasons
+for a miss.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Normal form: one spelling for each piece of mathematics. The rules are a table; each is a function with its law as docstring.
 
 A rule `(n, c, *args)` sees one ATen call `c` whose arguments are in normal form already (positional, defaults filled in) and
-returns the Value, or the tuple of Values, that stands for it, or None where it does not apply. Rules for one operator are tried in
-the order written; where none applies the call stands for itself. A rule may only use what is proven of its arguments: shapes,
+returns the Value, or the tuple of Values, that stands for it, or None where it does not apply. Rules for one operator are tried
+in the order written; where none applies the call stands for itself. A rule may only use what is proven of its arguments: shapes,
 dtypes, constants.
 
 `python -m sloth patterns --rules` prints the table.
@@ -24,7 +24,7 @@ Metas = tuple[Meta | None, ...]
 RULES: dict[str, list[Rule]] = {}
 COMMUTATIVE = frozenset({"add", "mul"})
 VIEWS = frozenset({"view", "expand", "permute", "slice", "cast"})  # cheap to have twice
-ALIASES = VIEWS - {"cast"}  # share the memory of their first argument
+ALIASES = VIEWS - {"cast"} | {"detach", "bitcast"}  # share the memory of their first argument
 POINTWISE = frozenset({"add", "sub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "tanh", "rsqrt", "sqrt", "exp", "relu"})
 INT_MAX = 2**63 - 1
 
@@ -96,13 +96,15 @@ class Normal:
         pinned = self.pinned or op in ALIASES and args[0].pinned
         return self.shadow.add(op, args, meta, self.region, pinned, self.origin, self.random)
 
-    def cut(self, x: Value) -> Value:
+    def cut(self, x: Value | None) -> Value | None:
         """A value that a no-op gives back where gradients are off is its argument without the gradient."""
-        wants = x.meta is not None and x.meta.requires_grad
+        wants = x is not None and x.meta is not None and x.meta.requires_grad
         return self.add("detach", (x,), x.meta) if wants and not self.region.grad else x
 
     def near(self, x: Any, op: str) -> bool:
-        """Is it an `op` to look through? Not across a change of grad mode or autocast: it may have no gradient, where the whole has one."""
+        """Is it an `op` to look through? Not across a change of grad mode or autocast: it may have no gradient, where the whole
+        has one.
+        """
         return isinstance(x, Value) and x.op == op and x.region == self.region
 
     # the canonical operations

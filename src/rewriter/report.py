@@ -19,7 +19,9 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a construct occurs. status: "matched", or the rule that refused it; reason: the first thing that differed."""
+    """One place where a construct occurs. status: "matched", or the rule that refused it; reason: the first thing that
+    differed.
+    """
 
     construct: str
     variant: str

@@ -99,7 +99,9 @@ class Rewriter:
         return node
 
     def outputs(self, call: fx.Node, match: Match) -> list[fx.Node]:
-        """The nodes that hold the results, with the metadata of those they replace: where in the model, and what it looks like."""
+        """The nodes that hold the results, with the metadata of those they replace: where in the model, and what it looks
+        like.
+        """
         sites = [r.nodes[0] for r in match.roots]
         call.meta.update(sites[0].meta, sloth=match.pattern.name)
         if len(match.pattern.op._schema.returns) == 1:

@@ -2,8 +2,8 @@
 
 Each node's call is recorded once for each distinct signature (target, literals, descriptions of its tensors) and replayed for the
 others: the layers of a model repeat, so a hundred layers cost little more than one. What cannot be lowered (higher-order
-operators, data-dependent results, calls that fail on fakes) becomes an opaque value described by its `example_value`; the bodies of
-checkpoints, autograd functions and invoke_subgraph are graphs of their own with views of their own.
+operators, data-dependent results, calls that fail on fakes) becomes an opaque value described by its `example_value`; the bodies
+of checkpoints, autograd functions and invoke_subgraph are graphs of their own with views of their own.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 from sloth.rewriter.ir import Meta, Region, Shadow, Symbol, Value, literal_key, values_in
-from sloth.rewriter.normal_form import Normal
+from sloth.rewriter.normal_form import ALIASES, Normal
 from sloth.rewriter.trace import Ref, Trace, rebuilt, resolve, trace
 
-# Higher-order operators whose bodies are ordinary code of the model. Those of others (flex_attention's score_mod, …) are left alone.
+# Higher-order operators whose bodies are ordinary code of the model. Those of others (flex_attention's score_mod, …) are left
+# alone.
 BODIES = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph", "autograd_function_apply"}
 
 
@@ -100,8 +101,18 @@ class _Builder:
         finally:
             while self.autocasts:
                 self.leave_autocast()
+        values = self.view.shadow.values
         roots = {_root(v) for v in self.normal.mutated}
-        return frozenset(n for v in self.view.shadow.values if _root(v) in roots for n in v.nodes)
+        written = {n for v in values if _root(v) in roots for n in v.nodes}
+        storages = {s for n in written for s in self.storages(n)}
+        return frozenset(written | {n for n in self.view.gm.graph.nodes if not storages.isdisjoint(self.storages(n))})
+
+    def storages(self, node: fx.Node) -> Iterator[int]:
+        """The memory that the node's tensors lie in."""
+        example = operator.attrgetter(node.target)(self.view.gm) if node.op == "get_attr" else node.meta.get("example_value")
+        for t in _tensors(example):
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse and other tensors without one
+                yield t.untyped_storage()._cdata
 
     def lower(self, node: fx.Node) -> Any:
         example = node.meta.get("example_value")
@@ -249,6 +260,6 @@ def _tensors(example: Any) -> Iterator[torch.Tensor]:
 
 def _root(v: Value) -> Value:
     """Whose memory `v` may share."""
-    while v.op in ("view", "expand", "permute", "slice"):
+    while v.op in ALIASES:
         v = v.args[0]
     return v
