@@ -24,7 +24,7 @@ Metas = tuple[Meta | None, ...]
 RULES: dict[str, list[Rule]] = {}
 COMMUTATIVE = frozenset({"add", "mul"})
 VIEWS = frozenset({"view", "expand", "permute", "slice", "cast"})  # cheap to have twice
-ALIASES = VIEWS - {"cast"} | {"detach", "bitcast"}  # share the memory of their first argument
+ALIASES = VIEWS - {"cast"} | {"detach", "no_grad", "bitcast"}  # share the memory of their first argument
 POINTWISE = frozenset({"add", "sub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "tanh", "rsqrt", "sqrt", "exp", "relu"})
 INT_MAX = 2**63 - 1
 
@@ -83,7 +83,10 @@ class Normal:
                 written = [a for a, p in zip(args, schema.arguments, strict=True) if p.alias_info and p.alias_info.is_write]
                 self.mutated.update(values_in(written))
             self.random = torch.Tag.nondeterministic_seeded in step.op.tags
-            result = self.call(op_name(step.op), args, step.metas)
+            name = op_name(step.op)
+            if any(p.is_out for p in schema.arguments):  # no rule is about writing
+                name += ".out"
+            result = self.call(name, args, step.metas)
             steps.append(tuple(map(self.cut, result)) if isinstance(result, tuple) else (self.cut(result),))
         self.random = False
         return resolve(traced.output, lookup)
@@ -97,9 +100,10 @@ class Normal:
         return self.shadow.add(op, args, meta, self.region, pinned, self.origin, self.random)
 
     def cut(self, x: Value | None) -> Value | None:
-        """A value that a no-op gives back where gradients are off is its argument without the gradient."""
-        wants = x is not None and x.meta is not None and x.meta.requires_grad
-        return self.add("detach", (x,), x.meta) if wants and not self.region.grad else x
+        """Where gradients are off, a no-op's result is not its argument: a copy has no gradient, x.to(x.dtype) still has."""
+        if self.region.grad or x is None or x.meta is None or not x.meta.requires_grad:
+            return x
+        return self.shadow.add("no_grad", (x,), x.meta, self.region, self.pinned or x.pinned, self.origin)
 
     def near(self, x: Any, op: str) -> bool:
         """Is it an `op` to look through? Not across a change of grad mode or autocast: it may have no gradient, where the whole

@@ -170,6 +170,8 @@ class _Builder:
     def opaque(self, node: fx.Node, example: Any, why: str) -> Any:
         """Values that stand for themselves, one for each tensor in the result."""
         self.view.opaque[node] = why
+        if _may_write(node):
+            self.normal.mutated.update(_operands(node, self.view.env))
         source = self.normal.shadow.add(
             "opaque", (node.name, *_operands(node, self.view.env)), None, self.normal.region, True, node
         )
@@ -248,6 +250,23 @@ def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any]:
 
 def _operands(node: fx.Node, env: dict) -> tuple:
     return tuple(env[n] for n in node.all_input_nodes if isinstance(env.get(n), Value))
+
+
+def _may_write(node: fx.Node) -> bool:
+    """May this call, which the shadow does not look into, write to its operands?"""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return "mutation" in target.name()
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") or name in _IN_PLACE
+    return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or node.op == "call_module"
+
+
+_IN_PLACE = {"setitem", "delitem", "__setitem__"} | {f"i{name}" for name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul", "concat"
+)}  # fmt: skip
 
 
 def _tensors(example: Any) -> Iterator[torch.Tensor]:

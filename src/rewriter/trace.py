@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 
-from sloth.rewriter.ir import Meta
+from sloth.rewriter.ir import Meta, same_literal
 
 
 class Ref(NamedTuple):
@@ -53,9 +53,18 @@ class _Recorder(SchemaCheckMode):
     def ref(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
             if id(x) not in self.refs:
-                raise ValueError("reads a tensor that is not among its inputs")
+                self.refs[id(x)] = self.refs[id(self.twin(x))]
+                self.alive.append(x)
             return self.refs[id(x)]
         return x
+
+    def twin(self, x: torch.Tensor) -> torch.Tensor:
+        """The known tensor that `x` is a shallow copy of: factories (zeros, arange …) hand out copies of what they made."""
+        storage = x.untyped_storage()._cdata
+        for t in reversed(self.alive):
+            if t.untyped_storage()._cdata == storage and t.dtype == x.dtype and same_literal(_layout(t), _layout(x)):
+                return t
+        raise ValueError("reads a tensor that is not among its inputs")
 
     def autocast(self, func, args, kwargs, out):
         """Make the casts of ambient autocast steps of their own: they leave no trace but the dtype of the result."""
@@ -95,6 +104,10 @@ class _Recorder(SchemaCheckMode):
                 self.alive.append(t)
                 self.refs[id(t)] = Ref(step, i)
         return out
+
+
+def _layout(t: torch.Tensor) -> tuple:
+    return (*t.shape, *t.stride(), t.storage_offset())
 
 
 def fakes(metas: Sequence[Meta], mode: FakeTensorMode) -> list[torch.Tensor]:

@@ -111,7 +111,7 @@ def test_large(dtype, interleaved):
 @pytest.mark.parametrize("path", ["operator", "kernels"])
 def test_many_heads(path, monkeypatch):
     """More heads than a program holds at a time."""
-    monkeypatch.setattr(module, "PAIRS", 32)
+    monkeypatch.setattr(module, "CHANNELS", 64)
     q, k = heads((1, 11, 3, 24), torch.float32, "model", 0), heads((1, 5, 3, 24), torch.float32, "model", 1)
     cos, sin = make((1, 3, 16), torch.float32, seed=2), make((1, 3, 16), torch.float32, seed=3)
     with interpret(module, path == "kernels"):
