@@ -30,9 +30,9 @@ from torch.library import triton_op
 
 from sloth.kernels.launch import compute_dtype, launch, use_triton
 
-# Tuning: channels that a program (one token) holds at a time, and its warps.
+# Tuning: channels of a program (some heads of one token), and its warps. Small programs, many of them.
 CHANNELS = 1024
-NUM_WARPS = 4
+NUM_WARPS = 1
 
 
 # ---------------------------------------------------------------- Triton
@@ -63,16 +63,13 @@ def _load_table(cos_at, sin_at, col, R: tl.constexpr, INTERLEAVED: tl.constexpr,
 
 
 @triton.jit
-def _rotate(x_at, y_at, x_head, y_head, heads, c, s, col, other, D: tl.constexpr, ROWS: tl.constexpr):
-    """All heads of one token, ROWS at a time. `x_at`, `y_at`: its first channel; `x_head`, `y_head`: strides from head to
-    head.
-    """
-    for start in range(0, heads, ROWS):
-        head = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        mask = (head < heads) & (col < D)
-        x, y = x_at + head * x_head, y_at + head * y_head
-        turned = tl.load(x + col, mask, 0.0).to(tl.float32) * c + tl.load(x + other, mask, 0.0).to(tl.float32) * s
-        tl.store(y + col, turned.to(y.dtype.element_ty), mask)
+def _rotate(x_at, y_at, x_head, y_head, block, heads, c, s, col, other, D: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS heads of one token. `x_at`, `y_at`: its first channel; `x_head`, `y_head`: strides from head to head."""
+    head = block * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
+    mask = (head < heads) & (col < D)
+    x, y = x_at + head * x_head, y_at + head * y_head
+    turned = tl.load(x + col, mask, 0.0).to(tl.float32) * c + tl.load(x + other, mask, 0.0).to(tl.float32) * s
+    tl.store(y + col, turned.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -82,13 +79,13 @@ def _single_kernel(
     D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr,
 ):  # fmt: skip
-    """One token: program b·S + s. Strides are named tensor_dimension."""
+    """Some heads of one token: program (b·S + s, block of heads). Strides are named tensor_dimension."""
     pid = tl.program_id(0).to(tl.int64)
     b, s = pid // S, pid % S
     col = tl.arange(0, BLOCK)[None, :]
     cos_at, sin_at = cos_ptr + b * cos_b + s * cos_s, sin_ptr + b * sin_b + s * sin_s
     cos, sin, other = _load_table(cos_at, sin_at, col, R, INTERLEAVED, TRANSPOSE)
-    _rotate(x_ptr + b * x_b + s * x_s, y_ptr + b * y_b + s * y_s, x_h, y_h, H, cos, sin, col, other, D, ROWS)
+    _rotate(x_ptr + b * x_b + s * x_s, y_ptr + b * y_b + s * y_s, x_h, y_h, tl.program_id(1), H, cos, sin, col, other, D, ROWS)
 
 
 @triton.jit
@@ -98,14 +95,18 @@ def _pair_kernel(
     D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, K_ROWS: tl.constexpr,
     INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr,
 ):  # fmt: skip
-    """One token of q and of k: cos and sin are read once."""
+    """Some heads of one token, of q in the first programs of axis 1, of k in the others."""
     pid = tl.program_id(0).to(tl.int64)
     b, s = pid // S, pid % S
     col = tl.arange(0, BLOCK)[None, :]
     cos_at, sin_at = cos_ptr + b * cos_b + s * cos_s, sin_ptr + b * sin_b + s * sin_s
     cos, sin, other = _load_table(cos_at, sin_at, col, R, INTERLEAVED, TRANSPOSE)
-    _rotate(q_ptr + b * q_b + s * q_s, yq_ptr + b * yq_b + s * yq_s, q_h, yq_h, H, cos, sin, col, other, D, ROWS)
-    _rotate(k_ptr + b * k_b + s * k_s, yk_ptr + b * yk_b + s * yk_s, k_h, yk_h, G, cos, sin, col, other, D, K_ROWS)
+    block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
+    if block < q_blocks:
+        _rotate(q_ptr + b * q_b + s * q_s, yq_ptr + b * yq_b + s * yq_s, q_h, yq_h, block, H, cos, sin, col, other, D, ROWS)
+    else:
+        k_block = block - q_blocks
+        _rotate(k_ptr + b * k_b + s * k_s, yk_ptr + b * yk_b + s * yk_s, k_h, yk_h, k_block, G, cos, sin, col, other, D, K_ROWS)
 
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
@@ -133,6 +134,10 @@ def _block_heads(heads: int, D: int) -> int:
     return min(triton.next_power_of_2(heads), max(CHANNELS // _block(D), 1))
 
 
+def _blocks(heads, rows: int):
+    return (heads + rows - 1) // rows
+
+
 def single_triton(x, cos, sin, interleaved: bool, dtype: torch.dtype, backward: bool = False) -> torch.Tensor:
     x = _unit_stride(x)
     B, H, S, _ = x.shape
@@ -140,7 +145,7 @@ def single_triton(x, cos, sin, interleaved: bool, dtype: torch.dtype, backward: 
     (cos, sin), table_strides = _table_args(cos, sin, B)
     strides = [t.stride(d) for t in (x, out) for d in range(3)]
     options = _constants(x, cos.shape[-1], interleaved, backward)
-    launch(_single_kernel)[(B * S,)](x, buffer, cos, sin, S, H, *strides, *table_strides, **options)
+    launch(_single_kernel)[(B * S, _blocks(H, options["ROWS"]))](x, buffer, cos, sin, S, H, *strides, *table_strides, **options)
     return out
 
 
@@ -155,7 +160,8 @@ def pair_triton(
     strides = [t.stride(d) for t in (q, k, yq, yk) for d in range(3)]
     options = _constants(q, cos.shape[-1], interleaved, backward)
     options["K_ROWS"] = _block_heads(G, q.shape[-1])
-    launch(_pair_kernel)[(B * S,)](q, k, q_buffer, k_buffer, cos, sin, S, H, G, *strides, *table_strides, **options)
+    grid = B * S, _blocks(H, options["ROWS"]) + _blocks(G, options["K_ROWS"])
+    launch(_pair_kernel)[grid](q, k, q_buffer, k_buffer, cos, sin, S, H, G, *strides, *table_strides, **options)
     return yq, yk
 
 

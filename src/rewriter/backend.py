@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.registry import lookup_backend
 
-from sloth import kernels
+from sloth.rewriter.inner import compile_with, compiler
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.registry import constructs, patterns
 from sloth.rewriter.report import GraphReport
@@ -41,11 +37,10 @@ def sloth(
     if unknown := sorted(own.keys() - OPTIONS.keys()):
         known = "; ".join(f"{k}: {what}" for k, what in OPTIONS.items())
         raise ValueError(f"unknown option {', '.join(unknown)} of backend 'sloth'. Known are: {known}")
-    inner = own.get("sloth.inner_backend", "inductor")
-    compiler = torch._TorchCompileInductorWrapper(mode, rest, None) if inner == "inductor" else lookup_backend(inner)
-
+    name = own.get("sloth.inner_backend", "inductor")
+    inner = compiler(name, mode, rest)
     disabled = own.get("sloth.disable", ())
-    disabled = set(disabled.split(",") if isinstance(disabled, str) else disabled)
+    disabled = {name.strip() for name in (disabled.split(",") if isinstance(disabled, str) else disabled)} - {""}
     if strange := disabled - {p.name for p in patterns()} - {c.name for c in constructs()}:
         raise ValueError(f"sloth.disable names {', '.join(sorted(strange))}; known are {', '.join(p.name for p in patterns())}")
     entries = [p for p in patterns() if not {p.name, p.construct.name} & disabled]
@@ -55,19 +50,20 @@ def sloth(
     for listener in _listeners:
         listener.append(report)
     start = time.perf_counter()
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}sloth-{_sources()}"):
-        compiled = compiler(gm, example_inputs)
-    report.seconds[inner] = time.perf_counter() - start
+    compiled = compile_with(inner, gm, example_inputs)
+    report.seconds[name] = time.perf_counter() - start
     return compiled
 
 
-@cache
-def _sources() -> str:
-    """A digest of our kernels: torch's caches on disk must not outlive the code that was compiled into them."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(kernels.__path__[0]).glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def _reset() -> None:
+    """torch._dynamo.reset() calls this: forget CUDA graphs (mode="reduce-overhead")."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+sloth.reset = _reset
 
 
 @contextmanager

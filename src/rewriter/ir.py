@@ -37,6 +37,7 @@ class Region(NamedTuple):
 
     grad: bool = True
     autocast: int = 0  # number of the autocast block in the graph; 0 is whatever was ambient
+    transforms: int = 0  # how many transforms of torch.func (vmap, grad …) it is inside of
 
 
 @dataclass(eq=False, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
@@ -38,7 +39,7 @@ def check(match: Match, graph: Ground) -> None:
 
 def memory(match: Match, graph: Ground) -> None:
     """Nothing it reads or computes is written in place anywhere."""
-    for v in (*match.tensors.values(), *match.values):
+    for v in (*map(_held, match.tensors.values()), *match.values):
         if v.pinned:
             raise Refused("mutation", f"{_name(v)} is written in place")
 
@@ -47,14 +48,14 @@ def regions(match: Match, graph: Ground) -> None:
     """It does not span a change of grad mode or autocast."""
     if len({v.region for v in match.values}) > 1:
         raise Refused("region", "it spans a change of grad mode or autocast")
+    if match.roots[0].region.transforms:
+        raise Refused("region", "it is inside of a transform of torch.func")
 
 
 def operands(match: Match, graph: Ground) -> None:
     """Operands and results are values of the traced graph (operands also a view or cast of one)."""
     for v in match.tensors.values():
-        while not v.nodes and v.op in EMITTABLE and not any(_symbolic(a) for a in v.args):
-            v = v.args[0]
-        if not v.nodes:
+        if not _held(v).nodes:
             raise Refused("hidden", f"operand {v.op} is computed inside one call")
     for v in match.roots:
         if not v.nodes:
@@ -73,7 +74,8 @@ def escapes(match: Match, graph: Ground) -> None:
         return cheap[v]
 
     for v in match.values - set(match.roots):
-        if not is_cheap(v) and any(u not in match.values and _alive(u) for u in v.users):
+        given_out = any(user.op == "output" for n in v.nodes for user in n.users)
+        if not is_cheap(v) and (given_out or any(u not in match.values and _alive(u) for u in v.users)):
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
 
 
@@ -94,6 +96,8 @@ def results(match: Match, graph: Ground) -> None:
         found = operator_metas(match, graph)
     except Exception as e:
         raise Refused("operator", f"{match.pattern.op} does not accept these operands: {type(e).__name__}: {e}"[:300]) from e
+    if len(found) < len(match.roots) or any(str(r.type) != "Tensor" for r in match.pattern.op._schema.returns):
+        raise Refused("operator", f"{match.pattern.op} does not return {len(match.roots)} tensors")
     for r, m in zip(match.roots, found, strict=False):
         if r.meta.dtype != m.dtype or not same_literal(r.meta.shape, m.shape):
             raise Refused(
@@ -106,6 +110,8 @@ RULES: tuple[Callable[[Match, Ground], None], ...] = (memory, regions, operands,
 
 def has_backward(op: torch._ops.OpOverload) -> bool:
     """Is there an autograd formula for `op`, or is it composed of operators that have one?"""
+    if (definition := _maybe_get_opdef(op)) is not None:  # custom_op and triton_op: an autograd kernel that may only raise
+        return definition._backward_fn is not None
     key, has = op.name(), torch._C._dispatch_has_kernel_for_dispatch_key
     return any(has(key, k) for k in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"))
 
@@ -130,6 +136,13 @@ def operator_metas(match: Match, graph: Ground) -> list[Meta]:
             out = match.pattern.op(*call_arguments(match, tensors.__getitem__))
         graph.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
     return graph.tried[key]
+
+
+def _held(v: Value) -> Value:
+    """The value of the traced graph that an operand is, or is a view or cast of."""
+    while not v.nodes and v.op in EMITTABLE and not any(_symbolic(a) for a in v.args):
+        v = v.args[0]
+    return v
 
 
 def _alive(v: Value) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from string import ascii_letters
 from typing import Any
 
 import sympy
@@ -77,6 +78,10 @@ class Variant:
         self.tensors, self.numbers = _parameters(self.reference)
         if missing := [t for t in self.tensors if t not in self.dims]:
             raise PatternError(f"pattern {self}: no dims given for {', '.join(missing)}")
+        op, names = self.pattern.op, {a.name for a in self.pattern.op._schema.arguments}
+        numbers = () if any(map(callable, self.options.values())) else self.numbers  # else they are made into an argument
+        if unknown := [n for n in (*self.tensors, *numbers, *self.options) if n not in names]:
+            raise PatternError(f"pattern {self}: {op} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}")
         self._loose: Graph | None = None
 
     def __str__(self) -> str:
@@ -152,4 +157,4 @@ def _parameters(fn: Callable) -> tuple[list[str], dict[str, type]]:
 
 def _sizes(spec: str) -> list[sympy.Expr]:
     """ "B S 2*I" as symbolic sizes (a trailing dtype is not a size)."""
-    return [sympy.sympify(s, locals={c: sympy.Symbol(c) for c in "BSDGHINRTV"}) for s in spec.split() if s != "int64"]
+    return [sympy.sympify(s, locals={c: sympy.Symbol(c) for c in ascii_letters}) for s in spec.split() if s != "int64"]

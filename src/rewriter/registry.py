@@ -42,12 +42,6 @@ def pattern(
         if entry.name in _patterns:
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")
         entry.variant(variant, **options)(reference)
-        names = {a.name for a in entry.op._schema.arguments}
-        known = entry.variants[0]
-        if unknown := [p for p in (*known.tensors, *known.numbers, *options) if p not in names]:
-            raise PatternError(
-                f"pattern {entry.name!r}: {entry.op} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}"
-            )
         _patterns[entry.name] = entry
         return entry
 
@@ -63,8 +57,8 @@ def patterns() -> list[Pattern]:
     """All entries; the first call loads sloth's own and those of packages with an entry point in the group `sloth_patterns`."""
     global _loaded
     if not _loaded:
-        _loaded = True
         import_module("sloth.patterns")
+        _loaded = True
         for point in entry_points(group="sloth_patterns"):
             try:
                 point.load()

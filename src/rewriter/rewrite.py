@@ -8,7 +8,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from sloth.rewriter.ir import Value
+from sloth.rewriter.ir import Value, values_in
 from sloth.rewriter.legality import call_arguments
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import VIEWS
@@ -57,10 +57,13 @@ class Rewriter:
             call = self.graph.call_function(match.pattern.op)
         with self.graph.inserting_before(call):
             call.args = call_arguments(match, self.operand)
-        for value, output in zip(match.roots, self.outputs(call, match), strict=True):
-            for node in value.nodes:
+        outputs = self.outputs(call, match)
+        self.view.regions |= dict.fromkeys((call, *outputs), match.roots[0].region)
+        for value, output in zip(match.roots, outputs, strict=True):
+            computed = _computed(value)
+            for node in computed:
                 node.replace_all_uses_with(output)
-            value.nodes[:] = [output]
+            value.nodes[:] = [output, *(n for n in value.nodes if n not in computed)]
         self.sweep(match, old)
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         return call
@@ -69,13 +72,13 @@ class Rewriter:
         """The earliest node behind which all operands exist and the grad mode and autocast are those of the match."""
         region = match.roots[0].region
         node = max((_source(v) for v in match.tensors.values()), key=self.order.__getitem__)
-        while node.next.op == "placeholder" or self.view.regions.get(node, region) != region:
+        while node.next.op == "placeholder" or self.view.regions[node.next] != region:
             node = node.next
         return node
 
     def held_back(self, match: Match, place: fx.Node) -> list[fx.Node]:
         """Nodes before `place` that read a result: they must move behind the call. None of them may be an operand (convexity)."""
-        results = [n for r in match.roots for n in r.nodes]
+        results = [n for r in match.roots for n in _computed(r)]
         if all(self.order[u] > self.order[place] for n in results for u in n.users):
             return []
         span = nx.DiGraph((a, n) for n in self.graph.nodes for a in n.all_input_nodes)
@@ -84,9 +87,14 @@ class Rewriter:
             raise Refused("convexity", "an operand depends on a result")
         moved = [n for n in self.graph.nodes if n in behind and self.order[n] <= self.order[place]]
         region = match.roots[0].region
-        if any(n.is_impure() or self.view.regions.get(n, region) != region or _random(n) for n in moved):
+        if any(n.is_impure() or self.view.regions[n] != region or _random(n) or self.in_written_memory(n) for n in moved):
             raise Refused("convexity", "its results are read before all its operands exist")
         return moved
+
+    def in_written_memory(self, node: fx.Node) -> bool:
+        """Does it read or write memory that somebody writes?"""
+        values = (self.view.env.get(n) for n in (node, *node.all_input_nodes))
+        return any(v.pinned for v in values_in(values))
 
     def operand(self, v: Value) -> fx.Node:
         """The node that holds `v`, or a view or cast of one, written out."""
@@ -96,6 +104,7 @@ class Rewriter:
         node = self.graph.call_function(EMIT[v.op], (self.operand(x), *rest))
         node.meta.update({k: m for k, m in v.origin.meta.items() if k != "example_value"})
         v.nodes.append(node)
+        self.view.regions[node] = v.region
         return node
 
     def outputs(self, call: fx.Node, match: Match) -> list[fx.Node]:
@@ -122,9 +131,14 @@ class Rewriter:
             if n.op not in ("placeholder", "get_attr") and not n.users and not n.is_impure():
                 self.graph.erase_node(n)
                 del self.order[n]
-                for v in match.values:
+                for v in (*match.values, *values_in((self.view.env.get(n),))):
                     if n in v.nodes:
                         v.nodes.remove(n)
+
+
+def _computed(v: Value) -> list[fx.Node]:
+    """The nodes that compute `v`. The others only copy one of these (contiguous, clone): code that views their memory relies on them."""
+    return [n for n in v.nodes if not any(a in v.nodes for a in n.all_input_nodes)]
 
 
 def _source(v: Value) -> fx.Node:

@@ -19,6 +19,7 @@ from torch import fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 from sloth.rewriter.ir import Meta, Region, Shadow, Symbol, Value, literal_key, values_in
@@ -85,6 +86,7 @@ class _Builder:
         self.normal.region = view.region
         self.memo: dict[Any, Trace | Exception] = {}
         self.bodies: list[tuple[fx.GraphModule, str, Region]] = []
+        self.inference: list[bool] = []  # the grad mode outside of each open inference mode
         self.blocks = 0  # autocast blocks seen
         self.autocasts: list[tuple[torch.autocast, int]] = []  # open ones, and the region outside of each
 
@@ -116,6 +118,7 @@ class _Builder:
 
     def lower(self, node: fx.Node) -> Any:
         example = node.meta.get("example_value")
+        name = getattr(node.target, "__name__", "")
         if node.op == "output":
             return None
         if node.op in ("placeholder", "get_attr"):
@@ -126,6 +129,15 @@ class _Builder:
             self.enter_autocast(node)
         elif node.target is _exit_autocast:
             self.leave_autocast()
+        elif node.target is _enter_inference_mode:
+            self.inference.append(self.normal.region.grad)
+            self.normal.region = self.normal.region._replace(grad=self.normal.region.grad and not node.args[0])
+        elif node.target is _exit_inference_mode:
+            self.normal.region = self.normal.region._replace(grad=self.inference.pop())
+        elif name.endswith("_increment_nesting"):
+            self.normal.region = self.normal.region._replace(transforms=self.normal.region.transforms + 1)
+        elif name.endswith("_decrement_nesting"):
+            self.normal.region = self.normal.region._replace(transforms=self.normal.region.transforms - 1)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             self.enter_bodies(node)
             return self.opaque(node, example, f"higher-order operator {node.target.name()}")
