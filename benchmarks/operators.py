@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def optional(module: str) -> Any:
         return None
 
 
-def run(wanted: list[str], tiny: bool) -> dict[str, Any]:
+def run(wanted: list[str], tiny: bool, commit: str) -> dict[str, Any]:
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     rate = copy_rate(flush)
     print(f"copy rate {rate / 1e9:.0f} GB/s")
@@ -312,7 +313,7 @@ def run(wanted: list[str], tiny: bool) -> dict[str, Any]:
             torch._dynamo.reset()
             del row, exact, contenders
             torch.cuda.empty_cache()
-    return {"machine": machine(), "copy_gb_s": rate / 1e9, "rows": results}
+    return {"machine": machine(commit), "copy_gb_s": rate / 1e9, "rows": results}
 
 
 def show(r: dict[str, Any]) -> str:
@@ -325,16 +326,16 @@ def show(r: dict[str, Any]) -> str:
     )
 
 
-def machine() -> dict[str, str]:
-    """What was measured on: device, versions, commit, date."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    peers = {m: getattr(optional(m), "__version__", "?") for m in ("liger_kernel", "transformers") if optional(m)}
+def machine(commit: str) -> dict[str, str]:
+    """What was measured on: device, versions, commit (git's, where none is given), date."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    peers = {d: version(d) for d in ("liger-kernel", "transformers") if optional(d.replace("-", "_"))}
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or git.stdout.strip() or "unknown",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **peers,
     }
@@ -344,12 +345,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--rows", default="", help="comma-separated groups: rms_norm, layer_norm, rope, gated_act, cross_entropy")
+    parser.add_argument("--commit", default="", help="the commit that is measured, where the copy has no .git")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/operators.py needs a GPU that torch can see", file=sys.stderr)
         return 2
-    results = run([r for r in args.rows.split(",") if r], args.tiny)
+    results = run([r for r in args.rows.split(",") if r], args.tiny, args.commit)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -151,5 +151,5 @@ def _random(n: fx.Node) -> bool:
     return (
         isinstance(n.target, torch._ops.OpOverload)
         and torch.Tag.nondeterministic_seeded in n.target.tags
-        or "dropout" in str(n.target)
+        or any(word in str(n.target) for word in ("dropout", "rand", "bernoulli", "multinomial"))
     )

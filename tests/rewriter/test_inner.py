@@ -1,0 +1,70 @@
+"""The compiler behind the rewriter."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._higher_order_ops import triton_kernel_wrap
+
+from sloth.rewriter import inner
+
+NAME = next(n for n in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(triton_kernel_wrap, n))
+
+
+@pytest.fixture
+def analyses(monkeypatch) -> list:
+    """What torch's analysis of Triton kernels was asked while it is replaced by a record."""
+    asked: list = []
+    monkeypatch.setattr(
+        triton_kernel_wrap, NAME, lambda kernel, arguments, *rest: asked.append((kernel, arguments)) or len(asked)
+    )
+    return asked
+
+
+def launched(fn, **options):
+    """As wrap_triton does for num_warps=…: the same function in a new autotuner with one configuration."""
+    return SimpleNamespace(fn=fn, configs=[SimpleNamespace(kwargs=options)])
+
+
+def test_a_kernel_is_analysed_once_for_each_signature(analyses):
+    def fn(): ...
+
+    x = torch.empty(3)
+    with inner._analysed_once():
+        ask = getattr(triton_kernel_wrap, NAME)
+        first = ask(launched(fn), {"x": x, "BLOCK": 128})
+        assert ask(launched(fn), {"x": torch.empty(7), "BLOCK": 128}) == first
+        assert len(analyses) == 1
+        ask(launched(fn), {"x": x, "BLOCK": 256})
+        ask(launched(fn), {"x": x.half(), "BLOCK": 128})
+        ask(launched(fn, ROWS=2), {"x": x, "BLOCK": 128})
+        ask(launched(lambda: 0), {"x": x, "BLOCK": 128})
+        assert len(analyses) == 5
+
+
+def test_what_is_not_understood_is_analysed_each_time(analyses):
+    kernel = launched(lambda: 0)
+    with inner._analysed_once():
+        ask = getattr(triton_kernel_wrap, NAME)
+        for _ in range(2):
+            ask(kernel, {"x": object()})
+            ask(kernel, {"x": 1}, {"x": "a tensor map"})
+    assert len(analyses) == 4
+
+
+def test_torch_is_itself_again_afterwards(analyses):
+    own = getattr(triton_kernel_wrap, NAME)
+    with pytest.raises(ZeroDivisionError), inner._analysed_once():
+        raise ZeroDivisionError
+    assert getattr(triton_kernel_wrap, NAME) is own
+
+
+def test_caches_know_our_sources(monkeypatch):
+    seen = []
+    inner.compile_with(lambda gm, inputs: seen.append(torch.compiler.config.cache_key_tag), None, [])
+    assert seen[0].endswith(inner._sources()) and torch.compiler.config.cache_key_tag == ""
+
+
+def test_options_need_a_compiler_that_takes_them():
+    with pytest.raises(ValueError, match="aot_eager"):
+        inner.compiler("aot_eager", None, {"max_autotune": True})
