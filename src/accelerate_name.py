@@ -1,4 +1,5 @@
-"""Make the name "sloth" known to accelerate, so that Trainer, TRL and `accelerate launch` accept `torch_compile_backend="sloth"`.
+"""Make the name "sloth" known to accelerate, so that Trainer and TRL accept `torch_compile_backend="sloth"`, Accelerator
+`dynamo_backend="sloth"`.
 
 accelerate keeps the names of backends in a closed enum, `DynamoBackend`, and refuses the others before Dynamo is asked. torch
 calls `register` at the end of `import torch` (entry point group "torch.backends"); it adds one member to the enum as soon as

@@ -17,7 +17,8 @@ def is_loss(v: Value) -> bool:
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:
-    return int(hasattr(module, "loss_function") and arguments.get("labels") is not None)
+    # of the class: wrappers such as PEFT's pass attributes through
+    return int(hasattr(type(module), "loss_function") and arguments.get("labels") is not None)
 
 
 CROSS_ENTROPY = Construct("cross_entropy", "cross-entropy", anchor=is_loss, module=_calls)

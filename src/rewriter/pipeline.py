@@ -28,7 +28,7 @@ def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Constru
         with _timed(report, "shadow"):
             shadows = views(gm)
         bodies = [view.gm for view in shadows]
-        backup = [copy.deepcopy(body.graph) for body in bodies]
+        backup = [_copied(body.graph) for body in bodies]
         mode = FakeTensorMode(shape_env=shape_env_of(gm))
         matcher = Matcher(entries, mode)
         for view in shadows:
@@ -72,6 +72,14 @@ def rewrite_view(view: View, matcher: Matcher, mode: FakeTensorMode, constructs:
             view.gm.recompile()
     with _timed(report, "report"):
         report.sites += missed_sites(view, matcher, placed, refused, constructs)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """A copy with all that Dynamo attached to the nodes (AOTAutograd asks where each input comes from)."""
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        vars(new).update({k: v for k, v in vars(old).items() if k not in vars(new)})
+    return copied
 
 
 @contextmanager

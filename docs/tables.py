@@ -1,0 +1,52 @@
+"""Write the tables of docs/ that come from the code, which tests/test_docs.py compares:  python docs/tables.py"""
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from sloth.rewriter import legality
+from sloth.rewriter.normal_form import RULES
+
+DOCS = Path(__file__).parent
+
+
+def rules() -> str:
+    """The normal form: which ATen calls a rule sees, and its law."""
+    calls: dict[Callable, list[str]] = {}
+    for name, functions in RULES.items():
+        for function in functions:
+            calls.setdefault(function, []).append(f"`{name}`")
+    rows = [f"| {', '.join(names)} | {text(function)} |" for function, names in calls.items()]
+    return "\n".join(("| ATen | law |", "|---|---|", *rows))
+
+
+def legality_rules() -> str:
+    """What a match must satisfy, and the status of the site where it does not."""
+    rows = []
+    for rule in legality.RULES:
+        statuses = dict.fromkeys(re.findall(r'Refused\(\s*"(\w+)"', inspect.getsource(rule)))
+        rows.append(f"| `{rule.__name__}` | {', '.join(f'`{s}`' for s in statuses)} | {text(rule)} |")
+    return "\n".join(("| rule | status | what must hold |", "|---|---|---|", *rows))
+
+
+def text(function: Callable) -> str:
+    """The docstring as one cell of a table."""
+    return " ".join((inspect.getdoc(function) or "").split()).replace("|", "\\|")
+
+
+TABLES = {"patterns.md": {"rules": rules}, "architecture.md": {"legality": legality_rules}}
+
+
+def filled(page: str, content: str) -> str:
+    """The page with its tables as the code has them now."""
+    for name, table in TABLES[page].items():
+        place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert place.search(content), f"docs/{page} has no place for the table {name}"
+        content = place.sub(lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", content)
+    return content
+
+
+if __name__ == "__main__":
+    for page in TABLES:
+        (DOCS / page).write_text(filled(page, (DOCS / page).read_text()))
