@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from sloth.kernels.launch import compute_dtype, launch, rows, use_triton
-from sloth.kernels.tiles import Tuning, once, sum_partials, sum_rows
+from sloth.kernels.tiles import Tuning, check_vectors, once, sum_partials, sum_rows
 
 FORWARD = Tuning(tile=2048, per_warp=512)
 BACKWARD = Tuning(tile=2048, per_warp=512)  # dx alone
@@ -167,6 +167,7 @@ def backward_aten(dy, x, weight, mean, rstd, bias_dtype, need_dx: bool, need_dw:
 @triton_op("sloth::layer_norm_forward", mutates_args={})
 def _layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd)"""
+    check_vectors("layer_norm", x, weight=weight, bias=bias)
     triton_path = all(use_triton(t) for t in (x, weight, bias) if t is not None)
     return (forward_triton if triton_path else forward_aten)(x, weight, bias, eps)
 

@@ -32,7 +32,7 @@ from torch.library import triton_op
 
 from sloth.kernels.launch import compute_dtype, launch, use_triton
 from sloth.kernels.layout import from_rows, ordered_rows, row_order
-from sloth.kernels.tiles import Tuning, once, sum_partials, sum_rows
+from sloth.kernels.tiles import Tuning, check_vectors, once, sum_partials, sum_rows
 
 FORWARD = Tuning(tile=2048, per_warp=512)
 BACKWARD = Tuning(tile=2048, per_warp=512)  # dx alone
@@ -196,6 +196,7 @@ def _triton(*tensors) -> bool:
 @triton_op("sloth::rms_norm_forward", mutates_args={})
 def _rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool) -> tuple[Tensor, Tensor]:
     """(y, rstd)"""
+    check_vectors("rms_norm", x, weight=weight)
     _, y, rstd = (forward_triton if _triton(x, weight) else forward_aten)(x, None, weight, eps, offset, promote)
     return y, rstd
 
@@ -205,6 +206,7 @@ def _add_rms_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, y, rstd)"""
+    check_vectors("add_rms_norm", x, weight=weight)
     torch._check(x.shape == residual.shape, lambda: f"add_rms_norm: shapes {x.shape} and {residual.shape} differ")
     forward = forward_triton if _triton(x, residual, weight) else forward_aten
     return forward(x, residual, weight, eps, offset, promote)

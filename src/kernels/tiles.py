@@ -77,6 +77,14 @@ def sum_partials(part_PD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
+def check_vectors(op: str, x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
+    """Refuse parameters that are not one vector for all rows [..., D]: a weight for each head is another operator."""
+    for name, v in vectors.items():
+        if v is not None:
+            torch._check(v.dim() == 1, lambda: f"{op}: {name} is {list(v.shape)}, not [D]")  # noqa: B023
+            torch._check(v.shape[0] == x.shape[-1], lambda: f"{op}: {name} is {list(v.shape)}, x {list(x.shape)}")  # noqa: B023
+
+
 def sum_rows(x: torch.Tensor) -> torch.Tensor:
     """[..., D] summed to [D], always a fresh tensor. By ATen."""
     return x.unsqueeze(0).sum(list(range(x.dim())))

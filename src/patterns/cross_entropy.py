@@ -17,8 +17,9 @@ def is_loss(v: Value) -> bool:
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:
-    # of the class: wrappers such as PEFT's pass attributes through
-    return int(hasattr(type(module), "loss_function") and arguments.get("labels") is not None)
+    """A model with a head that is given labels. Asked of the class: wrappers such as PEFT's pass attributes through."""
+    headed = hasattr(type(module), "loss_function") and module.get_output_embeddings() is not None
+    return int(headed and arguments.get("labels") is not None)
 
 
 CROSS_ENTROPY = Construct("cross_entropy", "cross-entropy", anchor=is_loss, module=_calls)

@@ -29,11 +29,7 @@ def _slice_source(v: Value) -> Value | None:
     return v.args[0] if v.op == "slice" else None
 
 
-def _calls(module: torch.nn.Module, arguments: dict) -> int:
-    return int(arguments.get("position_embeddings") is not None and type(module).__name__.endswith("Attention"))
-
-
-ROPE = Construct("rope", "RoPE", anchor=is_rotation, module=_calls, per_site=2)
+ROPE = Construct("rope", "RoPE", anchor=is_rotation, function="apply_rotary", per_site=2)
 
 
 def halves(x):

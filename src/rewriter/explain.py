@@ -49,22 +49,36 @@ def _trace_only(gm, example_inputs):
 
 
 def _expected(model: torch.nn.Module, batch: Mapping[str, Any], wanted: list[Construct]) -> dict[str, int]:
-    """Sites by the modules that one eager call goes through."""
+    """Sites by the modules that one eager call goes through, and the functions they call."""
+    if not any(type(m).__module__.startswith("transformers.") for m in model.modules()):
+        return {}
     found: Counter[str] = Counter()
+    inside: list[set[str]] = [set()]  # for each open module call, the constructs whose function it has called
+    functions = {c.function: c.name for c in wanted if c.function}
 
-    def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = _arguments(module, args, kwargs)
         for c in wanted:
             found[c.name] += c.module(module, arguments)
+        inside.append(set())
 
-    known = [m for m in model.modules() if type(m).__module__.startswith("transformers.")]
-    if not known:
-        return {}
-    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in model.modules()]
+    def leave(module: torch.nn.Module, args: tuple, out: Any) -> None:
+        found.update(inside.pop())
+
+    def called(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            name = frame.f_code.co_name.lstrip("_")
+            inside[-1].update(c for f, c in functions.items() if name.startswith(f))
+
+    hooks = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in model.modules()]
+    hooks += [m.register_forward_hook(leave) for m in model.modules()]
+    before = sys.getprofile()
     try:
+        sys.setprofile(called)
         with torch.no_grad():
             model(**batch)
     finally:
+        sys.setprofile(before)
         for h in hooks:
             h.remove()
     return dict(found)

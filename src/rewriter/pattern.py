@@ -40,6 +40,7 @@ class Construct:
 
     anchor: is this value characteristic of the construct (one, or a fixed number, for each site)?
     module: how many sites does one call of this module hold, by its class and attributes? Used for models of transformers.
+    function: the same by the name of a function that a module calls (what it starts with, underscores aside), one site a module.
     per_site: how many anchors a site can hold (a rotation of q and one of k: 2).
     """
 
@@ -47,6 +48,7 @@ class Construct:
     title: str
     anchor: Callable[[Value], bool] = lambda value: False
     module: Callable[[torch.nn.Module, dict], int] = lambda module, arguments: 0
+    function: str = ""
     per_site: int = 1
 
 

@@ -137,7 +137,7 @@ class Rewriter:
 
 
 def _computed(v: Value) -> list[fx.Node]:
-    """The nodes that compute `v`. The others only copy one of these (contiguous, clone): code that views their memory relies on them."""
+    """The nodes that compute `v`. The others only copy one of these (contiguous, clone): views of their memory rely on them."""
     return [n for n in v.nodes if not any(a in v.nodes for a in n.all_input_nodes)]
 
 

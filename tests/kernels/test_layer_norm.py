@@ -167,3 +167,9 @@ def test_inductor(dynamic):
     for batch in (3, 5):
         x = make((batch, 4, 16), torch.float32, seed=1)
         compare(compiled, lambda x, w, b: eager(torch.sin(x), w, b).cos(), [x, *parameters(x, (True, True))], slack=16)
+
+
+def test_a_weight_for_each_head_is_refused():
+    """Its gradient has another shape (Cohere's QK-norm)."""
+    with pytest.raises(RuntimeError, match=r"weight is \[4, 16\]"):
+        torch.ops.sloth.layer_norm(torch.randn(2, 3, 4, 16), torch.randn(4, 16), None, 1e-6)

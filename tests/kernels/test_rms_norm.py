@@ -298,3 +298,12 @@ def test_strides_of_a_sum_are_eagers(seed, layouts):
     for outputs in (add_op((0.0, True))(x, r, w), module.forward_triton(x, r, w, EPS, 0.0, True)):
         assert [o.stride() for o in outputs[:2]] == [e.stride() for e in expected]
         assert_no_worse(outputs[:2], expected, [e.double() for e in expected])
+
+
+def test_a_weight_for_each_head_is_refused():
+    """Its gradient has another shape (Cohere's QK-norm, Falcon-H1's gated norm)."""
+    x, w = torch.randn(2, 3, 4, 16), torch.randn(4, 16)
+    with pytest.raises(RuntimeError, match=r"weight is \[4, 16\]"):
+        torch.ops.sloth.rms_norm(x, w, 1e-6)
+    with pytest.raises(RuntimeError, match=r"weight is \[4, 16\]"):
+        torch.ops.sloth.add_rms_norm(x, x, w, 1e-6)
