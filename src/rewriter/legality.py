@@ -38,9 +38,10 @@ def check(match: Match, graph: Ground) -> None:
 
 
 def memory(match: Match, graph: Ground) -> None:
-    """Nothing it reads or computes is written in place anywhere."""
+    """Nothing it reads or computes is written in place anywhere; a result may be, by its readers, like the fresh tensor it is."""
+    fresh = {r for r in match.roots if not any(u in match.values for u in r.users)}
     for v in (*map(_held, match.tensors.values()), *match.values):
-        if v.pinned:
+        if v.pinned and v not in fresh:
             raise Refused("mutation", f"{_name(v)} is written in place")
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from string import ascii_letters
 from typing import Any
 
@@ -157,6 +158,7 @@ def _parameters(fn: Callable) -> tuple[list[str], dict[str, type]]:
     return tensors, numbers
 
 
+@cache
 def _sizes(spec: str) -> list[sympy.Expr]:
     """ "B S 2*I" as symbolic sizes (a trailing dtype is not a size)."""
     return [sympy.sympify(s, locals={c: sympy.Symbol(c) for c in ascii_letters}) for s in spec.split() if s != "int64"]

@@ -1,0 +1,284 @@
+"""The backend as torch.compile, accelerate and a user meet it: its name, options, logging, modes of use."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toys import Call, Stack, compiled, counts, llama_norm, matched
+
+from sloth.rewriter.backend import OPTIONS, listening, sloth
+from sloth.rewriter.report import Report
+
+
+def x_like(*shape: int, grad: bool = False) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_(grad)
+
+
+def norm_and_mlp(m: Any, x: Tensor) -> Tensor:
+    h = llama_norm(x, m.w)
+    return torch.nn.functional.silu(h * m.v) * (h + m.v)
+
+
+def report_of(options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
+    """What is rewritten of a norm and an MLP; the result must be eager's."""
+    model, x = Call(norm_and_mlp), x_like(2, 3, 8)
+    with listening() as graphs:
+        torch.testing.assert_close(compiled(model, options, **kwargs)(x), model(x), rtol=1e-4, atol=1e-4)
+    return Report(graphs)
+
+
+def cause(call: Any) -> BaseException:
+    """The exception that Dynamo wraps."""
+    with pytest.raises(Exception) as caught:
+        call()
+    e: BaseException = caught.value
+    return getattr(e, "inner_exception", None) or e.__cause__ or e
+
+
+def run_python(code: str, folder: Path) -> str:
+    """In a process that has imported nothing, outside of the project."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+# ---------------------------------------------------------------- the name
+
+
+def test_the_name_is_known_without_an_import(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+assert "sloth" in torch.compiler.list_backends(), torch.compiler.list_backends()
+assert not [m for m in sys.modules if m.startswith("sloth.rewriter")], "import torch must not import sloth"
+w = torch.ones(8, requires_grad=True)
+def norm(x):
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+x = torch.randn(2, 8)
+y = torch.compile(norm, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(x)
+torch.testing.assert_close(y, norm(x))
+y.sum().backward()
+from sloth.rewriter.rewrite import Rewriter
+from sloth.rewriter.backend import listening
+torch._dynamo.reset()
+with listening() as graphs:
+    torch.compile(norm, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(x)
+print([s.status for g in graphs for s in g.sites], w.grad is not None)
+"""
+    assert run_python(code, tmp_path).strip() == "['matched'] True"
+
+
+def test_accelerate_accepts_the_name_without_an_import(tmp_path: Path) -> None:
+    code = """
+import sys
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+plugin = TorchDynamoPlugin(backend="sloth", mode="default")
+print(plugin.to_kwargs()["backend"].lower(), DynamoBackend("SLOTH").value, len([b for b in DynamoBackend if b.value == "SLOTH"]))
+print(TorchDynamoPlugin(backend="inductor").to_kwargs()["backend"].lower())
+print([m for m in sys.modules if m.startswith("sloth.rewriter")])
+"""
+    assert run_python(code, tmp_path).split("\n")[:3] == ["sloth SLOTH 1", "inductor", "[]"]
+
+
+def test_importing_sloth_imports_no_torch(tmp_path: Path) -> None:
+    assert run_python("import sys, sloth; print('torch' in sys.modules, sloth.__all__ != [])", tmp_path).strip() == "False True"
+
+
+# ---------------------------------------------------------------- Inductor behind it
+
+
+def test_inductor_compiles_what_was_rewritten_with_its_own_options() -> None:
+    """The one test through Inductor: mode= and options= as under backend="inductor", and the gradients of eager."""
+    model, x = Call(norm_and_mlp), x_like(2, 3, 8)
+    theirs = copy.deepcopy(model)
+    theirs(x).sum().backward()
+    torch._dynamo.reset()
+    with listening() as graphs:
+        torch.compile(model, backend="sloth", options={"max_autotune": False, "sloth.disable": ""})(x).sum().backward()
+    assert matched(Report(graphs)) == {"rms_norm": 1, "gated_mlp": 1} and "inductor" in graphs[0].seconds
+    for ours, exact in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def inner(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands for Inductor's compilation: the wrapper, with its configuration, of each graph."""
+    seen: list[Any] = []
+
+    def call(self: Any, gm: Any, inputs: Any) -> Any:
+        seen.append(self)
+        return gm.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", call)
+    return seen
+
+
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes_are_inductors(mode: str | None, inner: list[Any]) -> None:
+    torch._dynamo.reset()
+    model, x = Call(norm_and_mlp), x_like(2, 3, 8)
+    torch.compile(model, backend="sloth", mode=mode)(x)
+    (wrapper,) = inner
+    expected = torch._TorchCompileInductorWrapper(mode, {}, None)
+    assert wrapper.config == expected.config
+
+
+def test_options_are_inductors_without_ours(inner: list[Any]) -> None:
+    torch._dynamo.reset()
+    options = {"max_autotune": True, "sloth.disable": "rope"}
+    torch.compile(Call(norm_and_mlp), backend="sloth", options=options)(x_like(2, 3, 8))
+    assert inner[0].config["max_autotune"] is True and not [k for k in inner[0].config if "sloth" in k]
+    assert options == {"max_autotune": True, "sloth.disable": "rope"}, "the caller's dictionary stays"
+
+
+@pytest.mark.parametrize("bad", [{"no_such_option": 1}, {"max_autotune": "perhaps"}])
+def test_a_bad_option_of_inductor_raises_what_inductor_raises(bad: dict[str, Any]) -> None:
+    model, x = Call(norm_and_mlp), x_like(2, 3, 8)
+    torch._dynamo.reset()
+    ours = cause(lambda: torch.compile(model, backend="sloth", options=bad)(x))
+    theirs = cause(lambda: torch.compile(model, backend="inductor", options=bad)(x))
+    assert type(ours) is type(theirs) and str(theirs).split("\n")[0] in str(ours)
+
+
+# ---------------------------------------------------------------- our options
+
+
+def test_an_unknown_option_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"unknown option sloth\.disabel of backend 'sloth'") as caught:
+        sloth(torch.fx.symbolic_trace(lambda x: x), [], options={"sloth.disabel": "rope"})
+    assert all(name in str(caught.value) and what in str(caught.value) for name, what in OPTIONS.items())
+    assert "sloth.disabel" in str(cause(lambda: report_of({"sloth.disabel": "rope"})))
+
+
+def test_disable_by_pattern_and_by_construct() -> None:
+    assert matched(report_of()) == {"rms_norm": 1, "gated_mlp": 1}
+    assert matched(report_of({"sloth.disable": "gated_mlp,gated_mlp_packed"})) == {"rms_norm": 1}
+    assert matched(report_of({"sloth.disable": "rms_norm"})) == {"gated_mlp": 1}, "a construct takes all its patterns along"
+    assert matched(report_of({"sloth.disable": ["gated_mlp", "rms_norm"]})) == {}
+    assert matched(report_of({"sloth.disable": " rms_norm, gated_mlp "})) == {}
+    assert matched(report_of({"sloth.disable": "add_rms_norm"})) == {"rms_norm": 1, "gated_mlp": 1}
+
+
+def test_disable_of_unknown_names_is_refused() -> None:
+    e = cause(lambda: report_of({"sloth.disable": "rms_norm,ropes,swiglu"}))
+    assert isinstance(e, ValueError) and "ropes, swiglu" in str(e) and "rms_norm" in str(e) and "rope" in str(e)
+
+
+def test_an_unknown_inner_backend_is_refused() -> None:
+    assert "inducktor" in str(cause(lambda: report_of({"sloth.inner_backend": "inducktor"})))
+
+
+# ---------------------------------------------------------------- use
+
+
+def test_fullgraph() -> None:
+    assert matched(report_of(fullgraph=True)) == {"rms_norm": 1, "gated_mlp": 1}
+
+
+def test_dynamic_shapes_serve_every_length() -> None:
+    """One set of graphs for all lengths: the third length compiles nothing."""
+    model = Call(norm_and_mlp)
+    run = compiled(model, dynamic=True)
+    with listening() as graphs:
+        for length in (3, 5):
+            torch.testing.assert_close(run(x_like(2, length, 8)), model(x_like(2, length, 8)), rtol=1e-4, atol=1e-4)
+        compiled_so_far = len(graphs)
+        for length in (7, 11):
+            torch.testing.assert_close(run(x_like(2, length, 8)), model(x_like(2, length, 8)), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == compiled_so_far
+    assert counts(Report(graphs[-1:])) == {"rms_norm": "1/1", "gated_mlp": "1/1"}
+
+
+def test_a_recompilation_is_rewritten_too() -> None:
+    model = Call(norm_and_mlp)
+    run = compiled(model, dynamic=False)
+    with listening() as graphs:
+        for length in (3, 5):
+            run(x_like(2, length, 8))
+    assert [len(g.sites) for g in graphs] == [2, 2]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_inference(context: Any) -> None:
+    model, x = Stack(1).eval(), x_like(2, 4, 8)
+    with context(), listening() as graphs:
+        out = compiled(model)(x)
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
+    assert not out.requires_grad and set(counts(Report(graphs)).values()) == {"2/2", "1/1"}
+
+
+def test_train_and_eval_of_one_compiled_model() -> None:
+    class Dropping(Call):
+        def forward(self, x):
+            return torch.nn.functional.dropout(llama_norm(x, self.w), 0.5, self.training)
+
+    model, x = Dropping(None), x_like(4, 8, 8)
+    run = compiled(model)
+    assert (run(x) == 0).float().mean() > 0.2
+    model.eval()
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not (run(x) == 0).any()
+
+
+def test_the_module_is_left_alone() -> None:
+    """No class, method, parameter or hook of the model changes; it can be copied, saved and compiled again."""
+    model, x = Stack(1), x_like(2, 4, 8)
+    before = {n: (type(m), m.forward.__func__, dict(vars(m).get("_forward_hooks", {}))) for n, m in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    run = compiled(model)
+    run(x).backward()
+    assert {n: (type(m), m.forward.__func__, dict(vars(m).get("_forward_hooks", {}))) for n, m in model.named_modules()} == before
+    assert list(run.state_dict()) == [f"_orig_mod.{n}" for n in state]
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    twin = copy.deepcopy(run)
+    twin.load_state_dict(run.state_dict())
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_function_and_a_compiled_method() -> None:
+    model, x = Stack(1), x_like(2, 4, 8)
+    exact = model(x)
+    with listening() as graphs:
+        torch.testing.assert_close(compiled(lambda y: model(y) * 2)(x), exact * 2)
+        torch._dynamo.reset()
+        model.compile(backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+        torch.testing.assert_close(model(x), exact)
+    assert [matched(Report([g])).total() for g in graphs] == [4, 4]
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def test_one_line_for_each_graph(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sloth"):
+        report_of()
+    lines = [r.getMessage() for r in caplog.records if r.name == "sloth"]
+    assert len(lines) == 1 and lines[0].startswith("sloth: 1/1 RMSNorm, 1/1 gated MLP, ") and lines[0].endswith(" s")
+
+
+def test_nothing_to_rewrite_is_said_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sloth"):
+        compiled(lambda x: x.sin())(x_like(3))
+    assert [r.getMessage().split(",")[0] for r in caplog.records if r.name == "sloth"] == ["sloth: nothing to rewrite"]
+
+
+def test_listeners_hear_only_what_is_compiled_meanwhile() -> None:
+    model, x = Call(norm_and_mlp), x_like(2, 3, 8)
+    run = compiled(model)
+    with listening() as first, listening() as second:
+        run(x)
+    run(x_like(2, 5, 8))
+    assert len(first) == len(second) == 1
+
+
+def test_the_report_names_the_source_line() -> None:
+    (norm,) = [s for s in report_of().sites if s.construct == "rms_norm"]
+    assert norm.file == llama_norm.__code__.co_filename
+    assert 0 < norm.line - llama_norm.__code__.co_firstlineno <= 4
