@@ -229,9 +229,11 @@ def constant_right(n: Normal, c: Call, a, b):
 
 @rule("pow", "square")
 def powers(n: Normal, c: Call, x, exponent=2):
-    """x², square(x) = x · x;  x^½ = sqrt(x);  x^−½ = rsqrt(x)."""
+    """x¹ = x;  x², square(x) = x · x;  x^½ = sqrt(x);  x^−½ = rsqrt(x)."""
     if not isinstance(x, Value) or not _number(exponent):
         return None
+    if exponent == 1 and x.meta.dtype == c.meta.dtype:
+        return x
     if exponent == 2:
         return n.add("mul", (x, x), c.meta)
     name = {0.5: "sqrt", -0.5: "rsqrt"}.get(exponent)

@@ -1,0 +1,243 @@
+"""Every variant of every registered entry, tested from the entry alone: a new entry is tested by being registered."""
+
+import copy
+import functools
+import random
+
+import pytest
+import torch
+from common import LAYOUTS, cases, compare
+from harness import (
+    VARIANTS,
+    accepts,
+    arguments,
+    captured,
+    cotangents,
+    described,
+    doubled,
+    expression,
+    made_match,
+    mutants,
+    numbers,
+    operator_of,
+    outputs,
+    random_tensor,
+    reference,
+    sample,
+    sites,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from sloth.rewriter.backend import listening
+from sloth.rewriter.pipeline import rewrite
+from sloth.rewriter.registry import patterns
+
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+each_entry = pytest.mark.parametrize("entry", patterns(), ids=lambda p: p.name)
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+class References(torch.nn.Module):
+    """Calls every reference of an entry on tensors of its own, each in a checkpoint if wanted.
+
+    With `shared`, what they get is a multiple of their tensors: shared leaves then are different values (and few symbolic sizes).
+    """
+
+    def __init__(self, entry, checkpointed=False, shared=False):
+        super().__init__()
+        self.calls = [functools.partial(v.reference, **numbers(v)) for v in entry.variants]
+        self.checkpointed, self.shared = checkpointed, shared
+
+    def forward(self, *tensors):
+        if self.shared:
+            tensors = [[t * (1 + i / 4) if t.is_floating_point() else t for t in own] for i, own in enumerate(tensors)]
+        call = functools.partial(checkpoint, use_reentrant=False) if self.checkpointed else lambda function, *own: function(*own)
+        return [call(function, *own) for function, own in zip(self.calls, tensors, strict=True)]
+
+
+def results(model, tensors):
+    """For each variant its outputs and gradients."""
+    out = [outputs(result) for result in model(*tensors)]
+    flat = [t for own in out for t in own]
+    loss = sum((t.float() * d).sum() for t, d in zip(flat, cotangents(flat), strict=True))
+    found = iter(torch.autograd.grad(loss, [t for own in tensors for t in own if t.requires_grad]))
+    return [[*mine, *(next(found) for t in own if t.requires_grad)] for mine, own in zip(out, tensors, strict=True)]
+
+
+# ---------------------------------------------------------------- the entry matches its own reference
+
+
+@each_entry
+@floats
+@pytest.mark.parametrize("how", ["static", "dynamic", "autocast", "checkpoint"])
+def test_matches_its_own_references(entry, dtype, how):
+    """Each variant once and whole, and what is compiled gives the references' values and gradients."""
+    model, tensors = References(entry, how == "checkpoint", how == "dynamic"), [sample(v, dtype) for v in entry.variants]
+    if how == "dynamic":
+        leaves = {}
+        for variant, own in zip(entry.variants, tensors, strict=True):
+            own[:] = [leaves.setdefault((n, t.shape), t) for n, t in zip(variant.tensors, own, strict=True)]
+    torch._dynamo.reset()
+    inner = "aot_eager" if how == "static" else "eager"  # quicker, and the rewritten graph is the same
+    compiled = torch.compile(model, backend="sloth", dynamic=how == "dynamic", options={"sloth.inner_backend": inner})
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        with listening() as reports:
+            found = results(compiled, tensors)
+        eager = results(model, tensors)
+    matched, missed = sites(reports, entry)
+    assert not missed, missed
+    names = {str(v): v for v in entry.variants}
+    assert len(matched) == len(entry.variants) and all(s.variant in names for s in matched), matched
+    for variant, site in zip(entry.variants, matched, strict=True):  # sites are told in the order of the graph
+        same = site.variant == str(variant) or expression(names[site.variant], dtype) == expression(variant, dtype)
+        assert same or how == "autocast", (str(variant), site)
+    tolerance = 2e-6 if dtype == torch.float32 and how != "autocast" else 3e-2
+    for variant, ours, theirs in zip(entry.variants, found, eager, strict=True):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert a.dtype == b.dtype, (str(variant), i)
+            assert (a - b).double().norm() <= tolerance * max(b.double().norm().item(), 1e-3), (str(variant), i)
+
+
+# ---------------------------------------------------------------- what is nearly the reference is not taken for it
+
+SAMPLED = 12  # mutants of each variant; `make sweep` tries all
+
+
+def rewritten(gm, tensors, entry):
+    """A copy of `gm` as the rewriter leaves it, and the report."""
+    copied = copy.deepcopy(gm)
+    assert described(copied, tensors)
+    report = rewrite(copied, [p for p in patterns() if p.construct is entry.construct], [entry.construct])
+    return copied, report
+
+
+def assert_same(ours, eager, exact, name):
+    """No further from the truth than twice what eager is (where gradients meet, one may be rounded twice), and ulps for luck."""
+    assert [t is None for t in ours] == [t is None for t in eager], f"{name}: gradients lost or won"
+    size = max(t.double().norm().item() for t in exact if t is not None)
+    luck = 1e-3 if any(t is not None and t.dtype in (torch.bfloat16, torch.float16) for t in ours) else 4e-6
+    for i, (a, b, c) in enumerate(zip(ours, eager, exact, strict=True)):
+        if a is not None:
+            assert a.dtype == b.dtype and a.shape == b.shape, (name, i)
+            error, limit = ((t.double() - c.double()).norm().item() for t in (a, b))
+            assert error <= 2 * limit + luck * size, (name, i, error, limit)
+
+
+def calls(function, tensors):
+    """Outputs and gradients, None where eager refuses (gradients through what was written in place)."""
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+    with torch.enable_grad():
+        out = outputs(function(*leaves))
+    if any(t.grad_fn is None and t.requires_grad for t in out):
+        return None
+    loss = sum((t.double() * d.double()).sum() for t, d in zip(out, cotangents(out), strict=True) if t.is_floating_point())
+    wanted = [t for t in leaves if t.requires_grad]
+    if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        return [*out], [None] * len(wanted)
+    return [*out], list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+def check_mutant(variant, gm, what, dtype):
+    """Rewritten or not, the mutant still computes what it says. Returns whether the entry was matched in it."""
+    tensors = sample(variant, dtype)
+    if not described(gm, tensors):
+        return None
+    try:
+        eager = calls(gm, tensors)
+        exact = calls(
+            doubled(gm), [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in tensors]
+        )
+    except (RuntimeError, IndexError):  # eager itself refuses it
+        return None
+    if eager is None or exact is None or not all(torch.isfinite(t).all() for t in (*exact[0], *exact[1]) if t is not None):
+        return None
+    ours, report = rewritten(gm, tensors, variant.pattern)
+    assert not report.untouched, (what, report.untouched)
+    matched, missed = sites([report], variant.pattern)
+    assert all(s.reason for s in missed), what
+    if matched:
+        found = calls(ours, tensors)
+        assert_same([*found[0], *found[1]], [*eager[0], *eager[1]], [*exact[0], *exact[1]], what)
+    return any(s.variant.startswith(variant.pattern.name + "[") for s in matched)
+
+
+def check_mutants(variant, dtype, limit):
+    gm = captured(variant, dtype)
+    edits = list(mutants(gm))
+    random.Random(str(variant)).shuffle(edits)
+    steps = len([n for n in gm.graph.nodes if n.op.startswith("call")])
+    told, tried = [], 0
+    for what, edit in edits:
+        if tried == limit:
+            break
+        try:
+            edited = edit()
+        except RuntimeError:  # not a graph
+            continue
+        verdict = check_mutant(variant, edited, f"{variant}, {what}", dtype)
+        tried += verdict is not None
+        told.append(verdict)
+    assert False in told or steps < 4, told  # what is more than one call is told apart from something
+
+
+@each_variant
+def test_mutants_keep_their_meaning(variant):
+    """One change to the reference: it is not matched, or what is put in its place computes the changed code."""
+    check_mutants(variant, torch.float32 if len(str(variant)) % 2 else torch.bfloat16, SAMPLED)
+
+
+@pytest.mark.sweep
+@each_variant
+@floats
+def test_all_mutants_keep_their_meaning(variant, dtype):
+    check_mutants(variant, dtype, None)
+
+
+# ---------------------------------------------------------------- the entry's operator computes its reference
+
+
+@each_variant
+@settings(cases, max_examples=6)
+@given(st.data())
+def test_operator_computes_the_reference(variant, data):
+    """Forward and all gradients, any sizes, layouts and dtypes that the rewriter accepts: no worse than eager, judged by fp64."""
+    letters = sorted({c for spec in variant.dims.values() for c in spec if c.isupper()})
+    sizes = {c: variant.pattern.sizes.get(c) or data.draw(st.integers(1, 9), label=c) for c in letters}
+    dtypes = data.draw(st.sampled_from([[torch.float32], [torch.bfloat16], [torch.float16], [torch.float32, torch.bfloat16]]))
+    tensors, grads = [], []
+    for i, name in enumerate(variant.tensors):
+        meta = variant.meta(name, sizes, data.draw(st.sampled_from(dtypes)))
+        layout = data.draw(st.sampled_from(LAYOUTS if len(meta.shape) > 1 else ["contiguous"]))
+        below = min(sizes.values())
+        tensors.append(random_tensor(meta, variant, 64 * data.draw(st.integers(0, 999)) + i, layout, below))
+        grads.append(name not in variant.pattern.no_grad and meta.dtype.is_floating_point and data.draw(st.booleans()))
+    try:
+        with torch.no_grad():
+            douts = cotangents(outputs(reference(variant)(*tensors)))
+            assume(accepts(made_match(variant, tensors)))
+    except (RuntimeError, IndexError, ValueError):  # eager does not take these dtypes or sizes
+        assume(False)
+    compare(operator_of(variant), reference(variant), tensors, grads, douts, slack=16, scale=1.0, strides=False)
+
+
+def exact_sample(variant):
+    sizes = {c: variant.pattern.sizes.get(c, 2) for spec in variant.dims.values() for c in spec if c.isupper()}
+    return [random_tensor(variant.meta(t, sizes, torch.float64), variant, 64 * i + 3) for i, t in enumerate(variant.tensors)]
+
+
+@each_variant
+def test_in_fp64_operator_and_reference_agree_and_the_backward_is_the_derivative(variant):
+    tensors = exact_sample(variant)
+    ours, theirs = outputs(operator_of(variant)(*tensors)), outputs(reference(variant)(*tensors))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for name, t in zip(variant.tensors, tensors, strict=True):
+        t.requires_grad_(t.is_floating_point() and name not in variant.pattern.no_grad)
+    torch.autograd.gradcheck(operator_of(variant), tensors, fast_mode=True)
+
+
+@each_entry
+def test_operator_obeys_the_rules_of_torch_library(entry):
+    for variant in entry.variants[:2]:
+        torch.library.opcheck(entry.op, arguments(variant, sample(variant, torch.float32)))
