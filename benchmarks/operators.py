@@ -2,11 +2,11 @@
 
     python benchmarks/operators.py [--out benchmarks/results/operators.json] [--rows rms_norm,rope] [--tiny]
 
-Every contender differentiates the same function of the same inputs. "sloth" and "inductor" are torch.compile of the eager code
-with that backend, so what is timed is what a model runs. Time is the median of device time between events, launches hidden behind a sleep
-of the device and a flush of the L2 before each repetition. Bytes are the fewest that must move (each input read, each output
-written once); `copy_fraction` is their rate over the measured rate of a large device-to-device copy. Peers that are not installed
-are left out.
+Every contender differentiates the same function of the same inputs. "sloth" and "inductor" are torch.compile of the eager
+code with that backend, so what is timed is what a model runs. Time is the median of device time between events, launches
+hidden behind a sleep of the device and a flush of the L2 before each repetition. Bytes are the fewest that must move (each
+input read, each output written once); `copy_fraction` is their rate over the measured rate of a large device-to-device copy.
+Peers that are not installed are left out.
 """
 
 import argparse

@@ -4,9 +4,9 @@
     python -m tests.zoo --out zoo.json --arch llama qwen3+qknorm --dtype bfloat16
 
 A name is a model type of transformers, or "type+branch" for a branch of its configuration that is off by default (VARIANTS).
-Configurations are derived, not listed: every field whose name says what it is (TINY) becomes small, dropout becomes 0, and the depth
-is such that each kind of layer appears. Each architecture of a sweep runs in a forked child with a time limit: a crash or a hang
-costs one row.
+Configurations are derived, not listed: every field whose name says what it is (TINY) becomes small, dropout becomes 0, and the
+depth is such that each kind of layer appears. Each architecture of a sweep runs in a forked child with a time limit: a crash or a
+hang costs one row.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ depth: num_decoder_layers num_layers_per_stack
 1: expert_layer_offset attn_layer_offset moe_layer_freq interleave_moe_layer_step audio_channels bos_token_id
 1: decoder_start_token_id cls_token_id forced_bos_token_id
 0: num_kv_shared_layers moe_layer_start_index num_nextn_predict_layers pad_token_id
-""".split("\n"):
+""".splitlines():
     _size, _, _names = _line.partition(": ")
     TINY |= dict.fromkeys(_names.split(), DEPTH if _size == "depth" else int(_size or 0))
 
@@ -100,8 +100,8 @@ KEPT_IF = {  # value of the default → fields that keep it: switched off, or gr
 }
 # fmt: off
 IN_TOWERS = {  # vision and audio towers are built and not trained
-    "hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "depth", "num_heads", "image_size", "patch_size",
-    "num_layers", "crop_size", "num_mel_bins",
+    "hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "depth", "num_heads", "image_size",
+    "patch_size", "num_layers", "crop_size", "num_mel_bins",
 }
 TEXT_PARTS = {
     "text_config", "attn_config", "ffn_config", "decoder", "depth_decoder_config", "decoder_config", "encoder_config",
@@ -293,7 +293,8 @@ def same_buffers(model: torch.nn.Module) -> Iterator[None]:
 def gradient_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
     """The largest ‖a − b‖ / ‖b‖ over the parameters, and whose it is; infinite where a gradient is missing on one side.
 
-    Norms have a floor of 1e-3 of the largest: some gradients are zero in exact arithmetic (biases of keys), rounding noise in any other.
+    Norms have a floor of 1e-3 of the largest: some gradients are zero in exact arithmetic (biases of keys), rounding noise in any
+    other.
     """
     if strange := ours.keys() ^ theirs.keys():
         return float("inf"), min(strange)
