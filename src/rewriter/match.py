@@ -124,10 +124,21 @@ class Unifier:
                 yield {**b, name: g}
             else:
                 self.differ(b, f"the number {name}", at, "constant")
-        elif same_literal(p, g) if self.exact else _like(p, g):
+        elif isinstance(g, torch.SymFloat) and isinstance(p, float):  # a constant of the model that dynamic=True made an input
+            if g.node.has_hint() and g.node.hint == p and (not self.exact or _constant(g) == p):
+                yield b
+            else:
+                self.differ(b, f"{at.op} with {p}", at, "constant")
+        elif self.same(p, g):
             yield b
         else:
             self.differ(b, f"{at.op} with {p}", at, "constant")
+
+    def same(self, p: Any, g: Any) -> bool:
+        """Equal literals. A float that Dynamo lifted (a module's `math.pi` with dynamic=True) is what it is now, with a guard."""
+        if isinstance(p, float) and isinstance(g, torch.SymFloat):
+            return g.node.hint == p and (not self.exact or _constant(g) == p)
+        return same_literal(p, g) if self.exact else _like(p, g)
 
     def differ(self, b: Bindings, expected: str, found: Value, status: str) -> None:
         if self.best is None or len(b) > self.best.depth:
