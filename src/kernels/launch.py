@@ -15,6 +15,11 @@ def launch(kernel):
     return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
 
 
+def without_autocast(x: torch.Tensor) -> torch.autocast:
+    """Operators say themselves which dtypes they compute in: ambient autocast must not cast the operands of their products."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """fp32, or fp64 where an input has it: low precision is for storage only."""
     dtype = torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,23 @@ from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import POINTWISE, VIEWS
 from sloth.rewriter.shadow import View
-from sloth.rewriter.trace import fakes
+from sloth.rewriter.trace import fakes, rebuilt
 
-EMITTABLE = frozenset({"cast", "view", "expand", "permute", "slice"})  # what a rewrite may compute anew for an operand
+# What a rewrite may compute anew where an operand is no node of the graph, and how it is written. `emit` adds to it.
+EMIT: dict[str, torch._ops.OpOverload] = {
+    "cast": torch.ops.aten.to.dtype,
+    "view": torch.ops.aten.reshape.default,
+    "expand": torch.ops.aten.expand.default,
+    "permute": torch.ops.aten.permute.default,
+    "slice": torch.ops.aten.slice.Tensor,
+    "detach": torch.ops.aten.detach.default,
+    "mul": torch.ops.aten.mul.Tensor,
+}
+
+
+def emit(op: str, operator: torch._ops.OpOverload) -> None:
+    """Let rewrites write the canonical operation `op` as `operator`, called with its arguments in their order."""
+    EMIT[op] = operator
 
 
 @dataclass
@@ -40,7 +54,7 @@ def check(match: Match, graph: Ground) -> None:
 def memory(match: Match, graph: Ground) -> None:
     """Nothing it reads or computes is written in place anywhere; a result may be, by its readers, like the fresh tensor it is."""
     fresh = {r for r in match.roots if not any(u in match.values for u in r.users)}
-    for v in (*map(_held, match.tensors.values()), *match.values):
+    for v in (*(h for t in match.tensors.values() for h in held(t)), *match.values):
         if v.pinned and v not in fresh:
             raise Refused("mutation", f"{_name(v)} is written in place")
 
@@ -54,10 +68,10 @@ def regions(match: Match, graph: Ground) -> None:
 
 
 def operands(match: Match, graph: Ground) -> None:
-    """Operands and results are values of the traced graph (operands also a view or cast of one)."""
+    """Operands and results are values of the traced graph (operands also what can be written anew of some)."""
     for v in match.tensors.values():
-        if not _held(v).nodes:
-            raise Refused("hidden", f"operand {v.op} is computed inside one call")
+        if hidden := [h for h in held(v) if not h.nodes]:
+            raise Refused("hidden", f"operand {hidden[0].op} is computed inside one call")
     for v in match.roots:
         if not v.nodes:
             raise Refused("hidden", f"result {v.op} is computed inside one call")
@@ -97,7 +111,7 @@ def results(match: Match, graph: Ground) -> None:
         found = operator_metas(match, graph)
     except Exception as e:
         raise Refused("operator", f"{match.pattern.op} does not accept these operands: {type(e).__name__}: {e}"[:300]) from e
-    if len(found) < len(match.roots) or any(str(r.type) != "Tensor" for r in match.pattern.op._schema.returns):
+    if len(found) < len(match.roots) or any(str(r.type) not in ("Tensor", "List[Tensor]") for r in match.pattern.op._schema.returns):
         raise Refused("operator", f"{match.pattern.op} does not return {len(match.roots)} tensors")
     for r, m in zip(match.roots, found, strict=False):
         if r.meta.dtype != m.dtype or not same_literal(r.meta.shape, m.shape):
@@ -117,33 +131,54 @@ def has_backward(op: torch._ops.OpOverload) -> bool:
     return any(has(key, k) for k in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"))
 
 
-def call_arguments(match: Match, tensor: Callable[[Value], Any]) -> tuple:
-    """The operator's arguments in schema order: bound tensors, numbers, the variant's options, defaults; None for a tensor it
-    lacks.
+def takes_many(op: torch._ops.OpOverload) -> bool:
+    """Does one call of it stand for several matches? Then it gives a list of results, and takes lists: an element for each."""
+    return str(op._schema.returns[0].type) == "List[Tensor]"
+
+
+def is_list(argument: torch.Argument) -> bool:
+    return isinstance(argument.type, torch.ListType)
+
+
+def match_arguments(match: Match) -> tuple:
+    """The operator's arguments for one match in schema order: bound Values, numbers, the variant's options, defaults; None for a
+    tensor it lacks.
     """
     options = {n: o(match) if callable(o) else o for n, o in match.variant.options.items()}
-    given = {**{n: tensor(v) for n, v in match.tensors.items()}, **match.numbers, **options}
+    given = {**match.tensors, **match.numbers, **options}
     return tuple(given.get(a.name, a.default_value) for a in match.pattern.op._schema.arguments)
+
+
+def call_arguments(matches: Sequence[Match], tensor: Callable[[Value], Any]) -> tuple:
+    """The arguments of one call for these matches, its tensors made by `tensor`."""
+    op = matches[0].pattern.op
+    many = takes_many(op)
+    each = zip(op._schema.arguments, *map(match_arguments, matches), strict=True)
+
+    def made(a: Any) -> Any:
+        return tensor(a) if isinstance(a, Value) else rebuilt(a, made)
+
+    return tuple(made(list(values) if many and is_list(a) else values[0]) for a, *values in each)
 
 
 def operator_metas(match: Match, graph: Ground) -> list[Meta]:
     """What the operator gives for operands like these."""
     leaves = list(match.tensors.values())
-    arguments = call_arguments(match, lambda v: v.meta[:3])
+    arguments = call_arguments([match], lambda v: v.meta[:3])
     key = (match.pattern.op, literal_key(arguments), torch.is_autocast_enabled(leaves[0].meta.device.type))
     if key not in graph.tried:
         tensors = dict(zip(leaves, fakes([v.meta for v in leaves], graph.mode), strict=True))
         with graph.mode, torch.no_grad():
-            out = match.pattern.op(*call_arguments(match, tensors.__getitem__))
+            out = match.pattern.op(*call_arguments([match], tensors.__getitem__))
         graph.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
     return graph.tried[key]
 
 
-def _held(v: Value) -> Value:
-    """The value of the traced graph that an operand is, or is a view or cast of."""
-    while not v.nodes and v.op in EMITTABLE and not any(_symbolic(a) for a in v.args):
-        v = v.args[0]
-    return v
+def held(v: Value) -> list[Value]:
+    """The values of the traced graph that an operand is made of: itself, or what it is a view, a cast … of."""
+    if v.nodes or v.op not in EMIT or any(_symbolic(a) for a in v.args):
+        return [v]
+    return [h for x in v.inputs for h in held(x)]
 
 
 def _alive(v: Value) -> bool:

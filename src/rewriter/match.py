@@ -92,10 +92,15 @@ class Unifier:
         elif p.op == "input":
             yield {**b, p: g}
         elif not self.exact and p.op == "cast":
-            if g.op == "cast":
-                yield from self.unify(p.args[0], g.args[0], {**b, p: g})
-            yield from self.unify(p.args[0], g, {**b, p: g})
+            name = self.sentinels.get(p.args[1])  # a dtype that the operator wants to know
+            if name is None or b.get(name, g.meta.dtype) == g.meta.dtype:
+                bound = {**b, p: g} if name is None else {**b, p: g, name: g.meta.dtype}
+                if g.op == "cast":
+                    yield from self.unify(p.args[0], g.args[0], bound)
+                yield from self.unify(p.args[0], g, bound)
         elif p.op != g.op:
+            if not self.exact and p.op == "mul" and (name := self.number(p.args[1])) is not None:  # x · 1 is no node
+                yield from self.unify(p.args[0], g, {**b, p: g, name: 1.0})
             self.differ(b, p.op, g, "dtype" if "cast" in (p.op, g.op) else "structure")
         elif self.exact and p.meta is not None and p.meta.dtype != g.meta.dtype:
             self.differ(b, f"{p.op} in {p.meta.dtype}", g, "dtype")
@@ -118,8 +123,7 @@ class Unifier:
             yield from self.unify(p, g, b)
         elif isinstance(p, tuple) and isinstance(g, tuple) and any(isinstance(x, Value) for x in p):
             yield from self.unify_all(p, g, b, at)
-        elif _hashable(p) and p in self.sentinels:
-            name = self.sentinels[p]
+        elif (name := self.number(p)) is not None:
             if isinstance(g, (int, float, *Symbol)) and (name not in b or same_literal(b[name], g)):
                 yield {**b, name: g}
             else:
@@ -133,6 +137,10 @@ class Unifier:
             yield b
         else:
             self.differ(b, f"{at.op} with {p}", at, "constant")
+
+    def number(self, p: Any) -> str | None:
+        """The parameter that this constant of the pattern stands for."""
+        return self.sentinels.get(p) if _hashable(p) else None
 
     def same(self, p: Any, g: Any) -> bool:
         """Equal literals. A float that Dynamo lifted (a module's `math.pi` with dynamic=True) is what it is now, with a guard."""

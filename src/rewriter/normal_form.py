@@ -10,6 +10,7 @@ dtypes, constants.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ RULES: dict[str, list[Rule]] = {}
 COMMUTATIVE = frozenset({"add", "mul"})
 VIEWS = frozenset({"view", "expand", "permute", "slice", "cast"})  # cheap to have twice
 ALIASES = VIEWS - {"cast"} | {"detach", "no_grad", "bitcast"}  # share the memory of their first argument
+NOT_FRESH = ALIASES | {"input", "constant", "opaque", "result", "getitem"}  # not in memory made by one known call
 POINTWISE = frozenset({"add", "sub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "tanh", "rsqrt", "sqrt", "exp", "relu"})
 INT_MAX = 2**63 - 1
 
@@ -61,6 +63,9 @@ class Normal:
         self.pinned = False  # what is made now lies in memory that somebody writes
         self.random = False  # … or is random: two calls are two values
         self.mutated: set[Value] = set()  # written in place by some call
+        self.rebound: set[Value] = set()  # made to be another tensor by `set_`: the memory itself is not written
+        self.last_use = False  # is the first operand of the current call in memory that nobody else reads?
+        self.consumed: set[Value] = set()  # by a call that wrote to such memory
 
     def call(self, op: str, args: tuple, metas: Metas) -> Any:
         """The normal form of `op(*args)`, whose tensor results `metas` describes."""
@@ -78,18 +83,26 @@ class Normal:
         lookup = lambda r: leaves[r.index] if r.step < 0 else steps[r.step][r.index]  # noqa: E731
         for step in traced.steps:
             args = positional(step, lookup)
-            schema = step.op._schema
-            if schema.is_mutable:
-                written = [a for a, p in zip(args, schema.arguments, strict=True) if p.alias_info and p.alias_info.is_write]
-                self.mutated.update(values_in(written))
             self.random = torch.Tag.nondeterministic_seeded in step.op.tags
-            name = op_name(step.op)
-            if any(p.is_out for p in schema.arguments):  # no rule is about writing
-                name += ".out"
-            result = self.call(name, args, step.metas)
+            result = self.step(op_name(step.op), step.op._schema, args, step.metas)
             steps.append(tuple(map(self.cut, result)) if isinstance(result, tuple) else (self.cut(result),))
         self.random = False
         return resolve(traced.output, lookup)
+
+    def step(self, name: str, schema: torch.FunctionSchema, args: tuple, metas: Metas) -> Any:
+        """One recorded call. What writes is told apart: into a fresh tensor that nobody else reads it is a function like any."""
+        if not schema.is_mutable:
+            return self.call(name, args, metas)
+        written = [a for a, p in zip(args, schema.arguments, strict=True) if p.alias_info and p.alias_info.is_write]
+        (self.rebound if name == "set_" else self.mutated).update(values_in(written))
+        if any(p.is_out for p in schema.arguments):  # no rule is about writing
+            name += ".out"
+        elif written == [args[0]] and self.last_use and args[0].op not in NOT_FRESH and name.endswith("_"):
+            self.mutated.discard(args[0])
+            self.consumed.add(args[0])
+            promoted = functools.reduce(torch.promote_types, (v.meta.dtype for v in values_in(args)))
+            return self.cast(self.call(name[:-1], args, (metas[0]._replace(dtype=promoted),)), metas[0].dtype)
+        return self.call(name, args, metas)
 
     def add(self, op: str, args: tuple, meta: Meta | None) -> Value:
         if meta is not None:

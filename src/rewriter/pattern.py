@@ -9,7 +9,7 @@
     @rms_norm.variant("gemma", offset=1.0)
     def _(x, weight, *, eps: float): ...
 
-Positional parameters are tensors, keyword-only parameters numbers found in the graph (annotated `float` or `int`). A match calls
+Positional parameters are tensors, keyword-only parameters numbers and dtypes found in the graph (annotated `float`, `int` or `torch.dtype`). A match calls
 `op` with the bound tensors and numbers by the names of its schema; what a variant passes (`offset=1.0`) goes to the operator too.
 """
 
@@ -106,7 +106,7 @@ class Variant:
     def loose(self) -> Graph:
         """Traced once in bf16, so that every cast shows; sizes and dtypes in it are examples."""
         if self._loose is None:
-            sentinels = {(0.0173 + 0.0011 * i if t is float else 90017 + i): n for i, (n, t) in enumerate(self.numbers.items())}
+            sentinels = _sentinels(self.numbers)
             self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, FakeTensorMode(), sentinels)
         return self._loose
 
@@ -148,11 +148,21 @@ class Pattern:
         return fn
 
 
+KINDS = {int: (int, "int"), torch.dtype: (torch.dtype, "torch.dtype")}  # of keyword-only parameters, by annotation; others: float
+
+
+def _sentinels(parameters: dict[str, type]) -> dict[Any, str]:
+    """A constant for each parameter that no reference writes itself. Results of a cast to the last dtype are not computed with."""
+    dtypes = iter((torch.float64, torch.float16, torch.float8_e5m2))
+    make = {float: lambda i: 0.0173 + 0.0011 * i, int: lambda i: 90017 + i, torch.dtype: lambda i: next(dtypes)}
+    return {make[kind](i): name for i, (name, kind) in enumerate(parameters.items())}
+
+
 def _parameters(fn: Callable) -> tuple[list[str], dict[str, type]]:
     tensors, numbers = [], {}
     for p in inspect.signature(fn).parameters.values():
         if p.kind is p.KEYWORD_ONLY:
-            numbers[p.name] = int if p.annotation in (int, "int") else float
+            numbers[p.name] = next((t for t, names in KINDS.items() if p.annotation in names), float)
         else:
             tensors.append(p.name)
     return tensors, numbers

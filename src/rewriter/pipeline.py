@@ -14,7 +14,7 @@ from sloth.rewriter import legality
 from sloth.rewriter.match import Match, Matcher, Refused
 from sloth.rewriter.pattern import Construct, Pattern
 from sloth.rewriter.report import GraphReport
-from sloth.rewriter.rewrite import Rewriter, choose
+from sloth.rewriter.rewrite import Rewriter, choose, together
 from sloth.rewriter.shadow import View, shape_env_of, views
 from sloth.rewriter.sites import matched_site, missed_sites
 
@@ -58,15 +58,20 @@ def rewrite_view(view: View, matcher: Matcher, mode: FakeTensorMode, constructs:
         accepted, _ = choose(legal)
     with _timed(report, "rewrite"):
         rewriter, placed = Rewriter(view), []
-        for match in accepted:
-            site = matched_site(match)
+        todo = together(accepted)
+        while todo:
+            matches = todo.pop(0)
+            sites = list(map(matched_site, matches))
             try:
-                rewriter.apply(match)
+                rewriter.apply(matches)
             except Refused as why:
-                refused.append((match, why))
+                if len(matches) > 1:
+                    todo[:0] = [[m] for m in matches]
+                else:
+                    refused.append((matches[0], why))
                 continue
-            placed.append(match)
-            report.sites.append(site)
+            placed += matches
+            report.sites += sites
         if placed:
             view.gm.graph.lint()
             view.gm.recompile()

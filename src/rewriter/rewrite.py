@@ -7,21 +7,13 @@ import operator
 import networkx as nx
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
-from sloth.rewriter.ir import Value, values_in
-from sloth.rewriter.legality import call_arguments
+from sloth.rewriter.ir import Value, literal_key, values_in
+from sloth.rewriter.legality import EMIT, call_arguments, held, is_list, match_arguments, takes_many
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import VIEWS
 from sloth.rewriter.shadow import View
-
-# How a view or cast that is no node of the graph is written when an operand needs it.
-EMIT = {
-    "cast": torch.ops.aten.to.dtype,
-    "view": torch.ops.aten.reshape.default,
-    "expand": torch.ops.aten.expand.default,
-    "permute": torch.ops.aten.permute.default,
-    "slice": torch.ops.aten.slice.Tensor,
-}
 
 
 def choose(matches: list[Match]) -> tuple[list[Match], list[tuple[Match, Match]]]:
@@ -39,54 +31,68 @@ def choose(matches: list[Match]) -> tuple[list[Match], list[tuple[Match, Match]]
     return sorted(accepted, key=lambda m: m.roots[0].id), losers
 
 
+def together(accepted: list[Match]) -> list[list[Match]]:
+    """Matches that one call can stand for: their operator takes lists, and all its other arguments are the same."""
+    groups: dict[object, list[Match]] = {}
+    for m in accepted:
+        op = m.pattern.op
+        shared = [a for p, a in zip(op._schema.arguments, match_arguments(m), strict=True) if not is_list(p)]
+        key = (op, literal_key(tuple(shared)), m.roots[0].region) if takes_many(op) else m
+        groups.setdefault(key, []).append(m)
+    return list(groups.values())
+
+
 class Rewriter:
-    """Edits one view's graph, match by match. A match that cannot be placed raises Refused and leaves the graph as it was."""
+    """Edits one view's graph, call by call. What cannot be placed raises Refused and leaves the graph as it was."""
 
     def __init__(self, view: View):
         self.graph, self.view = view.gm.graph, view
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
 
-    def apply(self, match: Match) -> fx.Node:
-        """Insert the call as early as its operands allow, redirect its results' users, drop what nobody reads any more."""
-        place = self.place(match)
-        moved = self.held_back(match, place)
-        old = [n for v in match.values for n in v.nodes]
+    def apply(self, matches: list[Match]) -> fx.Node:
+        """Insert one call for these matches as early as its operands allow, redirect its results' users, drop what nobody reads any
+        more.
+        """
+        roots = [r for m in matches for r in m.roots]
+        place = self.place(matches)
+        moved = self.held_back(matches, place)
+        old = [n for m in matches for v in m.values for n in v.nodes]
         for node in reversed(moved):  # readers of an early result, behind the call now
             place.append(node)
         with self.graph.inserting_after(place):
-            call = self.graph.call_function(match.pattern.op)
+            call = self.graph.call_function(matches[0].pattern.op)
         with self.graph.inserting_before(call):
-            call.args = call_arguments(match, self.operand)
-        outputs = self.outputs(call, match)
-        self.view.regions |= dict.fromkeys((call, *outputs), match.roots[0].region)
-        for value, output in zip(match.roots, outputs, strict=True):
+            call.args = call_arguments(matches, self.operand)
+        outputs = self.outputs(call, matches[0], roots)
+        self.view.regions |= dict.fromkeys((call, *outputs), roots[0].region)
+        for value, output in zip(roots, outputs, strict=True):
             computed = _computed(value)
             for node in computed:
                 node.replace_all_uses_with(output)
             value.nodes[:] = [output, *(n for n in value.nodes if n not in computed)]
-        self.sweep(match, old)
+        self.sweep({v for m in matches for v in m.values}, old)
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         return call
 
-    def place(self, match: Match) -> fx.Node:
-        """The earliest node behind which all operands exist and the grad mode and autocast are those of the match."""
-        region = match.roots[0].region
-        node = max((_source(v) for v in match.tensors.values()), key=self.order.__getitem__)
+    def place(self, matches: list[Match]) -> fx.Node:
+        """The earliest node behind which all operands exist and the grad mode and autocast are those of the matches."""
+        region = matches[0].roots[0].region
+        node = max((n for m in matches for v in m.tensors.values() for n in _sources(v)), key=self.order.__getitem__)
         while node.next.op == "placeholder" or self.view.regions[node.next] != region:
             node = node.next
         return node
 
-    def held_back(self, match: Match, place: fx.Node) -> list[fx.Node]:
+    def held_back(self, matches: list[Match], place: fx.Node) -> list[fx.Node]:
         """Nodes before `place` that read a result: they must move behind the call. None of them may be an operand (convexity)."""
-        results = [n for r in match.roots for n in _computed(r)]
+        results = [n for m in matches for r in m.roots for n in _computed(r)]
         if all(self.order[u] > self.order[place] for n in results for u in n.users):
             return []
         span = nx.DiGraph((a, n) for n in self.graph.nodes for a in n.all_input_nodes)
         behind = set().union(*(nx.descendants(span, n) for n in results if n in span)) - set(results)
-        if any(_source(v) in behind for v in match.tensors.values()):
+        if any(n in behind for m in matches for v in m.tensors.values() for n in _sources(v)):
             raise Refused("convexity", "an operand depends on a result")
         moved = [n for n in self.graph.nodes if n in behind and self.order[n] <= self.order[place]]
-        region = match.roots[0].region
+        region = matches[0].roots[0].region
         if any(n.is_impure() or self.view.regions[n] != region or _random(n) or self.in_written_memory(n) for n in moved):
             raise Refused("convexity", "its results are read before all its operands exist")
         return moved
@@ -97,23 +103,26 @@ class Rewriter:
         return any(v.pinned for v in values_in(values))
 
     def operand(self, v: Value) -> fx.Node:
-        """The node that holds `v`, or a view or cast of one, written out."""
+        """The node that holds `v`, or what `v` is made of some, written out.
+
+        What was computed inside a call was not kept for the backward pass, and is not now: it is computed again.
+        """
         if v.nodes:
             return v.nodes[0]
-        x, *rest = v.args
-        node = self.graph.call_function(EMIT[v.op], (self.operand(x), *rest))
+        node = self.graph.call_function(EMIT[v.op], tuple(self.operand(a) if isinstance(a, Value) else a for a in v.args))
         node.meta.update({k: m for k, m in v.origin.meta.items() if k != "example_value"})
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         v.nodes.append(node)
         self.view.regions[node] = v.region
         return node
 
-    def outputs(self, call: fx.Node, match: Match) -> list[fx.Node]:
+    def outputs(self, call: fx.Node, match: Match, roots: list[Value]) -> list[fx.Node]:
         """The nodes that hold the results, with the metadata of those they replace: where in the model, and what it looks
         like.
         """
-        sites = [r.nodes[0] for r in match.roots]
+        sites = [r.nodes[0] for r in roots]
         call.meta.update(sites[0].meta, sloth=match.pattern.name)
-        if len(match.pattern.op._schema.returns) == 1:
+        if len(match.pattern.op._schema.returns) == 1 and not takes_many(match.pattern.op):
             return [call]
         call.meta.pop("example_value", None)
         out, at = [], call
@@ -124,14 +133,14 @@ class Rewriter:
             out.append(at)
         return out
 
-    def sweep(self, match: Match, old: list[fx.Node]) -> None:
-        """Remove the match's nodes that nobody reads any more, from the last to the first."""
-        nodes = {*old, *(v.origin for v in match.values if v.origin is not None)}
+    def sweep(self, values: set[Value], old: list[fx.Node]) -> None:
+        """Remove the nodes of matched values that nobody reads any more, from the last to the first."""
+        nodes = {*old, *(v.origin for v in values if v.origin is not None)}
         for n in sorted(nodes & self.order.keys(), key=self.order.__getitem__, reverse=True):
             if n.op not in ("placeholder", "get_attr") and not n.users and not n.is_impure():
                 self.graph.erase_node(n)
                 del self.order[n]
-                for v in (*match.values, *values_in((self.view.env.get(n),))):
+                for v in (*values, *values_in((self.view.env.get(n),))):
                     if n in v.nodes:
                         v.nodes.remove(n)
 
@@ -141,10 +150,8 @@ def _computed(v: Value) -> list[fx.Node]:
     return [n for n in v.nodes if not any(a in v.nodes for a in n.all_input_nodes)]
 
 
-def _source(v: Value) -> fx.Node:
-    while not v.nodes:
-        v = v.args[0]
-    return v.nodes[0]
+def _sources(v: Value) -> list[fx.Node]:
+    return [h.nodes[0] for h in held(v)]
 
 
 def _random(n: fx.Node) -> bool:

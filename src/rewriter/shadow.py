@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
+from sloth.rewriter.functions import is_derivative
 from sloth.rewriter.ir import Meta, Region, Shadow, Symbol, Value, literal_key, values_in
 from sloth.rewriter.normal_form import ALIASES, Normal
 from sloth.rewriter.trace import Ref, Trace, rebuilt, resolve, trace
@@ -105,9 +106,10 @@ class _Builder:
                 self.leave_autocast()
         values = self.view.shadow.values
         roots = {_root(v) for v in self.normal.mutated}
+        rebound = {n for v in self.normal.rebound for n in v.nodes}
         written = {n for v in values if _root(v) in roots for n in v.nodes}
         storages = {s for n in written for s in self.storages(n)}
-        return frozenset(written | {n for n in self.view.gm.graph.nodes if not storages.isdisjoint(self.storages(n))})
+        return frozenset(written | rebound | {n for n in self.view.gm.graph.nodes if not storages.isdisjoint(self.storages(n))})
 
     def storages(self, node: fx.Node) -> Iterator[int]:
         """The memory that the node's tensors lie in."""
@@ -139,6 +141,8 @@ class _Builder:
         elif name.endswith("_decrement_nesting"):
             self.normal.region = self.normal.region._replace(transforms=self.normal.region.transforms - 1)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            if node.target.name() == "autograd_function_apply" and (found := self.function(node)) is not None:
+                return found
             self.enter_bodies(node)
             return self.opaque(node, example, f"higher-order operator {node.target.name()}")
         elif isinstance(example, (*Symbol, int, float, torch.Size, torch.dtype, torch.device)):
@@ -206,13 +210,51 @@ class _Builder:
         if any(free_unbacked_symbols(t) for t in _tensors(example)):
             return self.opaque(node, example, "its size depends on data")
         try:
+            self.normal.last_use = self.is_last_use(node)
             result = self.normal.replay(*self.recorded(node, args, kwargs))
+            for v in self.normal.consumed:  # the node that held it holds something else from now on
+                v.nodes[:] = [n for n in v.nodes if n is not node.args[0]]
+            self.normal.consumed.clear()
         except Exception as e:
             return self.opaque(node, example, f"{type(e).__name__}: {e}".split("\n")[0][:200])
         seen, told = [v.meta for v in values_in((result,))], [Meta.of(t) for t in _tensors(example)]
         if any(len(a.shape) != len(b.shape) or a.dtype != b.dtype for a, b in zip(seen, told, strict=False)):
             return self.opaque(node, example, "lowers to another shape or dtype than it was traced with")
         return result
+
+    def is_last_use(self, node: fx.Node) -> bool:
+        """Is this call the only reader of its first operand, which is no other name of one of that operand's operands?"""
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node) or len(first.users) != 1:
+            return False
+        return not any(self.view.env.get(n) is self.view.env[first] for n in first.all_input_nodes)
+
+    def function(self, node: fx.Node) -> Any:
+        """The results of an autograd function whose backward is proven to be the derivative of its forward."""
+        forward, backward, *arguments = map(self._value, node.args)
+        scratch = Shadow()
+        own = [scratch.add("input", (i,), a.meta, origin=node) if isinstance(a, Value) else a for i, a in enumerate(arguments)]
+        try:
+            told = self.inline(forward, own, scratch, node)
+            if told is None or not is_derivative(told[0], own, lambda *given: self.inline(backward, given, scratch, node), told[1]):
+                return None
+            found = self.inline(forward, arguments, self.normal.shadow, node)
+        except Exception:  # bodies that are written in a way we do not know
+            return None
+        return found[0]
+
+    def inline(self, body: fx.GraphModule, arguments: Sequence[Any], shadow: Shadow, call: fx.Node) -> Any:
+        """What the body computes of these arguments, in the region of the call; None where the shadow cannot tell."""
+        builder = _Builder(View(body, self.view.path, self.normal.region, shadow), self.mode)
+        builder.memo, builder.normal.origin = self.memo, call
+        given = iter(arguments)
+        for node in body.graph.nodes:
+            if node.op == "output":
+                told = fx.node.map_aggregate(node.args[0], builder._value)
+                return None if builder.view.opaque or builder.normal.mutated else told
+            if node.target is not torch._C._set_grad_enabled:  # the function's gradient is its backward, not its forward's
+                builder.view.env[node] = next(given) if node.op == "placeholder" else builder.lower(node)
+        return None
 
     def _value(self, a: Any) -> Any:
         return self.view.env[a] if isinstance(a, fx.Node) else a

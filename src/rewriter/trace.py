@@ -75,7 +75,7 @@ class _Recorder(SchemaCheckMode):
                 plain = func(*args, **kwargs).dtype
             except RuntimeError:  # mixed dtypes, which only autocast lets pass
                 plain = None
-        if plain == out.dtype or func._schema.is_mutable:
+        if func._schema.is_mutable or plain == out.dtype and not _mixed(func, args, out.device):
             return args, kwargs
 
         def cast(x):
@@ -104,6 +104,13 @@ class _Recorder(SchemaCheckMode):
                 self.alive.append(t)
                 self.refs[id(t)] = Ref(step, i)
         return out
+
+
+def _mixed(func: torch._ops.OpOverload, args: Any, device: torch.device) -> bool:
+    """Are there operands of different dtypes that autocast makes the same? Fake tensors take them as they are."""
+    dtypes = {t.dtype for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    key = f"Autocast{device.type.upper()}"
+    return len(dtypes) > 1 and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def _layout(t: torch.Tensor) -> tuple:

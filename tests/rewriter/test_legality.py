@@ -287,7 +287,7 @@ RESULTS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "dtype": (lambda: operator(lambda x, y: torch.empty_like(x, dtype=BF16)), "dtype", "bfloat16"),
     "shape": (lambda: operator(lambda x, y: x.new_empty(x.shape[1:])), "dtype", "[3, 8]"),
     "refusal": (lambda: operator(lambda x, y: torch._check(False, lambda: "not these")), "operator", "not these"),
-    "list": (lambda: operator(lambda x, y: [torch.empty_like(x)], "Tensor[]"), "operator", "does not return 1 tensors"),
+    "list": (lambda: operator(lambda x, y: [], "Tensor[]"), "operator", "does not return 1 tensors"),
 }
 
 

@@ -1,0 +1,150 @@
+"""Weights that bitsandbytes keeps in 4 bits, as a matrix:  W[i] = code[q_i] · s_⌊i/B⌋, elements counted along the rows.
+
+packed   uint8 (or any storage dtype), two elements to a byte, the first one in the upper half; N·K/2 bytes.
+code     the 16 values of NF4 (quantiles of a normal distribution, Dettmers et al., "QLoRA", 2023) or of FP4 (1 sign, 2 exponent,
+         1 mantissa bit, scaled to [−1, 1]).
+s        one scale for each block of B elements: `absmax` in fp32, or, double-quantised, computed from 8 bits as
+         s_j = code8[absmax_8bit_j] · absmax_⌊j/256⌋ + offset,  each step rounded to fp32.
+W        [N, K] in fp32, bf16 or fp16: the product is computed in fp32 and rounded once. Bit by bit what bitsandbytes gives.
+
+Nothing is differentiable. One kernel does both steps: a program takes the bytes of a few blocks, computes their scales, looks the
+elements up in a table of 16 kept in registers, and writes 16-bit pairs side by side.
+The product of the double quantisation is made in fp64 and rounded, because a compiler may contract fp32 a·b + c to one rounding.
+Bytes    N·K/2 read and 2·N·K written: the floor is 2.5·N·K over the copy rate (and N·K/64·5 for scales).
+On the CPU it is bitsandbytes' own operator.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from sloth.kernels.launch import launch
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+FP4 = _FP4 + tuple(-v for v in _FP4)
+CODES = {"nf4": NF4, "fp4": FP4}
+NESTED_BLOCK = 256  # scales that share one absmax
+
+# Tuning: bytes to a program, and its warps.
+BYTES = 2048
+NUM_WARPS = 4
+
+
+@triton.jit
+def _table(CODE: tl.constexpr):
+    """The 16 values as a vector."""
+    i = tl.arange(0, 16)
+    values = tl.zeros([16], tl.float32)
+    for k in tl.static_range(16):
+        values = tl.where(i == k, CODE[k], values)
+    return values
+
+
+@triton.jit
+def _dequantize_kernel(
+    packed_ptr,
+    absmax_ptr,
+    absmax_8bit_ptr,
+    code8_ptr,
+    offset_ptr,
+    out_ptr,
+    n_bytes,
+    HALF: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    CODE: tl.constexpr,
+):
+    """BLOCKS blocks of HALF bytes."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block * HALF < n_bytes
+    if NESTED:
+        q = tl.load(absmax_8bit_ptr + block, inside, 0).to(tl.int32)
+        product = tl.load(code8_ptr + q).to(tl.float64) * tl.load(absmax_ptr + block // NESTED_BLOCK, inside, 0.0).to(tl.float64)
+        scale = product.to(tl.float32) + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, inside, 0.0)
+    at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    pair = tl.reshape(tl.load(packed_ptr + at, at < n_bytes, 0).to(tl.int32), [BLOCKS * HALF])
+    table = _table(CODE)
+    first = tl.reshape(tl.gather(table, pair >> 4, 0), [BLOCKS, HALF]) * scale[:, None]
+    second = tl.reshape(tl.gather(table, pair & 15, 0), [BLOCKS, HALF]) * scale[:, None]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    values = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), [BLOCKS, 2 * HALF])
+    to = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(out_ptr + to, values, to < 2 * n_bytes)
+
+
+def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
+    packed = packed.reshape(-1).view(torch.uint8)
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    half, n = blocksize // 2, packed.numel()
+    blocks = max(1, BYTES // half)
+    nested = absmax_8bit is not None
+    launch(_dequantize_kernel)[((n + blocks * half - 1) // (blocks * half),)](
+        packed,
+        absmax,
+        absmax_8bit if nested else absmax,
+        code8 if nested else absmax,
+        offset if nested else absmax,
+        out,
+        n,
+        HALF=half,
+        BLOCKS=blocks,
+        NESTED=nested,
+        NESTED_BLOCK=NESTED_BLOCK,
+        CODE=CODES[quant_type],
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+def _bitsandbytes(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = ops.dequantize_blockwise.default(absmax_8bit, absmax, code8, NESTED_BLOCK, torch.float32) + offset
+    return ops.dequantize_4bit.default(packed.reshape(-1, 1), absmax, blocksize, quant_type, shape, dtype)
+
+
+@triton_op("sloth::dequantize_4bit", mutates_args={})
+def _dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_8bit: Tensor | None,
+    code8: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    if quant_type not in CODES:
+        raise ValueError(f"quant_type must be one of {', '.join(CODES)}, got {quant_type!r}")
+    size = packed.numel() * packed.element_size()
+    torch._check(2 * size == shape[0] * shape[1], lambda: f"{size} bytes do not hold {shape} elements of 4 bits")
+    return (_triton if packed.is_cuda else _bitsandbytes)(
+        packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype
+    )
+
+
+dequantize_4bit = torch.ops.sloth.dequantize_4bit.default
+"""dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> W [N, K]"""
+
+
+COMPILE = [
+    (
+        _dequantize_kernel,
+        {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "absmax_8bit_ptr": "*u8", "code8_ptr": "*fp32", "offset_ptr": "*fp32",
+         "out_ptr": "*bf16", "n_bytes": "i32"},
+        {"HALF": 32, "BLOCKS": 64, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": NF4},
+        {"num_warps": NUM_WARPS},
+    )
+    for nested in (True, False)
+]  # fmt: skip

@@ -1,0 +1,47 @@
+"""A sum of matrix products in one buffer:  y = bias + α₁ A₁ B₁ + α₂ A₂ B₂ + …
+
+Shapes   A_i [M, K_i], B_i [K_i, N] (any strides that cuBLAS takes), bias [N] or None; all of one dtype, and y [M, N] too.
+Order    as given. Put thin products first and the big one last: a big product that adds to what is there reads it while it
+         computes (H200, [4096, 4096] × [4096, 14336] and rank 16: 42 + 629 µs; the other way round 620 + 100).
+Error    each product is accumulated in fp32 by cuBLAS; the running sum is rounded to the dtype after each.
+Bytes    y is written once for each product and read once for each but the first.
+
+The products are torch's own; what is added is that they go into one buffer, which a functional `addmm` cannot do for a sum in two
+dimensions (it copies first). The operator has no derivative: it is what backward passes are made of.
+"""
+
+import torch
+
+
+def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> None:
+    torch._check(0 < len(a) == len(b) == len(alpha), lambda: "sum_of_products: as many factors on each side, and one at least")
+
+
+torch.library.define(
+    "sloth::sum_of_products",
+    "(Tensor[] a, Tensor[] b, float[] alpha, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("sloth::sum_of_products", "CompositeExplicitAutograd")
+def _(a, b, alpha, bias=None):
+    _check(a, b, alpha)
+    out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
+    if bias is None:
+        torch.addmm(out, a[0], b[0], beta=0, alpha=alpha[0], out=out)
+    else:
+        torch.addmm(bias, a[0], b[0], alpha=alpha[0], out=out)
+    for x, y, scale in zip(a[1:], b[1:], alpha[1:], strict=True):
+        out.addmm_(x, y, alpha=scale)
+    return out
+
+
+@torch.library.register_fake("sloth::sum_of_products")
+def _(a, b, alpha, bias=None):
+    _check(a, b, alpha)
+    return a[0].new_empty(a[0].shape[0], b[0].shape[1])
+
+
+sum_of_products = torch.ops.sloth.sum_of_products.default
+"""sum_of_products(a, b: lists of matrices, alpha: list of numbers, bias [N] or None) -> [M, N]"""

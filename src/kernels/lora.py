@@ -1,0 +1,222 @@
+"""Linear layers with low-rank adapters (Hu et al., "LoRA", 2021), several at once that read the same x:
+
+    y_i = x W_iᵀ + b_i + s_i (x_i A_iᵀ) B_iᵀ          x_i = x, or what the adapter reads instead (x after dropout, x in fp32)
+
+Shapes   x [..., K], W_i [N_i, K] frozen, b_i [N_i] or None, A_i [r_i, K] and B_i [N_i, r_i] or None (no adapter), y_i [..., N_i].
+Dtypes   W_i as x; the adapters in a dtype of their own (PEFT keeps them in fp32 over a bf16 base); y_i in `dtype`, by default x's.
+
+Backward, with g_i = ∂L/∂y_i, t_i = x_i A_iᵀ [M, r] (the only thing saved beside the inputs) and u_i = s_i g_i B_i [M, r]:
+    ∂L/∂t_i = s_i g_i B_i = u_i       dB_i = s_i g_iᵀ t_i       dA_i = u_iᵀ x_i       db_i = Σ_rows g_i
+    dx   = Σ_i g_i W_i + Σ_{x_i = x} u_i A_i                    dx_i = u_i A_i  otherwise
+W_i gets no gradient: it is frozen. B Aᵀ [N, K] is never formed: all adapter products are rank r.
+
+Order    where dtypes agree, a sum of products is one buffer, thin products first (kernels/gemm.py): y = s t Bᵀ, then += x Wᵀ.
+         Adapters that read x itself are one product: [A_1; A_2; …] x, and x is read once for all of them, forward and backward.
+Bytes    over the products x Wᵀ and g W: x, y, g and dx once or twice each; the floor is that of the two matmuls.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from sloth.kernels.gemm import sum_of_products
+from sloth.kernels.launch import compute_dtype, without_autocast
+from sloth.kernels.tiles import once
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] as [M, K]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _shared(xl: list, a: list) -> list[int]:
+    """Which adapters read x itself."""
+    return [i for i, (own, ai) in enumerate(zip(xl, a, strict=True)) if ai is not None and own is None]
+
+
+def _thirds(places: list[int]) -> tuple[list[int], ...]:
+    """For each layer: has it a bias, an adapter input of its own, an adapter?"""
+    n = len(places) // 3
+    return tuple(places[i * n : (i + 1) * n] for i in range(3))
+
+
+def _spread(values: list, places: list[int]) -> list:
+    """One element for each layer, None where it has none: lists with gaps have no gradients in torch.library."""
+    there = iter(values)
+    return [next(there) if place else None for place in places]
+
+
+def _split(joined: Tensor, parts: list[Tensor], dim: int) -> list[Tensor]:
+    return list(joined.split([p.shape[0] for p in parts], dim))
+
+
+def _down(x: Tensor, xl: list, a: list) -> list[Tensor | None]:
+    """t_i = x_i A_iᵀ, those that share x in one product."""
+    t: list[Tensor | None] = [None] * len(a)
+    together = _shared(xl, a)
+    if together:
+        own = [a[i] for i in together]
+        joined = _rows(x).to(own[0].dtype) @ torch.cat(own).t()
+        for i, part in zip(together, _split(joined, own, 1), strict=True):
+            t[i] = part
+    for i, (xi, ai) in enumerate(zip(xl, a, strict=True)):
+        if ai is not None and xi is not None:
+            t[i] = _rows(xi).to(ai.dtype) @ ai.t()
+    return t
+
+
+def _check(x, weight, bias, xl, a, b, scale) -> None:
+    lengths = {len(values) for values in (weight, bias, xl, a, b, scale)}
+    torch._check(lengths == {len(weight)} and len(weight) > 0, lambda: "lora_linear: every list needs an element for each layer")
+    for w, ai, bi in zip(weight, a, b, strict=True):
+        told = f"x {x.dtype} {list(x.shape)}, weight {w.dtype} {list(w.shape)}"
+        torch._check(w.dim() == 2 and w.shape[1] == x.shape[-1] and w.dtype == x.dtype, lambda told=told: f"lora_linear: {told}")
+        if ai is not None:
+            told = f"{told}, A {ai.dtype} {list(ai.shape)}, B {bi.dtype} {list(bi.shape)}"
+            fits = ai.shape[1] == w.shape[1] and bi.shape == (w.shape[0], ai.shape[0]) and ai.dtype == bi.dtype
+            torch._check(fits, lambda told=told: f"lora_linear: {told}")
+
+
+@triton_op("sloth::lora_linear_forward", mutates_args={})
+def _lora_linear_forward(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    xl: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scale: list[float],
+    places: list[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """[y_1, …, y_n] and then t_i of those with an adapter. Lists hold what there is; `places` tells of which layer (`_spread`)."""
+    with_bias, with_xl, with_adapter = _thirds(places)
+    bias, xl, a, b = _spread(bias, with_bias), _spread(xl, with_xl), _spread(a, with_adapter), _spread(b, with_adapter)
+    x2, t, out = _rows(x), _down(x, xl, a), []
+    for w, bi, ti, up, s in zip(weight, bias, t, b, scale, strict=True):
+        if ti is None:
+            y = torch.nn.functional.linear(x2, w, bi).to(dtype)
+        elif x.dtype == up.dtype == dtype and (bi is None or bi.dtype == dtype):
+            y = sum_of_products([ti, x2], [up.t(), w.t()], [s, 1.0], bi)
+        else:
+            wide = compute_dtype(x, up)
+            y = (torch.nn.functional.linear(x2, w, bi).to(wide) + (ti @ up.t()).to(wide) * s).to(dtype)
+        out.append(y.view(*x.shape[:-1], w.shape[0]))
+    return [*out, *(ti.clone() for ti in t if ti is not None)]
+
+
+@triton_op("sloth::lora_linear_backward", mutates_args={})
+def _lora_linear_backward(
+    g: list[Tensor],
+    x: Tensor,
+    weight: list[Tensor],
+    xl: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    t: list[Tensor],
+    scale: list[float],
+    places: list[int],
+    need_x: bool,
+    need_xl: list[bool],
+    need_a: list[bool],
+    need_b: list[bool],
+) -> list[Tensor]:
+    """dx, then dx_i, dA_i and dB_i, each only if it is needed."""
+    _, with_xl, with_adapter = _thirds(places)
+    xl, need_xl = _spread(xl, with_xl), _spread(need_xl, with_xl)
+    a, b, t, need_a, need_b = (_spread(values, with_adapter) for values in (a, b, t, need_a, need_b))
+    g2 = [_rows(gi) for gi in g]
+    n, together = len(g), _shared(xl, a)
+    u: list[Tensor | None] = [None] * n
+    for i in range(n):
+        if a[i] is not None and (need_a[i] or need_xl[i] or need_x and i in together):
+            u[i] = sum_of_products([g2[i].to(b[i].dtype)], [b[i]], [scale[i]])
+    out = []
+    if need_x:
+        out.append(_dx(g2, x, weight, a, u, together))
+    for i in range(n):
+        if need_xl[i]:
+            out.append((u[i] @ a[i]).to(xl[i].dtype).view(xl[i].shape))
+    out += _down_gradients(x, xl, u, need_a, together)
+    for i in range(n):
+        if need_b[i]:
+            out.append(sum_of_products([g2[i].to(b[i].dtype).t()], [t[i]], [scale[i]]))
+    return out
+
+
+def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], a: list, u: list, together: list[int]) -> Tensor:
+    """Σ u_i A_i + Σ g_i W_i."""
+    big = [gi.to(x.dtype) for gi in g], weight
+    if not together:
+        dx = sum_of_products(*big, [1.0] * len(g))
+        return dx.view(x.shape)
+    joined = torch.cat([u[i] for i in together], 1), torch.cat([a[i] for i in together])
+    if joined[1].dtype == x.dtype:
+        return sum_of_products([joined[0], *big[0]], [joined[1], *big[1]], [1.0] * (1 + len(g))).view(x.shape)
+    wide = compute_dtype(x, joined[1])
+    dx = sum_of_products(*big, [1.0] * len(g)).to(wide) + (joined[0] @ joined[1]).to(wide)
+    return dx.to(x.dtype).view(x.shape)
+
+
+def _down_gradients(x: Tensor, xl: list, u: list, need: list[bool], together: list[int]) -> list[Tensor]:
+    """dA_i = u_iᵀ x_i in order, those that share x in one product."""
+    found: dict[int, Tensor] = {}
+    shared = [i for i in together if need[i]]
+    if shared:
+        own = [u[i].t() for i in shared]
+        joined = torch.cat(own) @ _rows(x).to(own[0].dtype)
+        found.update(zip(shared, (d.clone() for d in _split(joined, own, 0)), strict=True))
+    for i, xi in enumerate(xl):
+        if need[i] and xi is not None:
+            found[i] = u[i].t() @ _rows(xi).to(u[i].dtype)
+    return [found[i] for i in sorted(found)]
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, xl, a, b, ctx.scale, ctx.places, _ = inputs
+    ctx.lengths = [len(values) for values in (weight, bias, xl, a, b)]
+    ctx.save_for_backward(x, *weight, *xl, *a, *b, *output[len(weight) :])
+    ctx.bias_dtypes = [bi.dtype for bi in bias]
+    ctx.mark_non_differentiable(*output[len(weight) :])
+
+
+def _vjp(ctx, grads):
+    n, n_bias, n_xl, n_a, _ = ctx.lengths
+    saved = iter(ctx.saved_tensors)
+    take = lambda k: [next(saved) for _ in range(k)]  # noqa: E731
+    (x,), weight, xl, a, b, t = take(1), *map(take, (n, n_xl, n_a, n_a, n_a))
+    needs = [bool(ctx.needs_input_grad[0]), *(list(need) for need in ctx.needs_input_grad[1:6])]
+    need_x, _, need_bias, need_xl, need_a, need_b = needs
+    found = iter(torch.ops.sloth.lora_linear_backward(
+        grads[:n], x, weight, xl, a, b, t, ctx.scale, ctx.places, need_x, need_xl, need_a, need_b
+    ))  # fmt: skip
+    pick = lambda need: [next(found) if wanted else None for wanted in need]  # noqa: E731
+    (dx,), dxl, da, db = pick([need_x]), pick(need_xl), pick(need_a), pick(need_b)
+    with_bias = [g for g, place in zip(grads, _thirds(ctx.places)[0], strict=False) if place]
+    return dx, [None] * n, [
+        _rows(g).sum(0, dtype=dtype) if need else None for g, dtype, need in zip(with_bias, ctx.bias_dtypes, need_bias, strict=True)
+    ], dxl, da, db, None, None, None
+
+
+torch.library.register_autograd("sloth::lora_linear_forward", _vjp, setup_context=_setup)
+torch.library.register_autograd("sloth::lora_linear_backward", once)
+
+torch.library.define(
+    "sloth::lora_linear",
+    "(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor?[] xl, Tensor?[] a, Tensor?[] b, float[] scale, ScalarType? dtype=None)"
+    " -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("sloth::lora_linear", "CompositeImplicitAutograd")
+def _(x, weight, bias, xl, a, b, scale, dtype=None):
+    _check(x, weight, bias, xl, a, b, scale)
+    places = [int(v is not None) for values in (bias, xl, a) for v in values]
+    own = ([v for v in values if v is not None] for values in (bias, xl, a, b))
+    with without_autocast(x):
+        return torch.ops.sloth.lora_linear_forward(x, weight, *own, scale, places, dtype or x.dtype)[: len(weight)]
+
+
+lora_linear = torch.ops.sloth.lora_linear.default
+"""lora_linear(x, weight, bias, xl, a, b: lists, scale: list, dtype=None) -> [y_i]"""

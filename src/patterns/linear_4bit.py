@@ -1,0 +1,102 @@
+"""Linear layers over weights that bitsandbytes keeps in 4 bits: how they are written, and those without an adapter.
+
+bitsandbytes writes the layer as one `gemm_4bit` where its input needs no gradient, and as an autograd function where it does; up
+to 0.49 as a dequantisation and a matmul. All reach  linear(x, weight_4bit(…), bias)  in normal form, and `weight_4bit` is written
+by `dequantize_4bit`, whose result is not kept for the backward pass.
+"""
+
+import logging
+from importlib import metadata
+
+import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sloth.kernels.dequantize_4bit import NESTED_BLOCK, dequantize_4bit
+from sloth.kernels.lora import lora_linear
+from sloth.patterns.lora import DIMS, lora
+from sloth.rewriter.ir import Value
+from sloth.rewriter.legality import emit
+from sloth.rewriter.normal_form import rule
+from sloth.rewriter.pattern import Construct
+from sloth.rewriter.registry import pattern
+
+OLDEST = (0, 46)
+FEW_ROWS = 32  # without gradients bitsandbytes' own product of packed weights is faster up to here
+
+emit("weight_4bit", dequantize_4bit)
+
+
+@rule("bitsandbytes::dequantize_4bit")
+def weight_4bit(n, c, packed, absmax, blocksize, quant_type, shape, dtype):
+    """dequantize_4bit(p, absmax, …) = weight_4bit(p, absmax, …), with 8-bit scales where absmax is computed from such."""
+    scales = (absmax, None, None, None)
+    if absmax.op == "add" and isinstance(absmax.args[1], Value):
+        for inner, offset in (absmax.args, absmax.args[::-1]):
+            if inner.op == "bitsandbytes::dequantize_blockwise" and inner.args[3] == NESTED_BLOCK:
+                scales = (inner.args[1], inner.args[0], inner.args[2], offset)
+    while packed.op in ("view", "permute"):  # one column or one row
+        packed = packed.args[0]
+    return n.add("weight_4bit", (packed, *scales, blocksize, quant_type, tuple(shape), dtype), c.meta)
+
+
+@rule("bitsandbytes::gemm_4bit")
+def linear_of_weight_4bit(n, c, x, packed, shape, absmax, blocksize, quant_type, bias, absmax_8bit, code8, offset):
+    """gemm_4bit(x, p, …, bias) = linear(x, weight_4bit(p, …), bias)."""
+    while packed.op in ("view", "permute"):
+        packed = packed.args[0]
+    meta = c.meta._replace(shape=tuple(shape), dtype=x.meta.dtype)
+    scales = (absmax, absmax_8bit, code8, offset)
+    weight = n.add("weight_4bit", (packed, *scales, blocksize, quant_type, tuple(shape), x.meta.dtype), meta)
+    return n.call("linear", (x, weight, bias), c.metas)
+
+
+def is_linear_4bit(v: Value) -> bool:
+    return v.op == "linear" and v.args[1].op == "weight_4bit"
+
+
+LINEAR_4BIT = Construct("linear_4bit", "4-bit linear", anchor=is_linear_4bit)
+NO_ADAPTER = {"a": None, "b": None, "xl": None, "scale": 1.0}
+
+
+@pattern(LINEAR_4BIT, op=lora_linear, dims=DIMS, no_grad=("weight",), name="linear_4bit", variant="linear", **NO_ADAPTER)
+def linear_4bit(x, weight):
+    return F.linear(x, weight)
+
+
+@linear_4bit.variant("linear_bias", **NO_ADAPTER)
+def linear_4bit_bias(x, weight, bias):
+    return F.linear(x, weight, bias)
+
+
+@linear_4bit.check
+def _(match):
+    match.require(match.weight.op == "weight_4bit", "its weight is not in 4 bits")
+
+
+def worth_it(match):
+    """A few rows without gradients, as in generation, are better multiplied with the packed weights."""
+    if match.weight.op != "weight_4bit":
+        return
+    rows = 1
+    for size in match.x.meta.shape[:-1]:
+        rows = rows * size
+    training = any(r.meta.requires_grad for r in match.roots)
+    match.require(training or not statically_known_true(rows <= FEW_ROWS), f"{rows} rows without gradients")
+
+
+linear_4bit.check(worth_it)
+lora.check(worth_it)
+
+
+def _warn_of_old_bitsandbytes() -> None:
+    """Before 0.46 its layers were no operators of torch: there is nothing to match."""
+    try:
+        version = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        message = "sloth: bitsandbytes %s cannot be traced (0.46 is the oldest that can): its layers are left as they are. %s"
+        logging.getLogger("sloth").warning(message, version, "pip install -U bitsandbytes")
+
+
+_warn_of_old_bitsandbytes()

@@ -1,0 +1,81 @@
+"""LoRA as PEFT writes it: a frozen linear layer, and a low-rank product of the same input added to it.
+
+Each projection is one match. Projections that read the same x (q, k and v; gate and up) go into one call of the operator.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from sloth.kernels.adapter import adapter
+from sloth.kernels.lora import lora_linear
+from sloth.rewriter.ir import Value
+from sloth.rewriter.pattern import Construct
+from sloth.rewriter.registry import pattern
+
+
+def is_up_projection(v: Value) -> bool:
+    """The second of two linear layers in a row, over fewer channels than both ends have. DoRA's norm makes one of an identity."""
+    if v.op != "linear" or (inner := _uncast(v.args[0])).op != "linear" or inner.args[2] is not None:
+        return False
+    rank, width = inner.args[1].meta.shape
+    return isinstance(rank, int) and rank < width and rank < v.args[1].meta.shape[0] and _uncast(inner.args[0]).op != "eye"
+
+
+def _uncast(v: Value) -> Value:
+    while v.op == "cast":
+        v = v.args[0]
+    return v
+
+
+def _calls(module: torch.nn.Module, arguments: dict) -> int:
+    """One for each active adapter of a PEFT layer over a linear one."""
+    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
+        return 0
+    return sum(name in module.lora_A for name in module.active_adapters)
+
+
+LORA = Construct("lora", "LoRA projection", anchor=is_up_projection, module=_calls)
+
+DIMS = {
+    "x": "B S K", "weight": "N K", "bias": "N", "xl": "B S K", "a": "2 K", "b": "N 2",
+    "base": "B S N", "inner": "B S N", "m": "1 N",
+}  # fmt: skip
+
+
+def delta(xl, a, b):
+    return F.linear(F.linear(xl.to(a.dtype), a), b)
+
+
+def fused(x, weight, xl, a, b, *, scale: float, base_dtype: torch.dtype, delta_dtype: torch.dtype, dtype: torch.dtype):
+    base = F.linear(x, weight).to(base_dtype)
+    return (base + (delta(xl, a, b) * scale).to(delta_dtype)).to(dtype)
+
+
+def fused_bias(x, weight, bias, xl, a, b, *, scale: float, base_dtype: torch.dtype, delta_dtype: torch.dtype, dtype: torch.dtype):
+    base = F.linear(x, weight, bias).to(base_dtype)
+    return (base + (delta(xl, a, b) * scale).to(delta_dtype)).to(dtype)
+
+
+def own_input(match):
+    """What the adapter reads, where that is not x itself."""
+    return None if match.xl is match.x else match.xl
+
+
+lora = pattern(LORA, op=lora_linear, dims=DIMS, no_grad=("weight",), name="lora", variant="linear", xl=own_input)(fused)
+lora.variant("linear_bias", xl=own_input)(fused_bias)
+
+
+@pattern(LORA, op=adapter, dims=DIMS, name="adapter", variant="lora", dtype=lambda match: match.dtype)
+def onto(base, xl, a, b, *, scale: float, delta_dtype: torch.dtype, dtype: torch.dtype):
+    """Over a layer that no other entry knows: LLM.int8 on a GPU, other quantisations, a second active adapter."""
+    return (base + (delta(xl, a, b) * scale).to(delta_dtype)).to(dtype)
+
+
+@onto.variant("dora", dtype=lambda match: match.dtype)
+def dora(base, inner, m, xl, a, b, *, scale: float, dtype: torch.dtype):
+    return (base + ((m - 1) * inner + m * delta(xl, a, b) * scale)).to(dtype)
+
+
+@lora.check
+def _(match):
+    match.require(match.x.meta.dtype == match.weight.meta.dtype, "input and weight differ in dtype")
