@@ -33,8 +33,8 @@ CODES = {"nf4": NF4, "fp4": FP4}
 NESTED_BLOCK = 256  # scales that share one absmax
 
 # Tuning: bytes to a program, and its warps.
-BYTES = 2048
-NUM_WARPS = 4
+BYTES = 1024
+NUM_WARPS = 2
 
 
 @triton.jit
@@ -63,23 +63,26 @@ def _dequantize_kernel(
     CODE: tl.constexpr,
 ):
     """BLOCKS blocks of HALF bytes."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = block * HALF < n_bytes
+    start = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    left = (n_bytes - start * HALF).to(tl.int32)  # bytes from here on: offsets within a program fit 32 bits
+    inside = block * HALF < left
     if NESTED:
-        q = tl.load(absmax_8bit_ptr + block, inside, 0).to(tl.int32)
-        product = tl.load(code8_ptr + q).to(tl.float64) * tl.load(absmax_ptr + block // NESTED_BLOCK, inside, 0.0).to(tl.float64)
+        q = tl.load(absmax_8bit_ptr + start + block, inside, 0).to(tl.int32)
+        outer = tl.load(absmax_ptr + (start + block) // NESTED_BLOCK, inside, 0.0)
+        product = tl.load(code8_ptr + q).to(tl.float64) * outer.to(tl.float64)
         scale = product.to(tl.float32) + tl.load(offset_ptr)
     else:
-        scale = tl.load(absmax_ptr + block, inside, 0.0)
+        scale = tl.load(absmax_ptr + start + block, inside, 0.0)
     at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    pair = tl.reshape(tl.load(packed_ptr + at, at < n_bytes, 0).to(tl.int32), [BLOCKS * HALF])
+    pair = tl.reshape(tl.load(packed_ptr + start * HALF + at, at < left, 0).to(tl.int32), [BLOCKS * HALF])
     table = _table(CODE)
     first = tl.reshape(tl.gather(table, pair >> 4, 0), [BLOCKS, HALF]) * scale[:, None]
     second = tl.reshape(tl.gather(table, pair & 15, 0), [BLOCKS, HALF]) * scale[:, None]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     values = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), [BLOCKS, 2 * HALF])
     to = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(out_ptr + to, values, to < 2 * n_bytes)
+    tl.store(out_ptr + start * (2 * HALF) + to, values, to < 2 * left)
 
 
 def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
@@ -143,7 +146,7 @@ COMPILE = [
         _dequantize_kernel,
         {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "absmax_8bit_ptr": "*u8", "code8_ptr": "*fp32", "offset_ptr": "*fp32",
          "out_ptr": "*bf16", "n_bytes": "i32"},
-        {"HALF": 32, "BLOCKS": 64, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": NF4},
+        {"HALF": 32, "BLOCKS": 32, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": NF4},
         {"num_warps": NUM_WARPS},
     )
     for nested in (True, False)

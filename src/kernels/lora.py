@@ -22,6 +22,7 @@ from torch.library import triton_op
 from sloth.kernels.gemm import sum_of_products
 from sloth.kernels.launch import compute_dtype, without_autocast
 from sloth.kernels.tiles import once
+from sloth.kernels.up_gradients import up_gradients
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -128,20 +129,22 @@ def _lora_linear_backward(
     g2 = [_rows(gi) for gi in g]
     n, together = len(g), _shared(xl, a)
     u: list[Tensor | None] = [None] * n
+    db: dict[int, Tensor] = {}
     for i in range(n):
-        if a[i] is not None and (need_a[i] or need_xl[i] or need_x and i in together):
-            u[i] = sum_of_products([g2[i].to(b[i].dtype)], [b[i]], [scale[i]])
+        if need_u := a[i] is not None and (need_a[i] or need_xl[i] or need_x and i in together):
+            if need_b[i]:
+                u[i], db[i] = up_gradients(g2[i], b[i], t[i], scale[i])
+            else:
+                u[i] = sum_of_products([g2[i].to(b[i].dtype)], [b[i]], [scale[i]])
+        if need_b[i] and not need_u:
+            db[i] = sum_of_products([g2[i].to(b[i].dtype).t()], [t[i]], [scale[i]])
     out = []
     if need_x:
         out.append(_dx(g2, x, weight, a, u, together))
     for i in range(n):
         if need_xl[i]:
             out.append((u[i] @ a[i]).to(xl[i].dtype).view(xl[i].shape))
-    out += _down_gradients(x, xl, u, need_a, together)
-    for i in range(n):
-        if need_b[i]:
-            out.append(sum_of_products([g2[i].to(b[i].dtype).t()], [t[i]], [scale[i]]))
-    return out
+    return [*out, *_down_gradients(x, xl, u, need_a, together), *(db[i] for i in sorted(db))]
 
 
 def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], a: list, u: list, together: list[int]) -> Tensor:
@@ -193,9 +196,20 @@ def _vjp(ctx, grads):
     pick = lambda need: [next(found) if wanted else None for wanted in need]  # noqa: E731
     (dx,), dxl, da, db = pick([need_x]), pick(need_xl), pick(need_a), pick(need_b)
     with_bias = [g for g, place in zip(grads, _thirds(ctx.places)[0], strict=False) if place]
-    return dx, [None] * n, [
-        _rows(g).sum(0, dtype=dtype) if need else None for g, dtype, need in zip(with_bias, ctx.bias_dtypes, need_bias, strict=True)
-    ], dxl, da, db, None, None, None
+    return (
+        dx,
+        [None] * n,
+        [
+            _rows(g).sum(0, dtype=dtype) if need else None
+            for g, dtype, need in zip(with_bias, ctx.bias_dtypes, need_bias, strict=True)
+        ],
+        dxl,
+        da,
+        db,
+        None,
+        None,
+        None,
+    )
 
 
 torch.library.register_autograd("sloth::lora_linear_forward", _vjp, setup_context=_setup)

@@ -55,11 +55,18 @@ def packed(act, up_first):
     return both
 
 
-act_mul = pattern(GATED_MLP, op=gated_act, dims={"gate": "B S I", "up": "B S I"}, name="gated_mlp", variant="silu", act="silu")(
-    separate(F.silu)
-)
+act_mul = pattern(
+    GATED_MLP, op=gated_act, dims={"gate": "B S I", "up": "B S I"}, recompute=True, name="gated_mlp", variant="silu", act="silu"
+)(separate(F.silu))
 act_mul_packed = pattern(
-    GATED_MLP, op=gated_act_packed, dims={"x": "B S 2*I"}, name="gated_mlp_packed", variant="silu", act="silu", up_first=False
+    GATED_MLP,
+    op=gated_act_packed,
+    dims={"x": "B S 2*I"},
+    recompute=True,
+    name="gated_mlp_packed",
+    variant="silu",
+    act="silu",
+    up_first=False,
 )(packed(F.silu, False))
 for _name, (_act, _told) in ACTIVATIONS.items():
     if _name != "silu":

@@ -111,7 +111,9 @@ def results(match: Match, graph: Ground) -> None:
         found = operator_metas(match, graph)
     except Exception as e:
         raise Refused("operator", f"{match.pattern.op} does not accept these operands: {type(e).__name__}: {e}"[:300]) from e
-    if len(found) < len(match.roots) or any(str(r.type) not in ("Tensor", "List[Tensor]") for r in match.pattern.op._schema.returns):
+    if len(found) < len(match.roots) or any(
+        str(r.type) not in ("Tensor", "List[Tensor]") for r in match.pattern.op._schema.returns
+    ):
         raise Refused("operator", f"{match.pattern.op} does not return {len(match.roots)} tensors")
     for r, m in zip(match.roots, found, strict=False):
         if r.meta.dtype != m.dtype or not same_literal(r.meta.shape, m.shape):

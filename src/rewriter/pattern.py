@@ -130,6 +130,7 @@ class Pattern:
     dims: dict[str, str]
     sizes: dict[str, int] = field(default_factory=dict)
     no_grad: tuple[str, ...] = ()
+    recompute: bool = False
     variants: list[Variant] = field(default_factory=list)
     checks: list[Callable[..., None]] = field(default_factory=list)
 

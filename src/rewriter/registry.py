@@ -24,6 +24,7 @@ def pattern(
     dims: dict[str, str],
     sizes: dict[str, int] | None = None,
     no_grad: tuple[str, ...] = (),
+    recompute: bool = False,
     name: str | None = None,
     variant: str = "default",
     **options: Any,
@@ -34,11 +35,12 @@ def pattern(
         backward unless it is only wanted where no gradient flows. Its arguments are found by name.
     dims: for each tensor its sizes by letters, "B S D" or "B S 2*I", with " int64" behind for indices. `sizes` fixes letters.
     no_grad: tensors that the operator gives no gradient to; where one of them needs it, the match is refused.
+    recompute: its result is large and cheap: computed again in the backward pass by whoever needs it there, not kept.
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """
 
     def enter(reference: Callable) -> Pattern:
-        entry = Pattern(name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad)
+        entry = Pattern(name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute)
         if entry.name in _patterns:
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")
         entry.variant(variant, **options)(reference)

@@ -122,6 +122,8 @@ class Rewriter:
         """
         sites = [r.nodes[0] for r in roots]
         call.meta.update(sites[0].meta, sloth=match.pattern.name)
+        if match.pattern.recompute:
+            call.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         if len(match.pattern.op._schema.returns) == 1 and not takes_many(match.pattern.op):
             return [call]
         call.meta.pop("example_value", None)

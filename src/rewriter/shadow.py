@@ -236,7 +236,9 @@ class _Builder:
         own = [scratch.add("input", (i,), a.meta, origin=node) if isinstance(a, Value) else a for i, a in enumerate(arguments)]
         try:
             told = self.inline(forward, own, scratch, node)
-            if told is None or not is_derivative(told[0], own, lambda *given: self.inline(backward, given, scratch, node), told[1]):
+            if told is None or not is_derivative(
+                told[0], own, lambda *given: self.inline(backward, given, scratch, node), told[1]
+            ):
                 return None
             found = self.inline(forward, arguments, self.normal.shadow, node)
         except Exception:  # bodies that are written in a way we do not know
