@@ -69,7 +69,7 @@ def prepare(settings: Settings, run: RunFolder) -> None:
     size = sum(map(len, documents)) / 1e6
     print(f"text: {len(documents)} files, {size:.1f} million characters, {train.size:,} tokens to train on")
     with replaced(run.root) as staging:
-        made = RunFolder(staging)
+        made = type(run)(staging)
         tokenizer.save_pretrained(made.tokenizer)
         made.tokens.mkdir()
         np.save(made.tokens / "train.npy", train)
@@ -105,11 +105,11 @@ def check_resume(run: RunFolder, settings: Settings) -> None:
     print(f"going on from {checkpoint}")
 
 
-def run_contender(run: RunFolder, backend: str, *, resume: bool = False) -> bool:
+def run_contender(run: RunFolder, backend: str, *, resume: bool = False, script: str = training.__file__) -> bool:
     """Train with one backend in a process of its own, with empty compiler caches. Did it end well?"""
     with tempfile.TemporaryDirectory(prefix="finetune-cache-") as cache:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
-        worker = [sys.executable, str(Path(training.__file__)), str(run.root), backend]
+        worker = [sys.executable, script, str(run.root), backend]
         command = [*worker, "--resume"] if resume else worker
         return subprocess.run(command, env={**os.environ, **caches}, check=False).returncode == 0
 

@@ -52,9 +52,18 @@ class Settings:
     seed: int
     backend: str
 
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens between two updates of the weights."""
+        return self.batch * self.seq
+
 
 class RunFolder:
     """Paths of one run folder. Creates nothing by itself."""
+
+    made_by = MADE_BY
+    settings_type = Settings
+    earlier = "continue it with --resume, replace it with --force"  # what to do with a run that is there
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -77,7 +86,7 @@ class RunFolder:
     def is_ours(self) -> bool:
         """Was this folder made by the example?"""
         try:
-            return json.loads(self.settings_file.read_text())["made_by"] == MADE_BY
+            return json.loads(self.settings_file.read_text())["made_by"] == self.made_by
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -85,13 +94,13 @@ class RunFolder:
         """The settings the folder was made with."""
         try:
             saved = json.loads(self.settings_file.read_text())["settings"]
-            return Settings(**{field.name: saved[field.name] for field in fields(Settings)})
+            return self.settings_type(**{field.name: saved[field.name] for field in fields(self.settings_type)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{self.settings_file} cannot be read ({error!r}): start again with --force or --out") from error
 
     def write_settings(self, settings: Settings) -> None:
         """Write run.json in one go."""
-        write_json(self.settings_file, {"made_by": MADE_BY, "settings": asdict(settings)})
+        write_json(self.settings_file, {"made_by": self.made_by, "settings": asdict(settings)})
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -145,7 +154,7 @@ def check_out(run: RunFolder, *, force: bool, resume: bool) -> None:
         if not run.is_ours():
             raise BadInput(f"--out {out} exists and was not made by this example, so it is left alone: choose another")
         if not force:
-            raise BadInput(f"--out {out} holds an earlier run: continue it with --resume, replace it with --force")
+            raise BadInput(f"--out {out} holds an earlier run: {run.earlier}")
     existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BadInput(f"--out {out}: {existing} cannot be written to, choose another folder")

@@ -181,11 +181,11 @@ class Recorder(TrainerCallback):
         self.bar.close()
 
 
-def make_arguments(settings: Settings, backend: str, folder: Path, checkpoints: bool) -> TrainingArguments:
+def argument_values(settings: Settings, backend: str, folder: Path, checkpoints: bool) -> dict[str, Any]:
     """The Trainer's arguments: the same for each contender, but for the compiler."""
     every = max(1, settings.steps // EVALUATIONS)
     compiled = backend != "eager"
-    return TrainingArguments(
+    return dict(
         output_dir=str(folder),
         torch_compile=compiled,
         torch_compile_backend=backend if compiled else None,
@@ -268,7 +268,7 @@ def measured(trainer: Trainer, recorder: Recorder, settings: Settings, memory: i
         "loss": [entry["loss"] for entry in history if "loss" in entry],
         "eval": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
         "seconds": seconds,
-        "tokens_per_second": settings.batch * settings.seq / steady,
+        "tokens_per_second": settings.tokens_a_step / steady,
         "compile_seconds": max(0.0, seconds[0] - steady),
         "peak_memory": memory,
     }
@@ -286,7 +286,7 @@ def train(run: RunFolder, backend: str, *, resume: bool) -> None:
     recorder = Recorder(backend)
     trainer = Trainer(
         model=load_model(run.start),
-        args=make_arguments(settings, backend, folder, checkpoints=main),
+        args=TrainingArguments(**argument_values(settings, backend, folder, checkpoints=main)),
         train_dataset=Blocks(run.tokens / "train.npy"),
         eval_dataset=Blocks(run.tokens / "eval.npy"),
         callbacks=[recorder],
