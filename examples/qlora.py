@@ -119,7 +119,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/qlora"),
     model: Annotated[str | None, typer.Option("--base", "--model", help="Adapt this saved model, and train no base.")] = None,
     base_steps: Annotated[int, typer.Option(min=1, help="Training steps of the base.")] = 60,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the adapters.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the adapters.")] = 20,
     arch: Annotated[str, typer.Option(help="Model type of the base: llama, qwen3, gemma2, …")] = "llama",
     text: Annotated[str | None, typer.Option(help="Train on this file or folder instead.")] = None,
     seq: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,

@@ -26,7 +26,17 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from training import Blocks, Recorder, argument_values, logits_of, measured, peak_memory
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PrinterCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 datasets.disable_progress_bars()
@@ -101,11 +111,25 @@ def add_adapters(model: PreTrainedModel, settings: Settings) -> PeftModel:
     return get_peft_model(model, lora)
 
 
+class WithoutHook(TrainerCallback):
+    """Takes away the hook that makes the embedding's output require a gradient.
+
+    Only re-entrant checkpointing needs it, but TRL and the Trainer each set it for every kind. torch.compile breaks the graph
+    there, and Dynamo traces all layers several times until it has found that out.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: PeftModel, **_: Any
+    ) -> None:
+        model.disable_input_require_grads()
+
+
 def make_trainer(model: PeftModel, settings: Settings, backend: str, run: RunFolder, recorder: Recorder) -> SFTTrainer:
     """TRL's trainer as in finetune.py, and what QLoRA adds. TRL casts the adapters to bf16, as the QLoRA paper has them."""
     values = argument_values(settings, backend, run.contender(backend), checkpoints=False)
     values |= {
         "eval_strategy": "no",
+        "seed": settings.seed + 1,  # other rows than those the base saw first
         "optim": settings.optim,
         "gradient_accumulation_steps": settings.accumulate,
         "gradient_checkpointing": settings.checkpointing != "off",
@@ -123,9 +147,8 @@ def make_trainer(model: PeftModel, settings: Settings, backend: str, run: RunFol
     )
     trainer.remove_callback(PrinterCallback)
     if settings.checkpointing == "on":
-        # Only re-entrant checkpointing needs inputs that require gradients. The hook that TRL sets for it breaks the graph
-        # behind the embedding, and Dynamo traces the layers several times until it has found that out.
         model.disable_input_require_grads()
+        trainer.add_callback(WithoutHook())
     return trainer
 
 

@@ -333,7 +333,7 @@ def result_of(out: Path, backend: str) -> dict[str, Any]:
 
 def test_example_prints_what_it_did(finished: Path) -> None:
     printed = " ".join((finished.parent / "printed.txt").read_text().split())
-    for part in (f"{PROJECTIONS}/{PROJECTIONS} LoRA projection", "in 2 graph(s)", "same logits", "merged into NF4", "to eager"):
+    for part in (f"{PROJECTIONS}/{PROJECTIONS} LoRA projection", "in 3 graph(s)", "same logits", "merged into NF4", "to eager"):
         assert part in printed, printed
 
 
