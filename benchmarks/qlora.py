@@ -1,6 +1,6 @@
 """QLoRA steps of a Llama-3-8B shape on one GPU, beside peers: time, tokens/s, peak memory, first step, fraction of the floor.
 
-    python benchmarks/qlora.py [--out benchmarks/results/qlora.json] [--contenders sloth,eager,…] [--workloads W1,W2,W4] [--projection]
+    python benchmarks/qlora.py [--out benchmarks/results/qlora.json] [--contenders sloth,eager,…] [--workloads W1,W2] [--projection]
 
 The model has random weights in NF4 (double-quantised), rank 16 on all seven projections, adapters in bf16, fused AdamW; it is
 written once as a checkpoint to a temporary folder, and every contender trains it in a process of its own on the same batches
@@ -224,38 +224,35 @@ def projection(flush: torch.Tensor) -> list[dict[str, Any]]:
         {"row": "dequantize 14336 x 4096", "contender": "bitsandbytes",
          "us": device_us(lambda: B.dequantize_4bit(packed, state), flush)},
     ]  # fmt: skip
-    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(1, M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     a = torch.randn(RANK, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     b = torch.randn(N, RANK, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    g = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
+    g = torch.randn(1, M, N, device="cuda", dtype=torch.bfloat16)
 
     def peft(x, a, b):
         return bnb.matmul_4bit(x, packed, quant_state=state) + F.linear(F.linear(x, a), b) * 0.5
 
     def matmuls(x, a, b):
-        return torch.mm(x, theirs.t()), torch.mm(g, theirs)
+        return torch.mm(x[0], theirs.t()), torch.mm(g[0], theirs)
 
     contenders = {
         "sloth": torch.compile(peft, backend="sloth", dynamic=False),
         "peft eager": peft,
         "inductor": torch.compile(peft, dynamic=False),
     }
-    if utils := optional("unsloth.kernels.fast_lora"):
-        contenders["unsloth"] = lambda x, a, b: utils.LoRA_W.apply(x, packed, state, a, b, 0.5)
+
+    def measured(name: str, fn: Callable[..., Any]) -> None:
+        both = device_us(lambda: torch.autograd.grad(fn(x, a, b), (x, a, b), g), flush)
+        forward = device_us(lambda: fn(x, a, b), flush)
+        rows.append({"row": "projection forward + backward", "contender": name, "us": both, "forward_us": forward})
+
     for name, fn in contenders.items():
-        both = lambda fn=fn: torch.autograd.grad(fn(x, a, b), (x, a, b), g)  # noqa: E731
-        us = device_us(both, flush)
-        rows.append(
-            {
-                "row": "projection forward + backward",
-                "contender": name,
-                "us": us,
-                "forward_us": device_us(lambda fn=fn: fn(x, a, b), flush),
-            }
-        )
+        measured(name, fn)
     with torch.no_grad():
         us = device_us(lambda: matmuls(x, a, b), flush)
     rows.append({"row": "projection forward + backward", "contender": "its two bf16 matmuls alone", "us": us})
+    if unsloth := optional("unsloth.kernels.fast_lora"):  # last: importing it changes other packages
+        measured("unsloth", lambda x, a, b: unsloth.LoRA_W.apply(x, packed, state, a, b, 0.5))
     return rows
 
 

@@ -12,15 +12,13 @@ elements up in a table of 16 kept in registers, and writes 16-bit pairs side by 
 The product of the double quantisation is made in fp64 and rounded, because a compiler may contract fp32 a·b + c to one rounding.
 Bytes    N·K/2 read and 2·N·K written: the floor is 2.5·N·K over the copy rate (and N·K/64·5 for scales).
 On the CPU it is bitsandbytes' own operator.
+To the compiler it is one opaque call, which costs it a tenth of what a Triton kernel does that it can see: a model has hundreds.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
-
-from sloth.kernels.launch import launch
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -91,7 +89,7 @@ def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, s
     half, n = blocksize // 2, packed.numel()
     blocks = max(1, BYTES // half)
     nested = absmax_8bit is not None
-    launch(_dequantize_kernel)[((n + blocks * half - 1) // (blocks * half),)](
+    _dequantize_kernel[((n + blocks * half - 1) // (blocks * half),)](
         packed,
         absmax,
         absmax_8bit if nested else absmax,
@@ -116,25 +114,32 @@ def _bitsandbytes(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_t
     return ops.dequantize_4bit.default(packed.reshape(-1, 1), absmax, blocksize, quant_type, shape, dtype)
 
 
-@triton_op("sloth::dequantize_4bit", mutates_args={})
-def _dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax_8bit: Tensor | None,
-    code8: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    quant_type: str,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
+torch.library.define(
+    "sloth::dequantize_4bit",
+    "(Tensor packed, Tensor absmax, Tensor? absmax_8bit, Tensor? code8, Tensor? offset, int blocksize, str quant_type,"
+    " int[] shape, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check(packed: Tensor, quant_type: str, shape: list[int]) -> None:
     if quant_type not in CODES:
         raise ValueError(f"quant_type must be one of {', '.join(CODES)}, got {quant_type!r}")
     size = packed.numel() * packed.element_size()
     torch._check(2 * size == shape[0] * shape[1], lambda: f"{size} bytes do not hold {shape} elements of 4 bits")
-    return (_triton if packed.is_cuda else _bitsandbytes)(
-        packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype
-    )
+
+
+@torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")
+def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
+    _check(packed, quant_type, shape)
+    compute = _triton if packed.is_cuda else _bitsandbytes
+    return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
+
+
+@torch.library.register_fake("sloth::dequantize_4bit")
+def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
+    _check(packed, quant_type, shape)
+    return packed.new_empty(shape, dtype=dtype)
 
 
 dequantize_4bit = torch.ops.sloth.dequantize_4bit.default

@@ -3,9 +3,9 @@
     y_i = x W_iᵀ + b_i + s_i (x_i A_iᵀ) B_iᵀ          x_i = x, or what the adapter reads instead (x after dropout, x in fp32)
 
 Shapes   x [..., K], W_i [N_i, K] frozen, b_i [N_i] or None, A_i [r_i, K] and B_i [N_i, r_i] or None (no adapter), y_i [..., N_i].
-Dtypes   W_i as x; the adapters in a dtype of their own (PEFT keeps them in fp32 over a bf16 base); y_i in `dtype`, by default x's.
+Dtypes   W_i as x; adapters in a dtype of their own (PEFT keeps them in fp32 over a bf16 base); y_i in `dtype`, by default x's.
 
-Backward, with g_i = ∂L/∂y_i, t_i = x_i A_iᵀ [M, r] (the only thing saved beside the inputs) and u_i = s_i g_i B_i [M, r]:
+Backward, with g_i = ∂L/∂y_i, t_i = x_i A_iᵀ [M, r] (all that is saved beside the inputs) and u_i = s_i g_i B_i [M, r]:
     ∂L/∂t_i = s_i g_i B_i = u_i       dB_i = s_i g_iᵀ t_i       dA_i = u_iᵀ x_i       db_i = Σ_rows g_i
     dx   = Σ_i g_i W_i + Σ_{x_i = x} u_i A_i                    dx_i = u_i A_i  otherwise
 W_i gets no gradient: it is frozen. B Aᵀ [N, K] is never formed: all adapter products are rank r.
@@ -51,19 +51,23 @@ def _split(joined: Tensor, parts: list[Tensor], dim: int) -> list[Tensor]:
     return list(joined.split([p.shape[0] for p in parts], dim))
 
 
-def _down(x: Tensor, xl: list, a: list) -> list[Tensor | None]:
-    """t_i = x_i A_iᵀ, those that share x in one product."""
-    t: list[Tensor | None] = [None] * len(a)
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _down(x: Tensor, xl: list, a: list) -> list[Tensor]:
+    """x_i A_iᵀ: one product for all that share x, then the others."""
+    own = [a[i] for i in _shared(xl, a)]
+    joined = [_rows(x).to(own[0].dtype) @ _joined(own).t()] if own else []
+    return joined + [_rows(xi).to(ai.dtype) @ ai.t() for xi, ai in zip(xl, a, strict=True) if xi is not None]
+
+
+def _each(down: list[Tensor], xl: list, a: list) -> list[Tensor | None]:
+    """t_i of each layer, of what `_down` gave."""
     together = _shared(xl, a)
-    if together:
-        own = [a[i] for i in together]
-        joined = _rows(x).to(own[0].dtype) @ torch.cat(own).t()
-        for i, part in zip(together, _split(joined, own, 1), strict=True):
-            t[i] = part
-    for i, (xi, ai) in enumerate(zip(xl, a, strict=True)):
-        if ai is not None and xi is not None:
-            t[i] = _rows(xi).to(ai.dtype) @ ai.t()
-    return t
+    parts = iter(_split(down[0], [a[i] for i in together], 1) if together else [])
+    others = iter(down[1:] if together else down)
+    return [None if ai is None else next(parts) if xi is None else next(others) for xi, ai in zip(xl, a, strict=True)]
 
 
 def _check(x, weight, bias, xl, a, b, scale) -> None:
@@ -90,11 +94,11 @@ def _lora_linear_forward(
     places: list[int],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """[y_1, …, y_n] and then t_i of those with an adapter. Lists hold what there is; `places` tells of which layer (`_spread`)."""
+    """[y_1, …, y_n] and then what `_down` gives. Lists hold what there is; `places` tells of which layer (`_spread`)."""
     with_bias, with_xl, with_adapter = _thirds(places)
     bias, xl, a, b = _spread(bias, with_bias), _spread(xl, with_xl), _spread(a, with_adapter), _spread(b, with_adapter)
-    x2, t, out = _rows(x), _down(x, xl, a), []
-    for w, bi, ti, up, s in zip(weight, bias, t, b, scale, strict=True):
+    x2, down, out = _rows(x), _down(x, xl, a), []
+    for w, bi, ti, up, s in zip(weight, bias, _each(down, xl, a), b, scale, strict=True):
         if ti is None:
             y = torch.nn.functional.linear(x2, w, bi).to(dtype)
         elif x.dtype == up.dtype == dtype and (bi is None or bi.dtype == dtype):
@@ -103,7 +107,7 @@ def _lora_linear_forward(
             wide = compute_dtype(x, up)
             y = (torch.nn.functional.linear(x2, w, bi).to(wide) + (ti @ up.t()).to(wide) * s).to(dtype)
         out.append(y.view(*x.shape[:-1], w.shape[0]))
-    return [*out, *(ti.clone() for ti in t if ti is not None)]
+    return out + down
 
 
 @triton_op("sloth::lora_linear_backward", mutates_args={})
@@ -114,7 +118,7 @@ def _lora_linear_backward(
     xl: list[Tensor],
     a: list[Tensor],
     b: list[Tensor],
-    t: list[Tensor],
+    down: list[Tensor],
     scale: list[float],
     places: list[int],
     need_x: bool,
@@ -125,7 +129,8 @@ def _lora_linear_backward(
     """dx, then dx_i, dA_i and dB_i, each only if it is needed."""
     _, with_xl, with_adapter = _thirds(places)
     xl, need_xl = _spread(xl, with_xl), _spread(need_xl, with_xl)
-    a, b, t, need_a, need_b = (_spread(values, with_adapter) for values in (a, b, t, need_a, need_b))
+    a, b, need_a, need_b = (_spread(values, with_adapter) for values in (a, b, need_a, need_b))
+    t = _each(down, xl, a)
     g2 = [_rows(gi) for gi in g]
     n, together = len(g), _shared(xl, a)
     u: list[Tensor | None] = [None] * n
@@ -153,7 +158,7 @@ def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], a: list, u: list, toge
     if not together:
         dx = sum_of_products(*big, [1.0] * len(g))
         return dx.view(x.shape)
-    joined = torch.cat([u[i] for i in together], 1), torch.cat([a[i] for i in together])
+    joined = _joined([u[i] for i in together], 1), _joined([a[i] for i in together])
     if joined[1].dtype == x.dtype:
         return sum_of_products([joined[0], *big[0]], [joined[1], *big[1]], [1.0] * (1 + len(g))).view(x.shape)
     wide = compute_dtype(x, joined[1])
@@ -167,8 +172,9 @@ def _down_gradients(x: Tensor, xl: list, u: list, need: list[bool], together: li
     shared = [i for i in together if need[i]]
     if shared:
         own = [u[i].t() for i in shared]
-        joined = torch.cat(own) @ _rows(x).to(own[0].dtype)
-        found.update(zip(shared, (d.clone() for d in _split(joined, own, 0)), strict=True))
+        joined = _joined(own) @ _rows(x).to(own[0].dtype)
+        parts = _split(joined, own, 0)
+        found.update(zip(shared, [d.clone() for d in parts] if len(parts) > 1 else parts, strict=True))
     for i, xi in enumerate(xl):
         if need[i] and xi is not None:
             found[i] = u[i].t() @ _rows(xi).to(u[i].dtype)
@@ -184,14 +190,14 @@ def _setup(ctx, inputs, output):
 
 
 def _vjp(ctx, grads):
-    n, n_bias, n_xl, n_a, _ = ctx.lengths
+    n, _, n_xl, n_a, _ = ctx.lengths
     saved = iter(ctx.saved_tensors)
     take = lambda k: [next(saved) for _ in range(k)]  # noqa: E731
-    (x,), weight, xl, a, b, t = take(1), *map(take, (n, n_xl, n_a, n_a, n_a))
+    (x,), weight, xl, a, b = take(1), *map(take, (n, n_xl, n_a, n_a))
     needs = [bool(ctx.needs_input_grad[0]), *(list(need) for need in ctx.needs_input_grad[1:6])]
     need_x, _, need_bias, need_xl, need_a, need_b = needs
     found = iter(torch.ops.sloth.lora_linear_backward(
-        grads[:n], x, weight, xl, a, b, t, ctx.scale, ctx.places, need_x, need_xl, need_a, need_b
+        grads[:n], x, weight, xl, a, b, list(saved), ctx.scale, ctx.places, need_x, need_xl, need_a, need_b
     ))  # fmt: skip
     pick = lambda need: [next(found) if wanted else None for wanted in need]  # noqa: E731
     (dx,), dxl, da, db = pick([need_x]), pick(need_xl), pick(need_a), pick(need_b)

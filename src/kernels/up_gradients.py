@@ -2,9 +2,10 @@
 
     u = s · g B   [M, R]         dB = s · gᵀ t   [N, R]          g [M, N], B [N, R], t [M, R], R small
 
-Method   a program walks down a strip of g, BN columns wide: each tile is read once, multiplied with its rows of B (a part of u) and,
-         transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds them, in a
+Method   a program walks down a strip of g, BN columns wide: each tile is read once, multiplied with its rows of B (a part of u)
+         and, transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds them, in a
          fixed order: the result is the same in every run.
+Opaque   to the compiler, like the other operators that a model has hundreds of (kernels/dequantize_4bit.py).
 Dtypes   B, t, u and dB of one dtype; g of any: tiles are cast to B's dtype. fp32 products are exact fp32 (no TF32).
 Bytes    g once, where two matmuls read it twice, and 8·R bytes for each row and strip in parts: for N = 14336, R = 16 a quarter
          of g.
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sloth.kernels.gemm import sum_of_products
-from sloth.kernels.launch import launch, use_triton
+from sloth.kernels.launch import use_triton
 from sloth.kernels.tiles import multiprocessors
 
 MAX_RANK = 64
@@ -49,7 +50,7 @@ def _strip_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Strip `pid 0` of g, rows [pid 1 · per_split, …): parts u_ptr[strip, M, R] and db_ptr[split, N, R]. RP: R as a power of two."""
+    """Strip `pid 0` of g, rows [pid 1 · per_split, …): parts u_ptr[strip, M, R] and db_ptr[split, N, R]. RP: R's power of two."""
     strip, split = tl.program_id(0), tl.program_id(1)
     col, rank = strip * BN + tl.arange(0, BN), tl.arange(0, RP)
     in_rank = rank[None, :] < R
@@ -84,7 +85,7 @@ def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
     P, X, R = parts.shape
     out = torch.empty(X, R, dtype=dtype, device=parts.device)
     grid = ((X * R + SUM_BLOCK - 1) // SUM_BLOCK,)
-    launch(_sum_kernel)[grid](parts, out, P, X * R, STEP=SUM_STEP, BLOCK=SUM_BLOCK, num_warps=4)
+    _sum_kernel[grid](parts, out, P, X * R, STEP=SUM_STEP, BLOCK=SUM_BLOCK, num_warps=4)
     return out
 
 
@@ -97,7 +98,7 @@ def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tens
     per_split = (M + splits * BM - 1) // (splits * BM) * BM
     u = torch.empty(strips, M, R, dtype=torch.float32, device=g.device)
     db = torch.empty(splits, N, R, dtype=torch.float32, device=g.device)
-    launch(_strip_kernel)[(strips, splits)](
+    _strip_kernel[(strips, splits)](
         g,
         b,
         t,
@@ -119,12 +120,28 @@ def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tens
     return _summed(u, b.dtype), _summed(db, b.dtype)
 
 
-def up_gradients(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(u [M, R], dB [N, R]) in b's dtype. g [M, N], b [N, R], t [M, R]."""
+torch.library.define(
+    "sloth::up_gradients",
+    "(Tensor g, Tensor b, Tensor t, float scale) -> (Tensor u, Tensor db)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("sloth::up_gradients", "CompositeExplicitAutograd")
+def _(g, b, t, scale):
     if use_triton(g) and use_triton(b) and b.shape[1] <= MAX_RANK:
         return _triton(g, b, t, scale)
     g = g.to(b.dtype)
     return sum_of_products([g], [b], [scale]), sum_of_products([g.t()], [t], [scale])
+
+
+@torch.library.register_fake("sloth::up_gradients")
+def _(g, b, t, scale):
+    return b.new_empty(g.shape[0], b.shape[1]), torch.empty_like(b, memory_format=torch.contiguous_format)
+
+
+up_gradients = torch.ops.sloth.up_gradients.default
+"""up_gradients(g [M, N], b [N, R], t [M, R], scale) -> (u [M, R], dB [N, R]) in b's dtype. It has no derivative."""
 
 
 def _compile_case(dtype: str, R: int):

@@ -9,8 +9,9 @@
     @rms_norm.variant("gemma", offset=1.0)
     def _(x, weight, *, eps: float): ...
 
-Positional parameters are tensors, keyword-only parameters numbers and dtypes found in the graph (annotated `float`, `int` or `torch.dtype`). A match calls
-`op` with the bound tensors and numbers by the names of its schema; what a variant passes (`offset=1.0`) goes to the operator too.
+Positional parameters are tensors, keyword-only parameters numbers and dtypes found in the graph (annotated `float`, `int` or
+`torch.dtype`). A match calls `op` with the bound tensors and numbers by the names of its schema; what a variant passes
+(`offset=1.0`) goes to the operator too.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ KINDS = {int: (int, "int"), torch.dtype: (torch.dtype, "torch.dtype")}  # of key
 
 
 def _sentinels(parameters: dict[str, type]) -> dict[Any, str]:
-    """A constant for each parameter that no reference writes itself. Results of a cast to the last dtype are not computed with."""
+    """A constant for each parameter that no reference writes itself. What is cast to the last dtype is not computed with."""
     dtypes = iter((torch.float64, torch.float16, torch.float8_e5m2))
     make = {float: lambda i: 0.0173 + 0.0011 * i, int: lambda i: 90017 + i, torch.dtype: lambda i: next(dtypes)}
     return {make[kind](i): name for i, (name, kind) in enumerate(parameters.items())}

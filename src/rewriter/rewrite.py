@@ -50,8 +50,8 @@ class Rewriter:
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
 
     def apply(self, matches: list[Match]) -> fx.Node:
-        """Insert one call for these matches as early as its operands allow, redirect its results' users, drop what nobody reads any
-        more.
+        """Insert one call for these matches as early as its operands allow, redirect their results' users, drop what nobody
+        reads any more.
         """
         roots = [r for m in matches for r in m.roots]
         place = self.place(matches)

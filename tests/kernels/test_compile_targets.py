@@ -35,10 +35,11 @@ def test_compiles(reports, target):
 def test_every_kernel_is_listed(module):
     """Each function that a module launches stands in its COMPILE."""
     module = importlib.import_module(f"sloth.kernels.{module}")
+    calls = [call for call in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(call, ast.Call)]
     launched = {
-        call.args[0].id
-        for call in ast.walk(ast.parse(Path(module.__file__).read_text()))
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "launch"
-        if isinstance(call.args[0], ast.Name)
+        c.args[0].id for c in calls if isinstance(c.func, ast.Name) and c.func.id == "launch" and isinstance(c.args[0], ast.Name)
     }
+    launched |= {
+        c.func.value.id for c in calls if isinstance(c.func, ast.Subscript) and c.func.value.__class__ is ast.Name
+    }  # kernel[grid]()
     assert launched <= {entry[0].__name__ for entry in getattr(module, "COMPILE", [])}
