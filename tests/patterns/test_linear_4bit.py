@@ -1,0 +1,147 @@
+"""4-bit layers as other versions of bitsandbytes write them, and autograd functions that only look like one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft_layers import BF16, FP32, Attention, Compiled, K, adapted, bnb, same, step, x_like
+from torch import Tensor, nn
+
+from sloth.kernels.dequantize_4bit import dequantize_4bit
+from sloth.kernels.lora import lora_linear
+
+unpacked = bnb.functional.dequantize_4bit
+
+
+class Version46(torch.autograd.Function):
+    """bitsandbytes 0.46: the weight comes as [1, N·K/2], and what is dequantised of it as [K, N]."""
+
+    @staticmethod
+    def forward(ctx, a, b, out=None, bias=None, state=None):
+        ctx.state, ctx.dtype_bias = state, None if bias is None else bias.dtype
+        ctx.tensors = (None, b)
+        return F.linear(a, unpacked(b, state).to(a.dtype).t(), bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        need_a, _, _, need_bias, _ = ctx.needs_input_grad
+        _, b = ctx.tensors
+        grad_bias = grad_output.sum(0, dtype=ctx.dtype_bias) if need_bias else None
+        grad_a = torch.matmul(grad_output, unpacked(b, ctx.state).to(grad_output.dtype).t()) if need_a else None
+        return grad_a, None, None, grad_bias, None
+
+
+class Saved(torch.autograd.Function):
+    """The packed weight saved in autograd's way, and the gradient cast."""
+
+    @staticmethod
+    def forward(ctx, a, b, out=None, bias=None, state=None):
+        ctx.state = state
+        ctx.save_for_backward(b)
+        return F.linear(a, unpacked(b, state).to(a.dtype).t(), bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (b,) = ctx.saved_tensors
+        weight = unpacked(b, ctx.state).to(grad_output.dtype).t()
+        return (grad_output.reshape(-1, grad_output.shape[-1]) @ weight).view(*grad_output.shape[:-1], -1), None, None, None, None
+
+
+class Doubled(Version46):
+    """Not the derivative: twice as much."""
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        weight = unpacked(ctx.tensors[1], ctx.state).to(grad_output.dtype).t()
+        return (2 * (grad_output @ weight), *[None] * 4)
+
+
+class OtherScale(Version46):
+    """Not the derivative: of W², say."""
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        weight = unpacked(ctx.tensors[1], ctx.state).to(grad_output.dtype).t()
+        return (grad_output @ weight.square(), *[None] * 4)
+
+
+class Straight(Version46):
+    """Not the derivative: the gradient of the first row for all."""
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        weight = unpacked(ctx.tensors[1], ctx.state).to(grad_output.dtype).t()
+        return (grad_output[:, :1].expand_as(grad_output) @ weight, *[None] * 4)
+
+
+RIGHT, WRONG = (Version46, Saved), (Doubled, OtherScale, Straight)
+
+
+class Layer(nn.Module):
+    """bitsandbytes' layer with another function in it."""
+
+    def __init__(self, function, bias: bool = False, dtype: torch.dtype = FP32):
+        super().__init__()
+        self.inner = bnb.nn.Linear4bit(K, 64, bias, compute_dtype=dtype, quant_type="nf4").to(dtype).to("cpu")
+        self.inner.requires_grad_(False)
+        self.function = function
+        self.a, self.b = nn.Parameter(torch.randn(4, K, dtype=dtype) * 0.1), nn.Parameter(torch.randn(64, 4, dtype=dtype) * 0.1)
+        self.adapter = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function.apply(x * 2, self.inner.weight.t(), None, self.inner.bias, self.inner.weight.quant_state)
+        return y + F.linear(F.linear(x * 2, self.a), self.b) * 2.0 if self.adapter else torch.tanh(y) @ self.b @ self.a
+
+
+@pytest.mark.parametrize("function", RIGHT)
+@pytest.mark.parametrize("bias, dtype", [(False, FP32), (True, BF16)])
+def test_other_versions(function, bias, dtype):
+    """Matched with their adapter, and without."""
+    torch.manual_seed(0)
+    model, x = Layer(function, bias, dtype), x_like(dtype=dtype)
+    for model.adapter in (True, False):
+        compiled = Compiled(model, "aot_eager")
+        same(step(model, compiled, x), step(model, model, x), 1e-5 if dtype == FP32 else 1e-2)
+        kind = "linear_bias" if bias else "linear"
+        assert compiled.variants == {f"lora[{kind}]" if model.adapter else f"linear_4bit[{kind}]": 1}
+        assert len(compiled.calls(dequantize_4bit)) == len(compiled.calls(lora_linear)) == 1
+
+
+@pytest.mark.parametrize("function", WRONG)
+@pytest.mark.parametrize("adapter", [True, False])
+def test_functions_with_another_backward_keep_it(function, adapter):
+    torch.manual_seed(0)
+    model, x = Layer(function), x_like()
+    model.adapter = adapter
+    right = step(model, model, x)
+    compiled = Compiled(model, "aot_eager")
+    same(step(model, compiled, x), right, 1e-5)
+    model.function = Version46
+    assert not torch.allclose(right["x"], step(model, model, x)["x"], rtol=1e-2), "its gradient is another one"
+    matched = [s.variant for r in compiled.reports for s in r.sites if s.status == "matched" and s.construct == "lora"]
+    assert matched == (["adapter[lora]"] if adapter else []), "only what is added to the function's result"
+
+
+def test_a_trained_bias_has_its_gradient():
+    """db is what bitsandbytes gives: for rows in one dimension. (It sums over the first dimension alone.)"""
+    torch.manual_seed(0)
+    model, x = Layer(Version46, bias=True), x_like(12)
+    model.inner.bias.requires_grad_()
+    compiled = Compiled(model, "aot_eager")
+    eager = step(model, model, x)
+    same(step(model, compiled, x), eager, 1e-5)
+    assert eager["inner.bias"] is not None and compiled.variants == {"lora[linear_bias]": 1}
+
+
+@pytest.mark.parametrize("rows, matched", [(64, 4), (4, 0)])
+def test_evaluation(rows, matched):
+    """Without gradients, many rows are multiplied with the unpacked weight and a few are left to bitsandbytes."""
+    model = adapted(Attention("nf4"))
+    with torch.no_grad():
+        x = x_like(1, rows, grad=False)
+        compiled = Compiled(model, dynamic=False)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert sum(compiled.calls(lora_linear)) == matched
+    sites = [s for r in compiled.reports for s in r.sites if s.construct == "linear_4bit"]
+    assert len(sites) == 4 and all(matched or s.reason == f"{rows} rows without gradients" for s in sites)
