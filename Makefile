@@ -1,4 +1,5 @@
 # make demo   fine-tune a small model with sloth, and compare with eager and Inductor
+# make demo-qlora   the same model in 4 bits, adapters trained through TRL, and compared with eager
 # make test   lint, format check and the test suite
 # make sweep  the slow sweep over the model zoo
 # Both share one environment, .venv, which is brought up to date when pyproject.toml, TORCH or TRITON changes.
@@ -10,17 +11,18 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(findstring ==2.13,$(TORCH)),triton==3.7.1,$(if $(findstring ==2.11,$(TORCH)),triton==3.6.0,triton))
 # The demo's own folder is replaced each time; `python examples/finetune.py` never replaces one unasked.
 DEMO ?= --out runs/demo --force
+QLORA ?= --out runs/qlora --force
 
 VENV := .venv
 BIN := $(VENV)/bin
 # The name of the stamp holds a checksum of TORCH and TRITON: another choice is another stamp.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help demo test sweep clean
+.PHONY: help demo demo-qlora test sweep clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=\"options of the demo\")"
+	@echo "make demo | demo-qlora | test | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
 
 $(STAMP): pyproject.toml
 	@echo "== environment: $(VENV), $(TORCH)"
@@ -35,6 +37,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	@echo "== demo: examples/finetune.py"
 	@$(BIN)/python examples/finetune.py $(DEMO)
+
+demo-qlora: $(STAMP)
+	@echo "== demo: examples/qlora.py"
+	@$(BIN)/python examples/qlora.py $(QLORA)
 
 test: $(STAMP)
 	@echo "== lint"
