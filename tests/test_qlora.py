@@ -5,7 +5,6 @@ One layer, and aot_eager in Inductor's place: what Inductor makes of rewritten g
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections import Counter
@@ -30,27 +29,18 @@ import qlora  # noqa: E402
 import qlora_training  # noqa: E402
 import run_folder  # noqa: E402
 import training  # noqa: E402
+import transformers  # noqa: E402
 from bitsandbytes import optim as bnb_optim  # noqa: E402
 from bitsandbytes.nn import Linear4bit  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 PROJECTIONS = 7
 STEPS = 3
 SENTENCE = "the sloth hangs in the tree and moves one arm a day while all the leaves grow green "
-each_checkpointing = pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
@@ -68,15 +58,9 @@ def without_inductor() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model that is not quantised yet."""
-    set_seed(0)
+    transformers.set_seed(0)
     config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=0,
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
     )
     folder = tmp_path_factory.mktemp("base")
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -93,7 +77,7 @@ def adapted(base: Path, reentrant: bool | None = None, dtype: torch.dtype = torc
     )
     how = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=reentrant is not None, **how)
-    set_seed(1)
+    transformers.set_seed(1)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     return get_peft_model(model, lora).train()
 
@@ -117,7 +101,7 @@ def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-class Gradients(TrainerCallback):
+class Gradients(transformers.TrainerCallback):
     """Keeps what the optimizer of a Trainer gets."""
 
     def __init__(self) -> None:
@@ -154,22 +138,19 @@ def values(backend: str | None, reentrant: bool | None, folder: Path, **more: An
         torch_compile=backend is not None,
         torch_compile_backend=backend,
         use_cpu=not CUDA,
-        bf16=False,
         max_steps=STEPS,
         per_device_train_batch_size=2,
         learning_rate=5e-3,
         gradient_checkpointing=reentrant is not None,
         gradient_checkpointing_kwargs=None if reentrant is None else {"use_reentrant": reentrant},
-        dataloader_pin_memory=False,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
         **more,
     )
 
 
-def curve(trainer: Trainer, seen: Gradients) -> Outcome:
+def curve(trainer: transformers.Trainer, seen: Gradients) -> Outcome:
     trainer.train()
     return Outcome([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], seen.steps, trainer.model)
 
@@ -177,8 +158,8 @@ def curve(trainer: Trainer, seen: Gradients) -> Outcome:
 def with_trainer(model: PeftModel, backend: str | None, reentrant: bool | None, folder: Path, **more: Any) -> Outcome:
     seen = Gradients()
     data = [{"input_ids": row, "labels": row} for row in rows(12)]
-    arguments = TrainingArguments(**values(backend, reentrant, folder, **more))
-    return curve(Trainer(model=model, args=arguments, train_dataset=data, callbacks=[seen]), seen)
+    arguments = transformers.TrainingArguments(**values(backend, reentrant, folder, **more))
+    return curve(transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=[seen]), seen)
 
 
 def with_trl(model: PeftModel, backend: str | None, reentrant: bool | None, folder: Path, tokenizer: Any, **more: Any) -> Outcome:
@@ -220,7 +201,7 @@ def check(
 # As its users run it
 
 
-@each_checkpointing
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 def test_own_loop(base: Path, reentrant: bool | None) -> None:
     ours, _ = check(base, reentrant, own_loop)
     assert ours.losses[-1] < ours.losses[0]
@@ -246,7 +227,7 @@ def test_optimizers(base: Path) -> None:
     """One compiled model for all. Paged states lie in plain memory on a CPU."""
     torch._dynamo.reset()
     plain, model = adapted(base), adapted(base)
-    start = copy.deepcopy({name: p.data for name, p in trained_parameters(plain).items()})
+    start = {name: p.detach().clone() for name, p in trained_parameters(plain).items()}
     compiled = torch.compile(model, backend="sloth")
     ids = rows(2).to(DEVICE)
     for optimizer, how in (
