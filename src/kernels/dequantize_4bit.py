@@ -122,23 +122,25 @@ torch.library.define(
 )
 
 
-def _check(packed: Tensor, quant_type: str, shape: list[int]) -> None:
+def _check(packed: Tensor, scales: Tensor, blocksize: int, quant_type: str, shape: list[int]) -> None:
     if quant_type not in CODES:
         raise ValueError(f"quant_type must be one of {', '.join(CODES)}, got {quant_type!r}")
     size = packed.numel() * packed.element_size()
     torch._check(2 * size == shape[0] * shape[1], lambda: f"{size} bytes do not hold {shape} elements of 4 bits")
+    blocks = (2 * size + blocksize - 1) // blocksize
+    torch._check(scales.numel() >= blocks, lambda: f"{shape} in blocks of {blocksize} need {blocks} scales, got {scales.numel()}")
 
 
 @torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")
 def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
-    _check(packed, quant_type, shape)
+    _check(packed, absmax if absmax_8bit is None else absmax_8bit, blocksize, quant_type, shape)
     compute = _triton if packed.is_cuda else _bitsandbytes
     return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
 
 
 @torch.library.register_fake("sloth::dequantize_4bit")
 def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
-    _check(packed, quant_type, shape)
+    _check(packed, absmax if absmax_8bit is None else absmax_8bit, blocksize, quant_type, shape)
     return packed.new_empty(shape, dtype=dtype)
 
 

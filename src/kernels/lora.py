@@ -15,6 +15,8 @@ Order    where dtypes agree, a sum of products is one buffer, thin products firs
 Bytes    over the products x Wᵀ and g W: x, y, g and dx once or twice each; the floor is that of the two matmuls.
 """
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 from torch.library import triton_op
@@ -187,6 +189,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(x, *weight, *xl, *a, *b, *output[len(weight) :])
     ctx.bias_dtypes = [bi.dtype for bi in bias]
     ctx.mark_non_differentiable(*output[len(weight) :])
+    ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx, grads):
@@ -194,28 +197,22 @@ def _vjp(ctx, grads):
     saved = iter(ctx.saved_tensors)
     take = lambda k: [next(saved) for _ in range(k)]  # noqa: E731
     (x,), weight, xl, a, b = take(1), *map(take, (n, n_xl, n_a, n_a))
-    needs = [bool(ctx.needs_input_grad[0]), *(list(need) for need in ctx.needs_input_grad[1:6])]
-    need_x, _, need_bias, need_xl, need_a, need_b = needs
+    used = [d is not None for d in grads[:n]]
+    g = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(grads, weight, strict=False)]
+    with_bias, with_xl, with_adapter = _thirds(ctx.places)
+
+    def need(argument: int, places: list[int]) -> list[bool]:
+        """Which of a list need a gradient; what belongs to an output that nobody used has none."""
+        return [w and u for w, u in zip(ctx.needs_input_grad[argument], compress(used, places), strict=True)]
+
+    needs = [bool(ctx.needs_input_grad[0])], need(3, with_xl), need(4, with_adapter), need(5, with_adapter)
     found = iter(torch.ops.sloth.lora_linear_backward(
-        grads[:n], x, weight, xl, a, b, list(saved), ctx.scale, ctx.places, need_x, need_xl, need_a, need_b
+        g, x, weight, xl, a, b, list(saved), ctx.scale, ctx.places, needs[0][0], *needs[1:]
     ))  # fmt: skip
-    pick = lambda need: [next(found) if wanted else None for wanted in need]  # noqa: E731
-    (dx,), dxl, da, db = pick([need_x]), pick(need_xl), pick(need_a), pick(need_b)
-    with_bias = [g for g, place in zip(grads, _thirds(ctx.places)[0], strict=False) if place]
-    return (
-        dx,
-        [None] * n,
-        [
-            _rows(g).sum(0, dtype=dtype) if need else None
-            for g, dtype, need in zip(with_bias, ctx.bias_dtypes, need_bias, strict=True)
-        ],
-        dxl,
-        da,
-        db,
-        None,
-        None,
-        None,
-    )
+    (dx,), dxl, da, db = ([next(found) if wanted else None for wanted in each] for each in needs)
+    rows = zip(compress(g, with_bias), ctx.bias_dtypes, need(2, with_bias), strict=True)
+    dbias = [_rows(gi).sum(0, dtype=dtype) if wanted else None for gi, dtype, wanted in rows]
+    return dx, [None] * n, dbias, dxl, da, db, None, None, None
 
 
 torch.library.register_autograd("sloth::lora_linear_forward", _vjp, setup_context=_setup)

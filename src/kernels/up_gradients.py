@@ -3,8 +3,8 @@
     u = s · g B   [M, R]         dB = s · gᵀ t   [N, R]          g [M, N], B [N, R], t [M, R], R small
 
 Method   a program walks down a strip of g, BN columns wide: each tile is read once, multiplied with its rows of B (a part of u)
-         and, transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds them, in a
-         fixed order: the result is the same in every run.
+         and, transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds them, in
+         a fixed order: the result is the same in every run.
 Opaque   to the compiler, like the other operators that a model has hundreds of (kernels/dequantize_4bit.py).
 Dtypes   B, t, u and dB of one dtype; g of any: tiles are cast to B's dtype. fp32 products are exact fp32 (no TF32).
 Bytes    g once, where two matmuls read it twice, and 8·R bytes for each row and strip in parts: for N = 14336, R = 16 a quarter

@@ -55,7 +55,7 @@ def is_linear_4bit(v: Value) -> bool:
 
 
 LINEAR_4BIT = Construct("linear_4bit", "4-bit linear", anchor=is_linear_4bit)
-NO_ADAPTER = {"a": None, "b": None, "xl": None, "scale": 1.0}
+NO_ADAPTER = {"a": None, "b": None, "xl": None, "scale": 1.0, "dtype": lambda match: match.x.meta.dtype}
 
 
 @pattern(LINEAR_4BIT, op=lora_linear, dims=DIMS, no_grad=("weight",), name="linear_4bit", variant="linear", **NO_ADAPTER)

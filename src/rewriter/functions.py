@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from sloth.rewriter.ir import Meta, Value, same_literal, values_in
 
 
@@ -44,7 +46,13 @@ def _is_product(d: Any, dy: Value, weight: Value, meta: Meta) -> bool:
     if not isinstance(d, Value) or not same_literal(d.meta.shape, meta.shape):
         return False
     d = _plain(d)
-    return d.op in ("matmul", "mm") and _plain(d.args[0]) is dy and _uncast(d.args[1]) is _uncast(weight)
+    return d.op in ("matmul", "mm") and _plain(d.args[0]) is dy and _same(_uncast(d.args[1]), _uncast(weight))
+
+
+def _same(a: Value, b: Value) -> bool:
+    """One value, or the same operation but for the dtype it is computed in."""
+    alike = lambda x, y: x is y or same_literal(x, y) or isinstance(x, torch.dtype) and isinstance(y, torch.dtype)  # noqa: E731
+    return a is b or a.op == b.op and len(a.args) == len(b.args) and all(map(alike, a.args, b.args))
 
 
 def _is_row_sum(d: Any, dy: Value) -> bool:

@@ -8,6 +8,7 @@ for a miss.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -229,15 +230,12 @@ class Matcher:
             for bound in unifier.unify(root, g, b):
                 yield from self.other_roots(unifier, graph, i + 1, bound)
 
-    def exact(self, variant: Variant, metas: list[Meta], numbers: dict[str, Any]) -> Graph:
+    def exact(self, variant: Variant, metas: list[Meta], numbers: dict[str, Any], autocast: bool) -> Graph:
         """The reference with a match's own shapes, dtypes and numbers, traced once for all sites alike."""
-        key = (
-            variant,
-            literal_key(([m[:3] for m in metas], tuple(numbers.values()))),
-            torch.is_autocast_enabled(metas[0].device.type),
-        )
+        key = (variant, literal_key(([m[:3] for m in metas], tuple(numbers.values()))), autocast)
         if key not in self.traced:
-            self.traced[key] = variant.graph(metas, numbers, self.mode)
+            with contextlib.nullcontext() if autocast else torch.autocast(metas[0].device.type, enabled=False):
+                self.traced[key] = variant.graph(metas, numbers, self.mode)
         return self.traced[key]
 
     def second_look(self, variant: Variant, graph: Graph, b: Bindings) -> tuple[Match | None, Difference]:
@@ -246,16 +244,29 @@ class Matcher:
         roots = tuple(b[r] for r in graph.roots)
         if len(tensors) < len(graph.inputs) or len(numbers) < len(variant.numbers):
             return None, Difference(len(b), "a reference that uses all its parameters", roots[0], "structure")
+        metas = [v.meta for v in tensors.values()]
+        match = difference = None
+        if torch.is_autocast_enabled(metas[0].device.type):
+            match, difference = self.compared(variant, roots, tensors, numbers, len(b), True)
+        if match is None:  # operators of others are not cast by autocast: casts that there are stand in the graph
+            match, plain = self.compared(variant, roots, tensors, numbers, len(b), False)
+            difference = difference or plain
+        return match, difference
+
+    def compared(
+        self, variant: Variant, roots: tuple, tensors: dict[str, Value], numbers: dict[str, Any], depth: int, autocast: bool
+    ) -> tuple[Match | None, Difference]:
+        """The reference, traced again for these operands, against the graph, literal for literal."""
         try:
-            again = self.exact(variant, [v.meta for v in tensors.values()], numbers)
+            again = self.exact(variant, [v.meta for v in tensors.values()], numbers, autocast)
         except Exception as e:  # e.g. shapes that do not fit the reference
-            return None, Difference(len(b), f"operands the reference accepts ({type(e).__name__}: {e})"[:200], roots[0], "shape")
+            return None, Difference(depth, f"operands the reference accepts ({type(e).__name__}: {e})"[:200], roots[0], "shape")
         unifier = Unifier(True)
         states: list[Bindings] = [{again.inputs[name]: v for name, v in tensors.items()}]
         for p, g in zip(again.roots, roots, strict=True):
             states = [s for state in states for s in islice(unifier.unify(p, g, state), 1)]
         if not states:
-            return None, unifier.best._replace(depth=len(b))
+            return None, unifier.best._replace(depth=depth)
         leaves = set(tensors.values())
         values = frozenset(v for v in states[0].values() if v not in leaves)
         return Match(variant, tensors, numbers, roots, values), unifier.best
