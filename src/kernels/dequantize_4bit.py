@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sloth.kernels.tiles import no_derivative
+
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -143,6 +145,8 @@ def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, 
     _check(packed, absmax if absmax_8bit is None else absmax_8bit, blocksize, quant_type, shape)
     return packed.new_empty(shape, dtype=dtype)
 
+
+torch.library.register_autograd("sloth::dequantize_4bit", no_derivative)
 
 dequantize_4bit = torch.ops.sloth.dequantize_4bit.default
 """dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> W [N, K]"""

@@ -3,8 +3,8 @@
     u = s · g B   [M, R]         dB = s · gᵀ t   [N, R]          g [M, N], B [N, R], t [M, R], R small
 
 Method   a program walks down a strip of g, BN columns wide: each tile is read once, multiplied with its rows of B (a part of u)
-         and, transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds them, in
-         a fixed order: the result is the same in every run.
+         and, transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds them,
+         in a fixed order: the result is the same in every run.
 Opaque   to the compiler, like the other operators that a model has hundreds of (kernels/dequantize_4bit.py).
 Dtypes   B, t, u and dB of one dtype; g of any: tiles are cast to B's dtype. fp32 products are exact fp32 (no TF32).
 Bytes    g once, where two matmuls read it twice, and 8·R bytes for each row and strip in parts: for N = 14336, R = 16 a quarter
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sloth.kernels.gemm import sum_of_products
 from sloth.kernels.launch import use_triton
-from sloth.kernels.tiles import multiprocessors
+from sloth.kernels.tiles import multiprocessors, no_derivative
 
 MAX_RANK = 64
 
@@ -139,6 +139,8 @@ def _(g, b, t, scale):
 def _(g, b, t, scale):
     return b.new_empty(g.shape[0], b.shape[1]), torch.empty_like(b, memory_format=torch.contiguous_format)
 
+
+torch.library.register_autograd("sloth::up_gradients", no_derivative)
 
 up_gradients = torch.ops.sloth.up_gradients.default
 """up_gradients(g [M, N], b [N, R], t [M, R], scale) -> (u [M, R], dB [N, R]) in b's dtype. It has no derivative."""

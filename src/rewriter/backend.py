@@ -17,6 +17,7 @@ from sloth.rewriter.registry import constructs, patterns
 from sloth.rewriter.report import GraphReport
 
 log = logging.getLogger("sloth")
+patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know
 _listeners: list[list[GraphReport]] = []
 
 OPTIONS = {
