@@ -1,6 +1,6 @@
 """QLoRA steps of a Llama-3-8B shape on one GPU, beside peers: time, tokens/s, peak memory, first step, fraction of the floor.
 
-    python benchmarks/qlora.py [--out benchmarks/results/qlora.json] [--contenders sloth,eager,…] [--workloads W1,W2] [--projection]
+    python benchmarks/qlora.py [--out FILE.json] [--contenders sloth,eager,…] [--workloads W1,W2] [--projection]
 
 The model has random weights in NF4 (double-quantised), rank 16 on all seven projections, adapters in bf16, fused AdamW; it is
 written once as a checkpoint to a temporary folder, and every contender trains it in a process of its own on the same batches

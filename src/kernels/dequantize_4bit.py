@@ -9,7 +9,7 @@ W        [N, K] in fp32, bf16 or fp16: the product is computed in fp32 and round
 
 Nothing is differentiable. One kernel does both steps: a program takes the bytes of a few blocks, computes their scales, looks the
 elements up in a table of 16 kept in registers, and writes 16-bit pairs side by side.
-The product of the double quantisation is made in fp64 and rounded, because a compiler may contract fp32 a·b + c to one rounding.
+It is compiled without contraction: a·b + c in one rounding would give other bits in one scale of sixteen.
 Bytes    N·K/2 read and 2·N·K written: the floor is 2.5·N·K over the copy rate (and N·K/64·5 for scales).
 On the CPU it is bitsandbytes' own operator.
 To the compiler it is one opaque call, which costs it a tenth of what a Triton kernel does that it can see: a model has hundreds.
@@ -32,9 +32,9 @@ FP4 = _FP4 + tuple(-v for v in _FP4)
 CODES = {"nf4": NF4, "fp4": FP4}
 NESTED_BLOCK = 256  # scales that share one absmax
 
-# Tuning: bytes to a program, and its warps.
+# Bytes to a program, and how it is launched.
 BYTES = 1024
-NUM_WARPS = 2
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -70,8 +70,7 @@ def _dequantize_kernel(
     if NESTED:
         q = tl.load(absmax_8bit_ptr + start + block, inside, 0).to(tl.int32)
         outer = tl.load(absmax_ptr + (start + block) // NESTED_BLOCK, inside, 0.0)
-        product = tl.load(code8_ptr + q).to(tl.float64) * outer.to(tl.float64)
-        scale = product.to(tl.float32) + tl.load(offset_ptr)
+        scale = tl.load(code8_ptr + q) * outer + tl.load(offset_ptr)
     else:
         scale = tl.load(absmax_ptr + start + block, inside, 0.0)
     at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
@@ -104,7 +103,7 @@ def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, s
         NESTED=nested,
         NESTED_BLOCK=NESTED_BLOCK,
         CODE=CODES[quant_type],
-        num_warps=NUM_WARPS,
+        **OPTIONS,
     )
     return out
 
@@ -158,7 +157,7 @@ COMPILE = [
         {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "absmax_8bit_ptr": "*u8", "code8_ptr": "*fp32", "offset_ptr": "*fp32",
          "out_ptr": "*bf16", "n_bytes": "i32"},
         {"HALF": 32, "BLOCKS": 32, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": NF4},
-        {"num_warps": NUM_WARPS},
+        OPTIONS,
     )
     for nested in (True, False)
 ]  # fmt: skip

@@ -6,8 +6,11 @@ PEFT itself is not changed: outside of compiled code its own function runs.
 
 import contextlib
 import sys
+from types import ModuleType
 
 import torch
+
+from sloth.when_imported import when_imported
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:
@@ -24,13 +27,12 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
-def teach_dynamo() -> None:
-    """Where PEFT is in use, and no package whose weights are known to PEFT only."""
-    peft = sys.modules.get("peft.utils.integrations")
-    if peft is None or "torchao" in sys.modules or "hqq" in sys.modules or not hasattr(peft, "dequantize_module_weight"):
+def teach_dynamo(peft: ModuleType) -> None:
+    """`peft` is peft.utils.integrations. Nothing is done where other packages are in use whose weights only PEFT knows."""
+    if "torchao" in sys.modules or "hqq" in sys.modules or not hasattr(peft, "dequantize_module_weight"):
         return
     with contextlib.suppress(ValueError, TypeError):  # done already, or another signature
         torch._dynamo.decorators.substitute_in_graph(peft.dequantize_module_weight)(weight_of)
 
 
-teach_dynamo()
+when_imported("peft.utils.integrations", teach_dynamo)

@@ -66,6 +66,8 @@ def compile_one(job: tuple[str, int, str, str]) -> dict:
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options[0] if options else None)
         binary = compiled.asm.get("cubin") or compiled.asm.get("hsaco")
         assert binary, f"no machine code among {list(compiled.asm)}"
+        if options and options[0].get("enable_fp_fusion") is False:
+            assert "fma.rn.f32" not in compiled.asm.get("ptx", ""), "a product and a sum were contracted"
         report["shared"] = compiled.metadata.shared
     except Exception as error:  # reported to the test
         report["error"] = f"{type(error).__name__}: {error}"[:2000]

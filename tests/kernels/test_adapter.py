@@ -52,7 +52,16 @@ small = {"few": 256, "scale": 4.0}  # few rows: dA and dm sum a handful of produ
 
 
 @cases
-@given(st.data(), shapes(st.integers(3, 40), (1, 3)), dtypes, st.integers(3, 40), st.integers(1, 4), scales, st.booleans(), st.booleans())
+@given(
+    st.data(),
+    shapes(st.integers(3, 40), (1, 3)),
+    dtypes,
+    st.integers(3, 40),
+    st.integers(1, 4),
+    scales,
+    st.booleans(),
+    st.booleans(),
+)
 def test_operator(data, shape, dtype, n, r, scale, dora, fp32):
     given = inputs(shape, dtype, n, r, adapters=torch.float32 if fp32 else None, dora=dora)
     layouts = ("contiguous", "permuted", "padded")  # of what the model computes
