@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sloth.rewriter import legality
 from sloth.rewriter.normal_form import RULES
+from sloth.rewriter.registry import patterns
 
+patterns()  # they bring rules of their own
 DOCS = Path(__file__).parent
 
 
