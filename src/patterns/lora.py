@@ -61,11 +61,11 @@ def own_input(match):
     return None if match.xl is match.x else match.xl
 
 
-lora = pattern(LORA, op=lora_linear, dims=DIMS, no_grad=("weight",), name="lora", variant="linear", xl=own_input)(fused)
+lora = pattern(LORA, op=lora_linear, dims=DIMS, no_grad=("weight",), cheap=("xl",), name="lora", variant="linear", xl=own_input)(fused)
 lora.variant("linear_bias", xl=own_input)(fused_bias)
 
 
-@pattern(LORA, op=adapter, dims=DIMS, name="adapter", variant="lora", dtype=lambda match: match.dtype)
+@pattern(LORA, op=adapter, dims=DIMS, cheap=("xl",), name="adapter", variant="lora", dtype=lambda match: match.dtype)
 def onto(base, xl, a, b, *, scale: float, delta_dtype: torch.dtype, dtype: torch.dtype):
     """Over a layer that no other entry knows: LLM.int8 on a GPU, other quantisations, a second active adapter."""
     return (base + (delta(xl, a, b) * scale).to(delta_dtype)).to(dtype)

@@ -132,6 +132,7 @@ class Pattern:
     sizes: dict[str, int] = field(default_factory=dict)
     no_grad: tuple[str, ...] = ()
     recompute: bool = False
+    cheap: tuple[str, ...] = ()
     variants: list[Variant] = field(default_factory=list)
     checks: list[Callable[..., None]] = field(default_factory=list)
 

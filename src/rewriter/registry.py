@@ -25,6 +25,7 @@ def pattern(
     sizes: dict[str, int] | None = None,
     no_grad: tuple[str, ...] = (),
     recompute: bool = False,
+    cheap: tuple[str, ...] = (),
     name: str | None = None,
     variant: str = "default",
     **options: Any,
@@ -36,11 +37,12 @@ def pattern(
     dims: for each tensor its sizes by letters, "B S D" or "B S 2*I", with " int64" behind for indices. `sizes` fixes letters.
     no_grad: tensors that the operator gives no gradient to; where one of them needs it, the match is refused.
     recompute: its result is large and cheap: computed again in the backward pass by whoever needs it there, not kept.
+    cheap: tensors of which a dropout or cast is computed again too, where the backward pass wants it, instead of keeping it.
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """
 
     def enter(reference: Callable) -> Pattern:
-        entry = Pattern(name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute)
+        entry = Pattern(name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap)
         if entry.name in _patterns:
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")
         entry.variant(variant, **options)(reference)

@@ -63,6 +63,9 @@ class Rewriter:
             call = self.graph.call_function(matches[0].pattern.op)
         with self.graph.inserting_before(call):
             call.args = call_arguments(matches, self.operand)
+        for value in {m.tensors[name] for m in matches for name in m.pattern.cheap if name in m.tensors}:
+            if value.op in ("dropout", "cast") and value.nodes:
+                value.nodes[0].meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         outputs = self.outputs(call, matches[0], roots)
         self.view.regions |= dict.fromkeys((call, *outputs), roots[0].region)
         for value, output in zip(roots, outputs, strict=True):

@@ -284,3 +284,25 @@ def test_dequantised_weights_are_not_saved(inner, kind, x_grad):
     assert len(packed) == (4 if x_grad else 1), "o's input wants a gradient in any case"
     y.float().sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_the_mask_of_dropout_is_drawn_again_from_its_seed():
+    """Inductor keeps neither masks nor what they made of x. The loss is linear in x and, but for the base, in A and in B: their
+    gradients, times what they belong to, give it back only if both passes saw the same mask.
+    """
+    model = adapted(Attention(), {"lora_dropout": 0.4})
+    layer = model.q
+    x = x_like()
+    y = torch.compile(layer, backend="sloth")(x)
+    g = (y - layer.base_layer(x)).detach()
+    kept = [t for t in y.grad_fn.saved_tensors if isinstance(t, torch.Tensor)]
+    assert not any(t.dtype == torch.bool for t in kept)
+    assert sum(t.numel() == x.numel() for t in kept) <= 1, "x itself, and no copy with holes"
+    loss = (y * g).sum()
+    own = [next(iter(parts.values())).weight for parts in (layer.lora_A, layer.lora_B)]
+    dx, *adapters = torch.autograd.grad(loss, [x, *own])
+    assert torch.allclose((dx * x).sum(), loss, rtol=1e-3)
+    change = loss - (layer.base_layer(x) * g).sum()
+    assert change > 1
+    for p, d in zip(own, adapters, strict=True):
+        assert torch.allclose((d * p).sum(), change, rtol=1e-3)
