@@ -61,7 +61,8 @@ def own_input(match):
     return None if match.xl is match.x else match.xl
 
 
-lora = pattern(LORA, op=lora_linear, dims=DIMS, no_grad=("weight",), cheap=("xl",), name="lora", variant="linear", xl=own_input)(fused)
+FROZEN = {"no_grad": ("weight",), "cheap": ("xl",)}
+lora = pattern(LORA, op=lora_linear, dims=DIMS, **FROZEN, name="lora", variant="linear", xl=own_input)(fused)
 lora.variant("linear_bias", xl=own_input)(fused_bias)
 
 
