@@ -26,7 +26,6 @@ RULES: dict[str, list[Rule]] = {}
 COMMUTATIVE = frozenset({"add", "mul"})
 VIEWS = frozenset({"view", "expand", "permute", "slice", "cast"})  # cheap to have twice
 ALIASES = VIEWS - {"cast"} | {"detach", "no_grad", "bitcast"}  # share the memory of their first argument
-NOT_FRESH = ALIASES | {"input", "constant", "opaque", "result", "getitem"}  # not in memory made by one known call
 POINTWISE = frozenset({"add", "sub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "tanh", "rsqrt", "sqrt", "exp", "relu"})
 INT_MAX = 2**63 - 1
 
@@ -97,7 +96,7 @@ class Normal:
         (self.rebound if name == "set_" else self.mutated).update(values_in(written))
         if any(p.is_out for p in schema.arguments):  # no rule is about writing
             name += ".out"
-        elif written == [args[0]] and self.last_use and args[0].op not in NOT_FRESH and name.endswith("_"):
+        elif written == [args[0]] and self.last_use and _fresh(args[0]) and name.endswith("_"):
             self.mutated.discard(args[0])
             self.consumed.add(args[0])
             promoted = functools.reduce(torch.promote_types, (v.meta.dtype for v in values_in(args)))
@@ -158,6 +157,11 @@ class Normal:
         length = (end - start + step - 1) // step
         shape = (*x.meta.shape[:dim], length, *x.meta.shape[dim + 1 :])
         return self.add("slice", (x, dim, start, end, step), x.meta._replace(shape=shape))
+
+
+def _fresh(v: Value) -> bool:
+    """Is it in memory of its own for sure? Custom operators (with a namespace) may not return their operands."""
+    return v.op in POINTWISE or v.op == "cast" or "::" in v.op
 
 
 def _wants_grad(a: Any) -> bool:

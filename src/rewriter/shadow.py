@@ -223,11 +223,12 @@ class _Builder:
         return result
 
     def is_last_use(self, node: fx.Node) -> bool:
-        """Is this call the only reader of its first operand, which is no other name of one of that operand's operands?"""
+        """Is this call the only reader of its first operand, which lies in memory of its own?"""
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node) or len(first.users) != 1:
             return False
-        return not any(self.view.env.get(n) is self.view.env[first] for n in first.all_input_nodes)
+        own = set(self.storages(first))
+        return bool(own) and own.isdisjoint(s for n in first.all_input_nodes for s in self.storages(n))
 
     def function(self, node: fx.Node) -> Any:
         """The results of an autograd function whose backward is proven to be the derivative of its forward."""

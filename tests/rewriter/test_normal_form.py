@@ -516,17 +516,18 @@ def test_every_entry_of_the_table_is_exercised(monkeypatch: pytest.MonkeyPatch) 
 
         return call
 
-    counting = {op: [counted(op, r) for r in rules] for op, rules in RULES.items()}
+    own = {op: rules for op, rules in RULES.items() if "::" not in op}  # patterns may have brought rules for other packages
+    counting = {op: [counted(op, r) for r in rules] for op, rules in own.items()}
     monkeypatch.setattr(normal_form, "RULES", counting)
     for case in CASES:
         forms(case.alike)
-    entries = {(op, r.__name__) for op, rules in RULES.items() for r in rules}
+    entries = {(op, r.__name__) for op, rules in own.items() for r in rules}
     assert entries - {key for key, n in applied.items() if n} == set()
     assert all(r.__doc__ for rules in RULES.values() for r in rules), "the docstring is the law that the table prints"
 
 
 def test_names_of_rules_are_operators() -> None:
-    assert [op for op in RULES if not hasattr(aten, op)] == []
+    assert [op for op in RULES if "::" not in op and not hasattr(aten, op)] == []
 
 
 # ---------------------------------------------------------------- memory and randomness
