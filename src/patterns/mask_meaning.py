@@ -75,6 +75,8 @@ class _Reader:
         self.known: dict[Value, Any] = {}
 
     def read(self, v: Value) -> Any:
+        if v.op == "input" and v.outer is not None:  # in a checkpoint
+            return self.read(v.outer)
         if v not in self.known:
             self.known[v] = None
             if v.op in RULES and not v.pinned and v.meta is not None and len(self.known) < MANY:

@@ -53,6 +53,7 @@ class Value:
     users: list[Value] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)  # nodes of the traced graph whose value this is, in graph order
     origin: fx.Node | None = None  # the node during whose expansion it first appeared
+    outer: Value | None = None  # of an input of a body: the value of the graph around it that is always passed there
 
     @property
     def inputs(self) -> Iterator[Value]:

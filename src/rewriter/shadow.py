@@ -31,6 +31,8 @@ from sloth.rewriter.trace import Ref, Trace, rebuilt, resolve, trace
 # alone.
 BODIES = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph", "autograd_function_apply"}
 
+PLAIN = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"}  # of these: the body, and then its inputs in order
+
 
 @dataclass
 class View:
@@ -50,22 +52,33 @@ def views(gm: fx.GraphModule) -> list[View]:
     shape_env = shape_env_of(gm)
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=False)
     out: list[View] = []
-    todo = [(gm, "", Region(grad=torch.is_grad_enabled()))]
-    seen: set[int] = set()
+    todo = [(gm, "", Region(grad=torch.is_grad_enabled()), [])]
+    seen: dict[int, View] = {}
     with shape_env.suppress_guards() if shape_env else contextlib.nullcontext():
         while todo:
-            body, path, region = todo.pop(0)
-            if id(body) in seen:
+            body, path, region, operands = todo.pop(0)
+            if id(body) in seen:  # called from two places: its inputs are now these values, now those
+                _pass(seen[id(body)], [])
                 continue
-            seen.add(id(body))
             builder = _Builder(View(body, path, region), mode)
             written = builder.run()
             if written:  # somebody writes in place: once more, with that memory pinned
                 builder = _Builder(View(body, path, region), mode, written)
                 builder.run()
+            seen[id(body)] = builder.view
+            _pass(builder.view, operands)
             out.append(builder.view)
             todo += builder.bodies
     return out
+
+
+def _pass(view: View, operands: list[Any]) -> None:
+    """Note for the inputs of a body which values they are; nothing where `operands` is empty."""
+    inputs = view.gm.graph.find_nodes(op="placeholder")
+    for node, outer in zip(inputs, operands if len(operands) == len(inputs) else [None] * len(inputs), strict=True):
+        value = view.env[node]
+        if isinstance(value, Value):
+            value.outer = outer if isinstance(outer, Value) else None
 
 
 def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
@@ -86,7 +99,7 @@ class _Builder:
         self.normal = Normal(view.shadow)
         self.normal.region = view.region
         self.memo: dict[Any, Trace | Exception] = {}
-        self.bodies: list[tuple[fx.GraphModule, str, Region]] = []
+        self.bodies: list[tuple[fx.GraphModule, str, Region, list[Any]]] = []  # with the values passed to each
         self.inference: list[bool] = []  # the grad mode outside of each open inference mode
         self.blocks = 0  # autocast blocks seen
         self.autocasts: list[tuple[torch.autocast, int]] = []  # open ones, and the region outside of each
@@ -181,7 +194,9 @@ class _Builder:
         for arg in node.args:
             body = self.view.env.get(arg) if isinstance(arg, fx.Node) else None
             if isinstance(body, fx.GraphModule):
-                self.bodies.append((body, f"{self.view.path}{arg.target}.", Region(grad=grad)))
+                plain = node.target.name() in PLAIN and body is self.view.env.get(node.args[0])
+                operands = [self._value(a) for a in node.args[1:]] if plain else []
+                self.bodies.append((body, f"{self.view.path}{arg.target}.", Region(grad=grad), operands))
 
     def opaque(self, node: fx.Node, example: Any, why: str) -> Any:
         """Values that stand for themselves, one for each tensor in the result."""

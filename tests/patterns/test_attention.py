@@ -205,3 +205,36 @@ def test_models(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
         sites = [s for r in reports for s in r.sites if s.construct == "attention"]
         assert len(sites) == 2 and all((s.status == MATCHED) == proven for s in sites), more
+
+
+def test_a_mask_that_is_made_outside_of_checkpoints():
+    """Its meaning is followed through the inputs of the checkpointed layer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS["llama"]).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(3, 64, (2, S))
+    torch._dynamo.reset()
+    with listening() as reports:
+        torch.compile(model, backend="sloth", options={"sloth.inner_backend": "eager"})(input_ids=ids, labels=ids)
+    statuses = [s.status for r in reports for s in r.sites if s.construct == "attention"]
+    assert statuses == [MATCHED, MATCHED]
+
+
+def test_a_body_that_is_called_with_different_masks():
+    """What its input is cannot be said: nothing is proven, and both results are eager's."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = Attention(None, 4), torch.randn(2, S, 32)
+
+    def layer(x, mask):
+        model.mask = lambda _: mask
+        return model(x)
+
+    def fn(x):
+        return checkpoint(layer, x, causal(x), use_reentrant=False) + checkpoint(
+            layer, x, strict(x) | causal(x[:, :1]), use_reentrant=False
+        )
+
+    torch._dynamo.reset()
+    out = torch.compile(fn, backend="sloth", options={"sloth.inner_backend": "eager"})(x)
+    torch.testing.assert_close(out, fn(x), rtol=1e-4, atol=1e-5, equal_nan=True)
