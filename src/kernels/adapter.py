@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from sloth.kernels.gemm import as_matrix
 from sloth.kernels.launch import compute_dtype, without_autocast
 from sloth.kernels.tiles import once
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 @triton_op("sloth::adapter_forward", mutates_args={})
@@ -33,7 +30,7 @@ def _adapter_forward(
     """y and t."""
     torch._check((inner is None) == (m is None), lambda: "adapter: inner and m go together")
     torch._check(a.dtype == b.dtype, lambda: f"adapter: A is {a.dtype}, B {b.dtype}")
-    t = _rows(xl).to(a.dtype) @ a.t()
+    t = as_matrix(xl).to(a.dtype) @ a.t()
     wide = compute_dtype(base, b)
     change = (t @ b.t()).to(wide).view(base.shape) * scale
     if m is not None:
@@ -60,19 +57,19 @@ def _adapter_backward(
 ) -> list[Tensor]:
     """dinner, dm, dx, dA, dB, each only if it is needed."""
     wide = compute_dtype(g, b)
-    g2, out = _rows(g).to(wide), []
+    g2, out = as_matrix(g).to(wide), []
     mw = None if m is None else m.to(wide).view(-1)
     if need_inner:
         out.append(((mw - 1) * g2).to(inner.dtype).view(inner.shape))
     if need_m:
         l = (t @ b.t()).to(wide) * scale
-        out.append((g2 * (_rows(inner).to(wide) + l)).sum(0).to(m.dtype).view(m.shape))
+        out.append((g2 * (as_matrix(inner).to(wide) + l)).sum(0).to(m.dtype).view(m.shape))
     dl = (g2 * scale if mw is None else mw * g2 * scale).to(b.dtype)
     dt = dl @ b
     if need_xl:
         out.append((dt @ a).to(xl.dtype).view(xl.shape))
     if need_a:
-        out.append(dt.t() @ _rows(xl).to(a.dtype))
+        out.append(dt.t() @ as_matrix(xl).to(a.dtype))
     if need_b:
         out.append(dl.t() @ t)
     return out

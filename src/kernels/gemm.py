@@ -15,6 +15,11 @@ import torch
 from sloth.kernels.tiles import no_derivative
 
 
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [M, K], in whatever strides: products take any."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> None:
     torch._check(0 < len(a) == len(b) == len(alpha), lambda: "sum_of_products: as many factors on each side, and one at least")
 

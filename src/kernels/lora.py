@@ -21,15 +21,10 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from sloth.kernels.gemm import sum_of_products
+from sloth.kernels.gemm import as_matrix, sum_of_products
 from sloth.kernels.launch import compute_dtype, without_autocast
 from sloth.kernels.tiles import once
 from sloth.kernels.up_gradients import up_gradients
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., K] as [M, K]."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def _shared(xl: list, a: list) -> list[int]:
@@ -60,8 +55,8 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
 def _down(x: Tensor, xl: list, a: list) -> list[Tensor]:
     """x_i A_iᵀ: one product for all that share x, then the others."""
     own = [a[i] for i in _shared(xl, a)]
-    joined = [_rows(x).to(own[0].dtype) @ _joined(own).t()] if own else []
-    return joined + [_rows(xi).to(ai.dtype) @ ai.t() for xi, ai in zip(xl, a, strict=True) if xi is not None]
+    joined = [as_matrix(x).to(own[0].dtype) @ _joined(own).t()] if own else []
+    return joined + [as_matrix(xi).to(ai.dtype) @ ai.t() for xi, ai in zip(xl, a, strict=True) if xi is not None]
 
 
 def _each(down: list[Tensor], xl: list, a: list) -> list[Tensor | None]:
@@ -99,7 +94,7 @@ def _lora_linear_forward(
     """[y_1, …, y_n] and then what `_down` gives. Lists hold what there is; `places` tells of which layer (`_spread`)."""
     with_bias, with_xl, with_adapter = _thirds(places)
     bias, xl, a, b = _spread(bias, with_bias), _spread(xl, with_xl), _spread(a, with_adapter), _spread(b, with_adapter)
-    x2, down, out = _rows(x), _down(x, xl, a), []
+    x2, down, out = as_matrix(x), _down(x, xl, a), []
     for w, bi, ti, up, s in zip(weight, bias, _each(down, xl, a), b, scale, strict=True):
         if ti is None:
             y = torch.nn.functional.linear(x2, w, bi).to(dtype)
@@ -133,7 +128,7 @@ def _lora_linear_backward(
     xl, need_xl = _spread(xl, with_xl), _spread(need_xl, with_xl)
     a, b, need_a, need_b = (_spread(values, with_adapter) for values in (a, b, need_a, need_b))
     t = _each(down, xl, a)
-    g2 = [_rows(gi) for gi in g]
+    g2 = [as_matrix(gi) for gi in g]
     n, together = len(g), _shared(xl, a)
     u: list[Tensor | None] = [None] * n
     db: dict[int, Tensor] = {}
@@ -174,12 +169,12 @@ def _down_gradients(x: Tensor, xl: list, u: list, need: list[bool], together: li
     shared = [i for i in together if need[i]]
     if shared:
         own = [u[i].t() for i in shared]
-        joined = _joined(own) @ _rows(x).to(own[0].dtype)
+        joined = _joined(own) @ as_matrix(x).to(own[0].dtype)
         parts = _split(joined, own, 0)
         found.update(zip(shared, [d.clone() for d in parts] if len(parts) > 1 else parts, strict=True))
     for i, xi in enumerate(xl):
         if need[i] and xi is not None:
-            found[i] = u[i].t() @ _rows(xi).to(u[i].dtype)
+            found[i] = u[i].t() @ as_matrix(xi).to(u[i].dtype)
     return [found[i] for i in sorted(found)]
 
 
@@ -211,7 +206,7 @@ def _vjp(ctx, grads):
     ))  # fmt: skip
     (dx,), dxl, da, db = ([next(found) if wanted else None for wanted in each] for each in needs)
     rows = zip(compress(g, with_bias), ctx.bias_dtypes, need(2, with_bias), strict=True)
-    dbias = [_rows(gi).sum(0, dtype=dtype) if wanted else None for gi, dtype, wanted in rows]
+    dbias = [as_matrix(gi).sum(0, dtype=dtype) if wanted else None for gi, dtype, wanted in rows]
     return dx, [None] * n, dbias, dxl, da, db, None, None, None
 
 

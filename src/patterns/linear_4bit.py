@@ -34,20 +34,21 @@ def weight_4bit(n, c, packed, absmax, blocksize, quant_type, shape, dtype):
         for inner, offset in (absmax.args, absmax.args[::-1]):
             if inner.op == "bitsandbytes::dequantize_blockwise" and inner.args[3] == NESTED_BLOCK:
                 scales = (inner.args[1], inner.args[0], inner.args[2], offset)
-    while packed.op in ("view", "permute"):  # one column or one row
-        packed = packed.args[0]
-    return n.add("weight_4bit", (packed, *scales, blocksize, quant_type, tuple(shape), dtype), c.meta)
+    return _weight(n, packed, scales, blocksize, quant_type, c.meta)
 
 
 @rule("bitsandbytes::gemm_4bit")
 def linear_of_weight_4bit(n, c, x, packed, shape, absmax, blocksize, quant_type, bias, absmax_8bit, code8, offset):
     """gemm_4bit(x, p, …, bias) = linear(x, weight_4bit(p, …), bias)."""
-    while packed.op in ("view", "permute"):
-        packed = packed.args[0]
     meta = c.meta._replace(shape=tuple(shape), dtype=x.meta.dtype)
-    scales = (absmax, absmax_8bit, code8, offset)
-    weight = n.add("weight_4bit", (packed, *scales, blocksize, quant_type, tuple(shape), x.meta.dtype), meta)
+    weight = _weight(n, packed, (absmax, absmax_8bit, code8, offset), blocksize, quant_type, meta)
     return n.call("linear", (x, weight, bias), c.metas)
+
+
+def _weight(n, packed, scales, blocksize, quant_type, meta):
+    while packed.op in ("view", "permute"):  # one column or one row
+        packed = packed.args[0]
+    return n.add("weight_4bit", (packed, *scales, blocksize, quant_type, tuple(meta.shape), meta.dtype), meta)
 
 
 def is_linear_4bit(v: Value) -> bool:

@@ -8,23 +8,17 @@ import torch.nn.functional as F
 
 from sloth.kernels.adapter import adapter
 from sloth.kernels.lora import lora_linear
-from sloth.rewriter.ir import Value
+from sloth.rewriter.ir import Value, uncast
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
 
 
 def is_up_projection(v: Value) -> bool:
     """The second of two linear layers in a row, over fewer channels than both ends have. DoRA's norm makes one of an identity."""
-    if v.op != "linear" or (inner := _uncast(v.args[0])).op != "linear" or inner.args[2] is not None:
+    if v.op != "linear" or (inner := uncast(v.args[0])).op != "linear" or inner.args[2] is not None:
         return False
     rank, width = inner.args[1].meta.shape
-    return isinstance(rank, int) and rank < width and rank < v.args[1].meta.shape[0] and _uncast(inner.args[0]).op != "eye"
-
-
-def _uncast(v: Value) -> Value:
-    while v.op == "cast":
-        v = v.args[0]
-    return v
+    return isinstance(rank, int) and rank < width and rank < v.args[1].meta.shape[0] and uncast(inner.args[0]).op != "eye"
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:

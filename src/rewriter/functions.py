@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sloth.rewriter.ir import Meta, Value, same_literal, values_in
+from sloth.rewriter.ir import Meta, Value, same_literal, uncast, values_in
 
 
 def is_derivative(results: Sequence[Any], inputs: Sequence[Any], backward: Callable[..., Any], saved: Sequence[Any]) -> bool:
@@ -33,10 +33,10 @@ def is_derivative(results: Sequence[Any], inputs: Sequence[Any], backward: Calla
     for given, d in zip(inputs, gradients, strict=True):
         if not isinstance(given, Value) or not given.meta.requires_grad:
             continue
-        if given is _uncast(x):
+        if given is uncast(x):
             if not _is_product(d, dy, weight, given.meta):
                 return False
-        elif not (bias is not None and given is _uncast(bias) and _is_row_sum(d, dy)):
+        elif not (bias is not None and given is uncast(bias) and _is_row_sum(d, dy)):
             return False
     return not (_leaves((weight,)) & {i for i in inputs if isinstance(i, Value) and i.meta.requires_grad})
 
@@ -46,7 +46,7 @@ def _is_product(d: Any, dy: Value, weight: Value, meta: Meta) -> bool:
     if not isinstance(d, Value) or not same_literal(d.meta.shape, meta.shape):
         return False
     d = _plain(d)
-    return d.op in ("matmul", "mm") and _plain(d.args[0]) is dy and _same(_uncast(d.args[1]), _uncast(weight))
+    return d.op in ("matmul", "mm") and _plain(d.args[0]) is dy and _same(uncast(d.args[1]), uncast(weight))
 
 
 def _same(a: Value, b: Value) -> bool:
@@ -62,12 +62,6 @@ def _is_row_sum(d: Any, dy: Value) -> bool:
     rows, dims, *_ = _plain(d).args
     last = len(rows.meta.shape) - 1
     return _plain(rows) is dy and dims == tuple(range(last)) and same_literal(rows.meta.shape[last], dy.meta.shape[-1])
-
-
-def _uncast(v: Value) -> Value:
-    while v.op == "cast":
-        v = v.args[0]
-    return v
 
 
 def _plain(v: Value) -> Value:

@@ -73,6 +73,13 @@ def values_in(args: Any) -> Iterator[Value]:
             yield from values_in(a)
 
 
+def uncast(v: Value) -> Value:
+    """What `v` is a cast of, or itself."""
+    while v.op == "cast":
+        v = v.args[0]
+    return v
+
+
 def _show(a: Any) -> str:
     if isinstance(a, Value):
         return f"%{a.id}"
