@@ -14,8 +14,12 @@ from sloth.when_imported import when_imported
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:
-    """The weight of a linear layer as a matrix: its own, or what bitsandbytes keeps of it in 4 or 8 bits, dequantised."""
+    """The weight of a linear layer as a matrix: its own, or what a quantiser keeps of it, dequantised."""
+    if hasattr(module, "W_q"):  # HQQ
+        return module.dequantize()
     weight = module.weight
+    if "torchao.utils" in sys.modules and isinstance(weight, sys.modules["torchao.utils"].TorchAOBaseTensor):
+        return weight.dequantize()
     four_bit = getattr(weight, "quant_state", None)
     if four_bit is not None:
         return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, four_bit)
@@ -28,8 +32,8 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
 
 
 def teach_dynamo(peft: ModuleType) -> None:
-    """`peft` is peft.utils.integrations. Nothing is done where other packages are in use whose weights only PEFT knows."""
-    if "torchao" in sys.modules or "hqq" in sys.modules or not hasattr(peft, "dequantize_module_weight"):
+    """`peft` is peft.utils.integrations."""
+    if not hasattr(peft, "dequantize_module_weight"):
         return
     with contextlib.suppress(ValueError, TypeError):  # done already, or another signature
         torch._dynamo.decorators.substitute_in_graph(peft.dequantize_module_weight)(weight_of)

@@ -19,14 +19,14 @@ from sloth.rewriter.ir import Meta, Value, same_literal, uncast, values_in
 
 def is_derivative(results: Sequence[Any], inputs: Sequence[Any], backward: Callable[..., Any], saved: Sequence[Any]) -> bool:
     """`results`, Values of a scratch shadow, were computed of `inputs`; `backward(*gradients, *saved)` gives a gradient for each
-    input or None. Results behind the first one must be inputs or have no gradient.
+    input or None. Results behind the first one, None where nobody reads them, must have no gradient.
     """
     y = results[0]
     if not isinstance(y, Value) or y.op != "linear":
         return False
     x, weight, bias = (*y.args, None)[:3]
     dy = Value(-1, "input", ("dy",), y.meta, y.region)
-    unused = [Value(-2 - i, "input", ("unused", i), r.meta, r.region) for i, r in enumerate(results[1:])]
+    unused = [Value(-2 - i, "input", ("unused", i), getattr(r, "meta", None), y.region) for i, r in enumerate(results[1:])]
     gradients = backward(dy, *unused, *saved)
     if gradients is None or len(gradients) != len(inputs) or any(u in _leaves(gradients) for u in unused):
         return False

@@ -103,6 +103,7 @@ class _Builder:
         self.inference: list[bool] = []  # the grad mode outside of each open inference mode
         self.blocks = 0  # autocast blocks seen
         self.autocasts: list[tuple[torch.autocast, int]] = []  # open ones, and the region outside of each
+        self.dropped: frozenset[fx.Node] = frozenset()  # returned, but to nobody who reads them
 
     def run(self) -> frozenset[fx.Node]:
         """Build the view; the nodes whose memory is written in place."""
@@ -240,7 +241,9 @@ class _Builder:
     def is_last_use(self, node: fx.Node) -> bool:
         """Is this call the only reader of its first operand, which lies in memory of its own?"""
         first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node) or len(first.users) != 1:
+        if not isinstance(first, fx.Node):
+            return False
+        if any(user is not node and not (user.op == "output" and first in self.dropped) for user in first.users):
             return False
         own = set(self.storages(first))
         return bool(own) and own.isdisjoint(s for n in first.all_input_nodes for s in self.storages(n))
@@ -248,27 +251,37 @@ class _Builder:
     def function(self, node: fx.Node) -> Any:
         """The results of an autograd function whose backward is proven to be the derivative of its forward."""
         forward, backward, *arguments = map(self._value, node.args)
+        read = _read(node)
         scratch = Shadow()
         own = [scratch.add("input", (i,), a.meta, origin=node) if isinstance(a, Value) else a for i, a in enumerate(arguments)]
         try:
-            told = self.inline(forward, own, scratch, node)
+            told = self.inline(forward, own, scratch, node, read)
             if told is None or not is_derivative(
                 told[0], own, lambda *given: self.inline(backward, given, scratch, node), told[1]
             ):
                 return None
-            found = self.inline(forward, arguments, self.normal.shadow, node)
+            found = self.inline(forward, arguments, self.normal.shadow, node, read)
         except Exception:  # bodies that are written in a way we do not know
             return None
         return found[0]
 
-    def inline(self, body: fx.GraphModule, arguments: Sequence[Any], shadow: Shadow, call: fx.Node) -> Any:
-        """What the body computes of these arguments, in the region of the call; None where the shadow cannot tell."""
+    def inline(
+        self, body: fx.GraphModule, arguments: Sequence[Any], shadow: Shadow, call: fx.Node, read: set[int] | None = None
+    ) -> Any:
+        """What the body computes of these arguments, in the region of the call; None where the shadow cannot tell.
+        Of the forward pass's results, those that nobody reads are None: torch 2.11 returns all that it computed.
+        """
         builder = _Builder(View(body, self.view.path, self.normal.region, shadow), self.mode)
         builder.memo, builder.normal.origin = self.memo, call
+        output = body.graph.output_node().args[0]
+        if read is not None:
+            results, saved = output
+            output = ([r if i in read else None for i, r in enumerate(results)], saved)
+            builder.dropped = frozenset(body.graph.output_node().all_input_nodes) - set(_nodes(output))
         given = iter(arguments)
         for node in body.graph.nodes:
             if node.op == "output":
-                told = fx.node.map_aggregate(node.args[0], builder._value)
+                told = fx.node.map_aggregate(output, builder._value)
                 return None if builder.view.opaque or builder.normal.mutated else told
             if node.target is not torch._C._set_grad_enabled:  # the function's gradient is its backward, not its forward's
                 builder.view.env[node] = next(given) if node.op == "placeholder" else builder.lower(node)
@@ -305,6 +318,19 @@ class _Builder:
         if isinstance(found, Exception):
             raise found
         return found, leaves
+
+
+def _read(call: fx.Node) -> set[int] | None:
+    """Which results of a call are read; None for all of them."""
+    if all(user.target is operator.getitem for user in call.users):
+        return {user.args[1] for user in call.users}
+    return None
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(argument, found.append)
+    return found
 
 
 def _flat(a: Any) -> Any:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from common import DEVICE
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 FOUR_BIT = {"nf4": ("nf4", True), "nf4-single": ("nf4", False), "fp4": ("fp4", True)}
 BASES = ("dense", *FOUR_BIT, "int8")
 K = 128
+INT8 = "lora[linear]" if DEVICE == "cpu" else "adapter[lora]"  # on a CPU the layer is a dequantisation and a product
 
 
 def base_layer(kind: str, k: int, n: int, dtype: torch.dtype, bias: bool = False) -> nn.Module:
@@ -54,17 +56,19 @@ class Attention(nn.Module):
 
 
 def adapted(model: nn.Module, *configs: dict[str, Any], fp32: bool = False) -> nn.Module:
-    """The model frozen, moved to the CPU (which quantises), an adapter for each of `configs`, B not zero as PEFT leaves it."""
+    """The model frozen, moved to its device (which quantises), an adapter for each of `configs`, B not zero as PEFT leaves it."""
     torch.manual_seed(0)
     for p in model.parameters():
         p.requires_grad_(False)
-    model.to("cpu")
+    model.to(DEVICE)
     for i, how in enumerate(configs):
         how = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "k", "v", "o"]} | how
         peft.inject_adapter_in_model(peft.LoraConfig(**how), model, adapter_name=f"adapter{i}")
     for name, p in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
-            p.data = (torch.randn(p.shape) * (0.1 if "lora_B" in name else p.shape[1] ** -0.5)).to(FP32 if fp32 else p.dtype)
+            p.data = (torch.randn(p.shape) * (0.1 if "lora_B" in name else p.shape[1] ** -0.5)).to(
+                p.device, FP32 if fp32 else p.dtype
+            )
     return model.train()
 
 
@@ -100,12 +104,20 @@ def step(model: nn.Module, run: Callable[..., Any], x: Tensor, autocast: bool = 
     model.zero_grad()
     x = x.detach().clone().requires_grad_(x.requires_grad)
     torch.manual_seed(1)
-    with torch.autocast("cpu", BF16, enabled=autocast):
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
         y = run(x)
     generator = torch.Generator().manual_seed(2)
-    (y.double() * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum().backward()
+    (y.double() * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(DEVICE)).sum().backward()
     found = {"output": y.detach(), "x": x.grad}
     return found | {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def reference(model: nn.Module) -> Callable[..., Any]:
+    """Eager. With dropout on a GPU, where any compiler draws other numbers than eager: as AOTAutograd alone runs it."""
+    if DEVICE == "cpu" or not any(isinstance(m, nn.Dropout) and m.p for m in model.modules()):
+        return model
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager")
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -177,7 +189,7 @@ class Compiled:
 
 def x_like(*lead: int, dtype: torch.dtype = FP32, grad: bool = True) -> Tensor:
     x = torch.randn((*(lead or (2, 12)), K), generator=torch.Generator().manual_seed(0))
-    return x.to(dtype).requires_grad_(grad)
+    return x.to(DEVICE, dtype).requires_grad_(grad)
 
 
 @contextlib.contextmanager

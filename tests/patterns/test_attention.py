@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from common import DEVICE
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
@@ -24,12 +25,12 @@ def told(fn, *args, dynamic=False):
         return gm.forward
 
     torch._dynamo.reset()
-    torch.compile(fn, backend=look, dynamic=dynamic)(torch.zeros(2, S), *args)
+    torch.compile(fn, backend=look, dynamic=dynamic)(torch.zeros(2, S, device=DEVICE), *args)
     return found[0]
 
 
 def positions(x):
-    n = torch.arange(x.shape[1])
+    n = torch.arange(x.shape[1], device=x.device)
     return n[None, None, :, None], n[None, None, None, :]
 
 
@@ -45,12 +46,15 @@ def causal_turned(x):
 
 def causal_shifted(x):
     i, j = positions(x)
-    return (j + 3 < i + 4) & torch.ones(x.shape[0], 1, 1, 1, dtype=torch.bool)
+    return (j + 3 < i + 4) & x.new_ones(x.shape[0], 1, 1, 1, dtype=torch.bool)
 
 
 def causal_gathered(x):
     """As transformers does: positions by index, sequences told apart by positions that restart."""
-    b, p = torch.arange(x.shape[0])[:, None, None, None], torch.arange(x.shape[1])[None].expand(x.shape[0], -1)
+    b, p = (
+        torch.arange(x.shape[0], device=x.device)[:, None, None, None],
+        torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1),
+    )
     packed = (torch.diff(p, prepend=p[:, :1] - 1, dim=-1) != 1).cumsum(-1)
     i, j = positions(x)
     return (packed[b, i] == packed[b, j]) & (p[b, j] <= p[b, i])
@@ -97,22 +101,23 @@ def shifted(x):
 
 
 def restarting(x):
-    p = torch.cat((torch.arange(S // 2), torch.arange(S // 2)))[None].expand(x.shape[0], -1)
-    b = torch.arange(x.shape[0])[:, None, None, None]
+    half = torch.arange(S // 2, device=x.device)
+    p = torch.cat((half, half))[None].expand(x.shape[0], -1)
+    b = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
     i, j = positions(x)
     return p[b, j] <= p[b, i]
 
 
 def backwards(x):
-    p = torch.arange(x.shape[1]).flip(0)[None].expand(x.shape[0], -1)
-    b = torch.arange(x.shape[0])[:, None, None, None]
+    p = torch.arange(x.shape[1], device=x.device).flip(0)[None].expand(x.shape[0], -1)
+    b = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
     i, j = positions(x)
     return p[b, j] <= p[b, i]
 
 
 def from_the_end(x):
-    n = torch.arange(x.shape[1])[None].expand(x.shape[0], -1)
-    b = torch.arange(x.shape[0])[:, None, None, None]
+    n = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
+    b = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
     i, j = positions(x)
     return (n[b, j - 1] <= n[b, i]) & (j <= i)
 
@@ -156,7 +161,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("mask", [causal_gathered, narrow_window, restarting, written], ids=lambda f: f.__name__)
 def test_attention_is_eager_s(mask, groups):
     torch.manual_seed(0)
-    model, x = Attention(mask, groups), torch.randn(2, S, 32)
+    model, x = Attention(mask, groups).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
     torch._dynamo.reset()
     with listening() as reports:
         out = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(x)
@@ -187,11 +192,11 @@ MODELS = {
 def test_models(name):
     """Causal without a mask; with padding, or positions that restart, left alone. Values and gradients are always eager's."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name])
-    ids = torch.randint(3, 64, (2, S))
-    padding = torch.ones(2, S, dtype=torch.long)
+    model = AutoModelForCausalLM.from_config(MODELS[name]).to(DEVICE)
+    ids = torch.randint(3, 64, (2, S), device=DEVICE)
+    padding = torch.ones(2, S, dtype=torch.long, device=DEVICE)
     padding[1, :7] = 0
-    restart = torch.cat((torch.arange(10), torch.arange(S - 10)))[None].expand(2, -1).contiguous()
+    restart = torch.cat((torch.arange(10), torch.arange(S - 10)))[None].expand(2, -1).contiguous().to(DEVICE)
     for more, proven in (({}, True), ({"attention_mask": padding}, False), ({"position_ids": restart}, False)):
         torch._dynamo.reset()
         with listening() as reports:
@@ -210,9 +215,9 @@ def test_models(name):
 def test_a_mask_that_is_made_outside_of_checkpoints():
     """Its meaning is followed through the inputs of the checkpointed layer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS["llama"]).train()
+    model = AutoModelForCausalLM.from_config(MODELS["llama"]).to(DEVICE).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(3, 64, (2, S))
+    ids = torch.randint(3, 64, (2, S), device=DEVICE)
     torch._dynamo.reset()
     with listening() as reports:
         torch.compile(model, backend="sloth", options={"sloth.inner_backend": "eager"})(input_ids=ids, labels=ids)
@@ -224,7 +229,7 @@ def test_a_body_that_is_called_with_different_masks():
     """What its input is cannot be said: nothing is proven, and both results are eager's."""
     from torch.utils.checkpoint import checkpoint
 
-    model, x = Attention(None, 4), torch.randn(2, S, 32)
+    model, x = Attention(None, 4).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
 
     def layer(x, mask):
         model.mask = lambda _: mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from common import DEVICE
 from peft_layers import BF16, FP32, Attention, Compiled, K, adapted, bnb, same, step, x_like
 from torch import Tensor, nn
 
@@ -83,7 +84,7 @@ class Layer(nn.Module):
 
     def __init__(self, function, bias: bool = False, dtype: torch.dtype = FP32):
         super().__init__()
-        self.inner = bnb.nn.Linear4bit(K, 64, bias, compute_dtype=dtype, quant_type="nf4").to(dtype).to("cpu")
+        self.inner = bnb.nn.Linear4bit(K, 64, bias, compute_dtype=dtype, quant_type="nf4").to(dtype)
         self.inner.requires_grad_(False)
         self.function = function
         self.a, self.b = nn.Parameter(torch.randn(4, K, dtype=dtype) * 0.1), nn.Parameter(torch.randn(64, 4, dtype=dtype) * 0.1)
@@ -99,7 +100,7 @@ class Layer(nn.Module):
 def test_other_versions(function, bias, dtype):
     """Matched with their adapter, and without."""
     torch.manual_seed(0)
-    model, x = Layer(function, bias, dtype), x_like(dtype=dtype)
+    model, x = Layer(function, bias, dtype).to(DEVICE), x_like(dtype=dtype)
     for model.adapter in (True, False):
         compiled = Compiled(model, "aot_eager")
         same(step(model, compiled, x), step(model, model, x), 1e-5 if dtype == FP32 else 1e-2)
@@ -112,7 +113,7 @@ def test_other_versions(function, bias, dtype):
 @pytest.mark.parametrize("adapter", [True, False])
 def test_functions_with_another_backward_keep_it(function, adapter):
     torch.manual_seed(0)
-    model, x = Layer(function), x_like()
+    model, x = Layer(function).to(DEVICE), x_like()
     model.adapter = adapter
     right = step(model, model, x)
     compiled = Compiled(model, "aot_eager")
@@ -126,7 +127,7 @@ def test_functions_with_another_backward_keep_it(function, adapter):
 def test_a_trained_bias_has_its_gradient():
     """db is what bitsandbytes gives: for rows in one dimension. (It sums over the first dimension alone.)"""
     torch.manual_seed(0)
-    model, x = Layer(Version46, bias=True), x_like(12)
+    model, x = Layer(Version46, bias=True).to(DEVICE), x_like(12)
     model.inner.bias.requires_grad_()
     compiled = Compiled(model, "aot_eager")
     eager = step(model, model, x)

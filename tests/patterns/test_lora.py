@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from common import DEVICE
 from peft_layers import (
     BASES,
     BF16,
     FOUR_BIT,
     FP32,
+    INT8,
     Attention,
     Compiled,
     K,
@@ -16,6 +21,7 @@ from peft_layers import (
     disabled,
     exact,
     no_worse,
+    reference,
     same,
     step,
     tuners,
@@ -26,16 +32,28 @@ from torch import nn
 from sloth.kernels.adapter import adapter
 from sloth.kernels.dequantize_4bit import dequantize_4bit
 from sloth.kernels.lora import lora_linear
+from sloth.patterns.dora_weights import weight_of
 
 ONE_FOR_QKV = [3, 1]
 
 
 def trained(model, x, tolerance, *, autocast=False, **kwargs):
     """One step, eager and compiled, must agree; the compiled model."""
-    eager = step(model, model, x, autocast)
+    eager = step(model, reference(model), x, autocast)
     compiled = Compiled(model, **kwargs)
     same(step(model, compiled, x, autocast), eager, tolerance)
     return compiled
+
+
+def assert_matched(compiled, kind="dense", bias=False):
+    """All four layers, q, k and v in one call. On a GPU LLM.int8 multiplies in 8 bits: an adapter over what no entry knows, in
+    graphs of their own (bitsandbytes looks for outliers in the data), and those of q, k and v are one.
+    """
+    if kind == "int8" and DEVICE != "cpu":
+        assert list(compiled.variants) == ["adapter[lora]"]
+    else:
+        assert compiled.variants == {f"lora[linear{'_bias' if bias else ''}]": 4}
+        assert compiled.calls(lora_linear) == ONE_FOR_QKV
 
 
 # ---------------------------------------------------------------- every base
@@ -46,8 +64,7 @@ def trained(model, x, tolerance, *, autocast=False, **kwargs):
 def test_bases(kind, bias, dtype):
     model = adapted(Attention(kind, dtype, bias), {})
     compiled = trained(model, x_like(dtype=dtype), 1e-5 if dtype == FP32 else 1e-2, inner="aot_eager")
-    assert compiled.variants == {f"lora[linear{'_bias' if bias else ''}]": 4}
-    assert compiled.calls(lora_linear) == ONE_FOR_QKV
+    assert_matched(compiled, kind, bias)
     assert len(compiled.calls(dequantize_4bit)) == (4 if kind in FOUR_BIT else 0)
 
 
@@ -81,7 +98,7 @@ CONFIGS = {
 def test_configurations(kind, name):
     """With dropout the mask is eager's: the adapter has an input of its own, and its layers are still one call."""
     compiled = trained(adapted(Attention(kind), CONFIGS[name]), x_like(), 1e-5, inner="aot_eager")
-    assert compiled.variants == {"lora[linear]": 4} and compiled.calls(lora_linear) == ONE_FOR_QKV
+    assert_matched(compiled, kind)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
@@ -95,14 +112,14 @@ def test_adapters_with_a_bias_are_left_alone(kind):
 def test_fp32_adapters_over_bf16(kind, dropout):
     model = adapted(Attention(kind, BF16), {"lora_dropout": dropout}, fp32=True)
     compiled = trained(model, x_like(dtype=BF16), 1e-2)
-    assert compiled.variants == {"lora[linear]": 4} and compiled.calls(lora_linear) == ONE_FOR_QKV
+    assert_matched(compiled, kind)
 
 
 @pytest.mark.parametrize("kind, dtype", [("dense", FP32), ("dense", BF16), ("nf4", BF16), ("int8", BF16)], ids=str)
 @pytest.mark.parametrize("fp32", [False, True], ids=["same", "fp32-adapters"])
 def test_autocast(kind, dtype, fp32):
     compiled = trained(adapted(Attention(kind, dtype), {}, fp32=fp32), x_like(dtype=dtype), 1e-2, autocast=True)
-    assert compiled.variants == {"lora[linear]": 4} and compiled.calls(lora_linear) == ONE_FOR_QKV
+    assert_matched(compiled, kind)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -127,7 +144,7 @@ def test_two_adapters_of_which_one_is_active(kind, active):
         n for n, _ in model.named_parameters() if f"adapter{active}" in n
     }
     compiled = trained(model, x_like(), 1e-5)
-    assert compiled.variants == {"lora[linear]": 4} and compiled.calls(lora_linear) == ONE_FOR_QKV
+    assert_matched(compiled, kind)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
@@ -150,7 +167,7 @@ def test_adapters_on_some_layers(kind):
         assert compiled.variants == {"linear_4bit[linear]": 2, "lora[linear]": 2}
         assert compiled.calls(lora_linear) == ONE_FOR_QKV
     else:
-        assert compiled.variants == {"lora[linear]": 2} and compiled.calls(lora_linear) == [2]
+        assert list(compiled.variants) == [INT8 if kind == "int8" else "lora[linear]"]
 
 
 @pytest.mark.parametrize("kind, bias", [("nf4", False), ("nf4-single", True), ("fp4", True)])
@@ -187,6 +204,20 @@ def test_dora(kind):
     assert compiled.variants == {"adapter[dora]": 4} | ({"linear_4bit[linear]": 4} if kind == "nf4" else {})
 
 
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_dora_where_torchao_is_imported(kind, monkeypatch):
+    """As transformers does where it is installed."""
+
+    class Quantised(torch.Tensor):
+        def dequantize(self):
+            return self.as_subclass(torch.Tensor) * 2
+
+    monkeypatch.setitem(sys.modules, "torchao.utils", SimpleNamespace(TorchAOBaseTensor=Quantised))
+    assert len(trained(adapted(Attention(kind), {"use_dora": True}), x_like(), 1e-4).graphs) == 1
+    weight = torch.ones(2, 2).as_subclass(Quantised)
+    assert weight_of(SimpleNamespace(weight=weight)).tolist() == [[2, 2], [2, 2]]
+
+
 # ---------------------------------------------------------------- how it is called
 
 
@@ -201,22 +232,24 @@ def test_dynamic(kind, fp32):
         same(step(model, compiled, x), step(model, model, x), 1e-2 if fp32 else 1e-5)
         graphs.append(len(compiled.graphs))
     assert graphs[1] == graphs[2], "the third length is compiled no more"
-    assert list(compiled.variants) == ["lora[linear]"]
-    assert compiled.calls_of(lora_linear, compiled.graphs[-1]) == ONE_FOR_QKV
+    assert list(compiled.variants) == [INT8 if kind == "int8" else "lora[linear]"]
+    assert compiled.calls_of(lora_linear, compiled.graphs[-1]) == ([] if "adapter[lora]" in compiled.variants else ONE_FOR_QKV)
 
 
 @pytest.mark.parametrize("kind", BASES)
 def test_input_without_gradient(kind):
     """As behind a frozen embedding: bitsandbytes then writes its layers as another operator."""
     compiled = trained(adapted(Attention(kind), {}), x_like(grad=False), 1e-5)
-    assert compiled.variants == {"lora[linear]": 4} and compiled.calls(lora_linear) == ONE_FOR_QKV
+    assert_matched(compiled, kind)
 
 
 @pytest.mark.parametrize("kind, dropout", [("dense", 0.1), ("nf4", 0.0), ("nf4", 0.1), ("int8", 0.0)])
 def test_checkpointed(kind, dropout):
+    if kind == "int8" and torch.__version__ < "2.12":
+        pytest.skip("there Dynamo traces no checkpointed function that sets attributes, as bitsandbytes' int8 layer does")
     model = adapted(Attention(kind, checkpointed=True), {"lora_dropout": dropout})
     compiled = trained(model, x_like(), 1e-5, inner="aot_eager")
-    assert compiled.variants == {"lora[linear]": 4} and compiled.calls(lora_linear) == ONE_FOR_QKV
+    assert_matched(compiled, kind)
 
 
 def test_adapters_that_share_no_input_are_calls_of_their_own():

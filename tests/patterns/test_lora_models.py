@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft_layers import BF16, FP32, Compiled, bnb, peft, same
+from common import DEVICE
+from peft_layers import BF16, FP32, Compiled, bnb, peft, reference, same
 from torch import nn
 
 import sloth
@@ -31,8 +32,8 @@ def llama(quantised: bool, targets=tuple(PROJECTIONS), dtype: torch.dtype = FP32
             if isinstance(m, nn.Linear):
                 new = bnb.nn.Linear4bit(m.in_features, m.out_features, False, compute_dtype=dtype, quant_type="nf4")
                 new.weight = bnb.nn.Params4bit(m.weight.data, requires_grad=False, quant_type="nf4", module=new)
-                setattr(parent, name, new.to("cpu"))
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **how))
+                setattr(parent, name, new)
+    model = peft.get_peft_model(model.to(DEVICE), peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **how))
     for n, p in model.named_parameters():
         if "lora_B" in n:
             nn.init.normal_(p, std=0.1)
@@ -40,7 +41,7 @@ def llama(quantised: bool, targets=tuple(PROJECTIONS), dtype: torch.dtype = FP32
 
 
 def batch() -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 128, (2, 17), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -72,7 +73,7 @@ def test_explain_counts_every_projection(quantised, checkpoint, layers):
 @pytest.mark.parametrize("quantised, checkpoint", [(False, False), (True, True)], ids=["dense", "nf4-checkpointed"])
 def test_a_step_of_training(quantised, checkpoint):
     model = checkpointed(llama(quantised, lora_dropout=0.1), checkpoint)
-    eager, compiled = step(model, model), Compiled(model, "aot_eager")
+    eager, compiled = step(model, reference(model)), Compiled(model, "aot_eager")
     run = lambda **kwargs: compiled.run(**kwargs)  # noqa: E731
     same(step(model, run), eager, 1e-4)
     assert sum(g is not None for g in eager.values()) == 1 + 2 * 7
