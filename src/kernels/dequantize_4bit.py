@@ -127,9 +127,11 @@ def _check(packed: Tensor, scales: Tensor, blocksize: int, quant_type: str, shap
     if quant_type not in CODES:
         raise ValueError(f"quant_type must be one of {', '.join(CODES)}, got {quant_type!r}")
     size = packed.numel() * packed.element_size()
-    torch._check(2 * size == shape[0] * shape[1], lambda: f"{size} bytes do not hold {shape} elements of 4 bits")
+    if 2 * size != shape[0] * shape[1]:
+        raise RuntimeError(f"{size} bytes do not hold {shape} elements of 4 bits")
     blocks = (2 * size + blocksize - 1) // blocksize
-    torch._check(scales.numel() >= blocks, lambda: f"{shape} in blocks of {blocksize} need {blocks} scales, got {scales.numel()}")
+    if scales.numel() < blocks:
+        raise RuntimeError(f"{shape} in blocks of {blocksize} need {blocks} scales, got {scales.numel()}")
 
 
 @torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")

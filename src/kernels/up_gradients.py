@@ -3,7 +3,7 @@
     u = s · g B   [M, R]         dB = s · gᵀ t   [N, R]          g [M, N], B [N, R], t [M, R], R small
 
 Method   a program walks down a strip of g, BN columns wide: each tile is read once, multiplied with its rows of B (a part of u)
-         and, transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds them,
+         and, transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds both,
          in a fixed order: the result is the same in every run.
 Opaque   to the compiler, like the other operators that a model has hundreds of (kernels/dequantize_4bit.py).
 Dtypes   B, t, u and dB of one dtype; g of any: tiles are cast to B's dtype. fp32 products are exact fp32 (no TF32).
@@ -70,23 +70,24 @@ def _strip_kernel(
 
 
 @triton.jit
-def _sum_kernel(part_ptr, out_ptr, parts, size, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """out[size] = Σ part[parts, size], STEP parts at a time."""
-    at, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP)[:, None]
+def _sum_kernel(u_ptr, db_ptr, u_out_ptr, db_out_ptr, strips, splits, u_size, db_size, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """u_out[u_size] = Σ u[strips, u_size] by the first programs, db_out[db_size] = Σ db[splits, db_size] by the others."""
+    block, of_u = tl.program_id(0), tl.cdiv(u_size, BLOCK)
+    if block < of_u:
+        _sum_block(u_ptr, u_out_ptr, strips, u_size, block, STEP, BLOCK)
+    else:
+        _sum_block(db_ptr, db_out_ptr, splits, db_size, block - of_u, STEP, BLOCK)
+
+
+@triton.jit
+def _sum_block(part_ptr, out_ptr, parts, size, block, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of columns, STEP parts at a time."""
+    at, i = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP)[:, None]
     total = tl.zeros([STEP, BLOCK], tl.float32)
     for start in range(0, parts, STEP):
         inside = (start + i < parts) & (at[None, :] < size)
         total += tl.load(part_ptr + (start + i).to(tl.int64) * size + at[None, :], inside, 0.0)
     tl.store(out_ptr + at, tl.sum(total, 0).to(out_ptr.dtype.element_ty), at < size)
-
-
-def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """[P, X, R] fp32 added up to [X, R]."""
-    P, X, R = parts.shape
-    out = torch.empty(X, R, dtype=dtype, device=parts.device)
-    grid = ((X * R + SUM_BLOCK - 1) // SUM_BLOCK,)
-    _sum_kernel[grid](parts, out, P, X * R, STEP=SUM_STEP, BLOCK=SUM_BLOCK, num_warps=4)
-    return out
 
 
 def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,10 @@ def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tens
         STAGES=SHARED // (BM * BN * g.element_size()),
         num_warps=NUM_WARPS,
     )
-    return _summed(u, b.dtype), _summed(db, b.dtype)
+    out = b.new_empty(M, R), b.new_empty(N, R)
+    grid = (triton.cdiv(M * R, SUM_BLOCK) + triton.cdiv(N * R, SUM_BLOCK),)
+    _sum_kernel[grid](u, db, *out, strips, splits, M * R, N * R, STEP=SUM_STEP, BLOCK=SUM_BLOCK, num_warps=4)
+    return out
 
 
 torch.library.define(
@@ -158,7 +162,8 @@ COMPILE = [
     _compile_case("*fp32", 8),
     (
         _sum_kernel,
-        {"part_ptr": "*fp32", "out_ptr": "*bf16", "parts": "i32", "size": "i32"},
+        {"u_ptr": "*fp32", "db_ptr": "*fp32", "u_out_ptr": "*bf16", "db_out_ptr": "*bf16"}
+        | dict.fromkeys(("strips", "splits", "u_size", "db_size"), "i32"),
         {"STEP": SUM_STEP, "BLOCK": SUM_BLOCK},
     ),
 ]
