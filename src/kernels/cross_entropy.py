@@ -160,11 +160,13 @@ def forward_triton(logits, target, ignore_index: int, softcap: float | None, sca
     return nll, lse, low
 
 
-def backward_triton(dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float):
-    """dlogits, contiguous, in logits' dtype."""
+def backward_triton(
+    dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float, out: Tensor | None = None
+):
+    """dlogits, contiguous, in logits' dtype; into `out`, which may be the logits themselves where they are contiguous."""
     x_NV, target_N = rows(logits), target.reshape(-1).contiguous()
     N, V = x_NV.shape
-    dx = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dx = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     launch(_backward_kernel)[(N * ((V + BACKWARD_BLOCK - 1) // BACKWARD_BLOCK),)](
         dloss, x_NV, target_N, lse, low, count, dx, x_NV.stride(0), V,
         IGNORE=ignore_index, MEAN=mean, SCALE=scale, SOFTCAP=softcap, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,

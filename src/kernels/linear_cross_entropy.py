@@ -1,0 +1,169 @@
+"""Head and cross-entropy in one: the loss of logits that never exist all at once.
+
+    logits = h Wᵀ + b      loss = cross_entropy(scale or cap of logits)      (kernels/cross_entropy.py has its formulas)
+
+Shapes   h [..., H], W [V, H], b [V] or None, target [...] int64 with as many elements as h has rows (N).
+Method   rows are taken in chunks whose logits fill `budget` bytes (Hsu et al., "Liger Kernel", 2024, chunk so too, by V/H). Each
+         chunk is a matmul into the same buffer, the statistics of its rows, and, where gradients are wanted, its gradient in
+         place and two more matmuls. Nothing is computed twice and nothing waits for the device.
+Backward with G = ∂L/∂loss, and dz = ∂loss/∂logits of the chunk, already made in the forward pass:
+             dh = G · dz W          dW = G · Σ dzᵀ h          db = G · Σ_rows dz
+         In low precision dz/n would lose small probabilities (fp16) or be rounded twice: dz is made 2^k times larger, 2^k the
+         next power of two of n (the rows that count, or `divisor`), and dh is multiplied by G/2^k at the end, in fp32.
+Dtypes   logits in h's dtype, as the head alone would give them; dh, dW and db are added up and kept in fp32, rounded once.
+         With a budget of the user's they are kept in h's and W's dtype: a second rounding, unless G is a power of two.
+Saved    dh [N, H], and dW [V, H], db [V] only if they are wanted: 4·N·H bytes where the logits were 2·N·V.
+"""
+
+import torch
+from torch import Tensor
+
+from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, forward_aten, forward_triton
+from sloth.kernels.launch import compute_dtype, use_triton, without_autocast
+
+BUDGET = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # bytes of logits: enough rows to keep the matmuls fast, few enough for caches
+ROWS = 128  # chunks are a multiple of this: tiles of a matmul
+
+
+def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
+    """Rows of one chunk; chunks are as even as they can be."""
+    most = max(1, budget // (vocabulary * itemsize))
+    if rows <= most:
+        return max(rows, 1)
+    most = max(most // ROWS * ROWS, min(most, ROWS))
+    chunks = (rows + most - 1) // most
+    even = (rows + chunks - 1) // chunks
+    return min(most, (even + ROWS - 1) // ROWS * ROWS)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in total's precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+torch.library.define(
+    "sloth::linear_cross_entropy_forward",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? divisor, int ignore_index, str reduction,"
+    " float? softcap, float scale, bool need_hidden, bool need_weight, bool need_bias, int budget)"
+    " -> (Tensor loss, Tensor count, Tensor unit, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check(hidden, weight, bias, target, divisor, reduction) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    told = f"linear_cross_entropy: hidden {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} {list(weight.shape)}"
+    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1] and weight.dtype == hidden.dtype
+    torch._check(fits, lambda: told)
+    torch._check(bias is None or bias.dtype == weight.dtype and bias.shape == weight.shape[:1], lambda: f"{told}, and a bias")
+    torch._check(divisor is None or reduction == "sum" and divisor.numel() == 1, lambda: "divisor: one number, for a sum")
+    rows = hidden.numel() // hidden.shape[-1]
+    torch._check(target.numel() == rows, lambda: f"{rows} rows of hidden states, but {target.numel()} targets")
+
+
+def _kept(dtype: torch.dtype, budget: int) -> torch.dtype:
+    """What gradients wait for the backward pass in."""
+    return dtype if budget else torch.promote_types(dtype, torch.float32)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, rounded once."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+@torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
+def _(hidden, weight, bias, target, divisor, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
+    _check(hidden, weight, bias, target, divisor, reduction)
+    h_NH, target_N = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    (N, H), V, wide = h_NH.shape, weight.shape[0], compute_dtype(hidden)
+    kernels = use_triton(hidden)
+    forward = forward_triton if kernels else forward_aten
+    C = chunk_rows(N, V, hidden.element_size(), budget or BUDGET.get(hidden.device.type, BUDGET["cpu"]))
+    logits_CV = hidden.new_empty(C, V)
+    loss = hidden.new_zeros((), dtype=wide)
+    dh = hidden.new_empty(N if need_h else 0, H, dtype=_kept(hidden.dtype, budget))
+    dw, db = (hidden.new_zeros(V if need else 0, *size, dtype=wide) for need, size in ((need_w, (H,)), (need_b, ())))
+    count = (target_N != ignore_index).sum()
+    over = (count if reduction == "mean" else count.new_ones(()) if divisor is None else divisor).to(wide)
+    unit = torch.exp2(over.abs().log2().ceil()).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).clamp(min=2.0**-60)
+    for start in range(0, N, C):
+        h, t = h_NH[start : start + C], target_N[start : start + C]
+        z = logits_CV[: len(h)]
+        torch.mm(h, weight.t(), out=z) if bias is None else torch.addmm(bias, h, weight.t(), out=z)
+        nll, lse, low = forward(z, t, ignore_index, softcap, scale)
+        loss += nll.sum()
+        if not (need_h or need_w or need_b):
+            continue
+        how = unit, z, t, lse, low, over, ignore_index, True, softcap, scale
+        dz = backward_triton(*how, out=z) if kernels else backward_aten(*how)
+        if need_h:
+            _product(dz, weight, dh[start : start + C])
+        if need_w:
+            _add_product(dw, dz.t(), h)
+        if need_b:
+            db += dz.sum(0, dtype=wide)
+    dw, db = dw.to(_kept(weight.dtype, budget)), db.to(_kept(weight.dtype, budget))
+    return loss / over, count, unit, dh.view(hidden.shape) if need_h else dh, dw, db
+
+
+@torch.library.register_fake("sloth::linear_cross_entropy_forward")
+def _(hidden, weight, bias, target, divisor, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
+    _check(hidden, weight, bias, target, divisor, reduction)
+    wide, kept = compute_dtype(hidden), _kept(hidden.dtype, budget)
+    (V, H), scalar = weight.shape, hidden.new_empty((), dtype=wide)
+    dh = hidden.new_empty(hidden.shape if need_h else (0, H), dtype=kept)
+    dw, db = hidden.new_empty(V if need_w else 0, H, dtype=kept), hidden.new_empty(V if need_b else 0, dtype=kept)
+    return scalar, target.new_empty((), dtype=torch.int64), torch.empty_like(scalar), dh, dw, db
+
+
+def _setup(ctx, inputs, output):
+    ctx.need, ctx.dtype = inputs[9:12], inputs[0].dtype
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 13
+    unit, *kept = ctx.saved_tensors
+    factor = dloss / unit
+    dh, dw, db = ((d * factor).to(ctx.dtype) if need else None for d, need in zip(kept, ctx.need, strict=True))
+    return dh, dw, db, *[None] * 10
+
+
+torch.library.register_autograd("sloth::linear_cross_entropy_forward", _backward, setup_context=_setup)
+
+torch.library.define(
+    "sloth::linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? divisor=None, int ignore_index=-100,"
+    ' str reduction="mean", float? softcap=None, float scale=1.0, int budget=0) -> (Tensor loss, Tensor count)',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("sloth::linear_cross_entropy", "CompositeImplicitAutograd")
+def _(hidden, weight, target, bias=None, divisor=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, budget=0):
+    grad = torch.is_grad_enabled()
+    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    with without_autocast(hidden):
+        return torch.ops.sloth.linear_cross_entropy_forward.default(
+            hidden, weight, bias, target, divisor, ignore_index, reduction, softcap, scale, *need, budget
+        )[:2]
+
+
+linear_cross_entropy = torch.ops.sloth.linear_cross_entropy.default
+"""linear_cross_entropy(hidden [..., H], weight [V, H], target [...] int64, bias=None, divisor=None, ignore_index=-100,
+reduction="mean", softcap=None, scale=1.0, budget=0) -> (loss [], count [] int64). divisor: what a sum is divided by, a tensor
+of one number. budget: bytes of logits at a time, 0 for a good number."""
