@@ -9,7 +9,7 @@ Method   rows are taken in chunks whose logits fill `budget` bytes (Hsu et al., 
 Backward with G = ∂L/∂loss, and dz = ∂loss/∂logits of the chunk, already made in the forward pass:
              dh = G · dz W          dW = G · Σ dzᵀ h          db = G · Σ_rows dz
          In low precision dz/n would lose small probabilities (fp16) or be rounded twice: dz is made 2^k times larger, 2^k the
-         next power of two of n (the rows that count, or `divisor`), and dh is multiplied by G/2^k at the end, in fp32.
+         next power of two of n (the rows that count, or `items`), and dh is multiplied by G/2^k at the end, in fp32.
 Dtypes   logits in h's dtype, as the head alone would give them; dh, dW and db are added up and kept in fp32, rounded once.
          With a budget of the user's they are kept in h's and W's dtype: a second rounding, unless G is a power of two.
 Saved    dh [N, H], and dW [V, H], db [V] only if they are wanted: 4·N·H bytes where the logits were 2·N·V.
@@ -48,21 +48,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 torch.library.define(
     "sloth::linear_cross_entropy_forward",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? divisor, int ignore_index, str reduction,"
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? items, int ignore_index, str reduction,"
     " float? softcap, float scale, bool need_hidden, bool need_weight, bool need_bias, int budget)"
     " -> (Tensor loss, Tensor count, Tensor unit, Tensor dhidden, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _check(hidden, weight, bias, target, divisor, reduction) -> None:
+def _check(hidden, weight, bias, target, items, reduction) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     told = f"linear_cross_entropy: hidden {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} {list(weight.shape)}"
     fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1] and weight.dtype == hidden.dtype
     torch._check(fits, lambda: told)
     torch._check(bias is None or bias.dtype == weight.dtype and bias.shape == weight.shape[:1], lambda: f"{told}, and a bias")
-    torch._check(divisor is None or reduction == "sum" and divisor.numel() == 1, lambda: "divisor: one number, for a sum")
+    torch._check(items is None or reduction == "sum" and items.numel() == 1, lambda: "items: one number, for a sum")
     rows = hidden.numel() // hidden.shape[-1]
     torch._check(target.numel() == rows, lambda: f"{rows} rows of hidden states, but {target.numel()} targets")
 
@@ -83,8 +83,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 @torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
-def _(hidden, weight, bias, target, divisor, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
-    _check(hidden, weight, bias, target, divisor, reduction)
+def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
+    _check(hidden, weight, bias, target, items, reduction)
     h_NH, target_N = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     (N, H), V, wide = h_NH.shape, weight.shape[0], compute_dtype(hidden)
     kernels = use_triton(hidden)
@@ -95,7 +95,7 @@ def _(hidden, weight, bias, target, divisor, ignore_index, reduction, softcap, s
     dh = hidden.new_empty(N if need_h else 0, H, dtype=_kept(hidden.dtype, budget))
     dw, db = (hidden.new_zeros(V if need else 0, *size, dtype=wide) for need, size in ((need_w, (H,)), (need_b, ())))
     count = (target_N != ignore_index).sum()
-    over = (count if reduction == "mean" else count.new_ones(()) if divisor is None else divisor).to(wide)
+    over = (count if reduction == "mean" else count.new_ones(()) if items is None else items).to(wide)
     unit = torch.exp2(over.abs().log2().ceil()).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).clamp(min=2.0**-60)
     for start in range(0, N, C):
         h, t = h_NH[start : start + C], target_N[start : start + C]
@@ -118,8 +118,8 @@ def _(hidden, weight, bias, target, divisor, ignore_index, reduction, softcap, s
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_forward")
-def _(hidden, weight, bias, target, divisor, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
-    _check(hidden, weight, bias, target, divisor, reduction)
+def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
+    _check(hidden, weight, bias, target, items, reduction)
     wide, kept = compute_dtype(hidden), _kept(hidden.dtype, budget)
     (V, H), scalar = weight.shape, hidden.new_empty((), dtype=wide)
     dh = hidden.new_empty(hidden.shape if need_h else (0, H), dtype=kept)
@@ -147,23 +147,23 @@ torch.library.register_autograd("sloth::linear_cross_entropy_forward", _backward
 
 torch.library.define(
     "sloth::linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? divisor=None, int ignore_index=-100,"
+    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? items=None, int ignore_index=-100,"
     ' str reduction="mean", float? softcap=None, float scale=1.0, int budget=0) -> (Tensor loss, Tensor count)',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl("sloth::linear_cross_entropy", "CompositeImplicitAutograd")
-def _(hidden, weight, target, bias=None, divisor=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, budget=0):
+def _(hidden, weight, target, bias=None, items=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, budget=0):
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     with without_autocast(hidden):
         return torch.ops.sloth.linear_cross_entropy_forward.default(
-            hidden, weight, bias, target, divisor, ignore_index, reduction, softcap, scale, *need, budget
+            hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, *need, budget
         )[:2]
 
 
 linear_cross_entropy = torch.ops.sloth.linear_cross_entropy.default
-"""linear_cross_entropy(hidden [..., H], weight [V, H], target [...] int64, bias=None, divisor=None, ignore_index=-100,
-reduction="mean", softcap=None, scale=1.0, budget=0) -> (loss [], count [] int64). divisor: what a sum is divided by, a tensor
+"""linear_cross_entropy(hidden [..., H], weight [V, H], target [...] int64, bias=None, items=None, ignore_index=-100,
+reduction="mean", softcap=None, scale=1.0, budget=0) -> (loss [], count [] int64). items: what a sum is divided by, a tensor
 of one number. budget: bytes of logits at a time, 0 for a good number."""

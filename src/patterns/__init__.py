@@ -1,5 +1,27 @@
 """Sloth's own pattern entries, one construct a file. Importing this package registers them."""
 
-from sloth.patterns import attention, cross_entropy, dora_weights, gated_mlp, layer_norm, linear_4bit, lora, rms_norm, rope
+from sloth.patterns import (
+    attention,
+    cross_entropy,
+    dora_weights,
+    gated_mlp,
+    layer_norm,
+    linear_4bit,
+    linear_cross_entropy,
+    lora,
+    rms_norm,
+    rope,
+)
 
-__all__ = ["attention", "cross_entropy", "dora_weights", "gated_mlp", "layer_norm", "linear_4bit", "lora", "rms_norm", "rope"]
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "dora_weights",
+    "gated_mlp",
+    "layer_norm",
+    "linear_4bit",
+    "linear_cross_entropy",
+    "lora",
+    "rms_norm",
+    "rope",
+]

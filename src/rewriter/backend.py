@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sloth.rewriter.deferred import returning
 from sloth.rewriter.inner import compile_with, compiler
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.registry import constructs, patterns
@@ -51,7 +52,7 @@ def sloth(
     for listener in _listeners:
         listener.append(report)
     start = time.perf_counter()
-    compiled = compile_with(inner, gm, example_inputs)
+    compiled = returning(compile_with(inner, gm, example_inputs), report.deferred)
     report.seconds[name] = time.perf_counter() - start
     return compiled
 

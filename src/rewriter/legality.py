@@ -11,6 +11,7 @@ from torch import fx
 from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.rewriter.deferred import deferrable
 from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import POINTWISE, VIEWS
@@ -78,7 +79,7 @@ def operands(match: Match, graph: Ground) -> None:
 
 
 def escapes(match: Match, graph: Ground) -> None:
-    """What is used elsewhere too is a result, or cheap to have twice."""
+    """What is used elsewhere too is a result, or cheap to have twice, or given out and computed when it is read."""
     cheap: dict[Value, bool] = {}
 
     def is_cheap(v: Value) -> bool:
@@ -90,7 +91,8 @@ def escapes(match: Match, graph: Ground) -> None:
 
     for v in match.values - set(match.roots):
         given_out = any(user.op == "output" for n in v.nodes for user in n.users)
-        if not is_cheap(v) and (given_out or any(u not in match.values and _alive(u) for u in v.users)):
+        elsewhere = any(u not in match.values and _alive(u) for u in v.users)
+        if not is_cheap(v) and (elsewhere or given_out and not deferrable(match, v, graph.view)):
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
 
 

@@ -133,6 +133,7 @@ class Pattern:
     no_grad: tuple[str, ...] = ()
     recompute: bool = False
     cheap: tuple[str, ...] = ()
+    deferred: bool = False
     variants: list[Variant] = field(default_factory=list)
     checks: list[Callable[..., None]] = field(default_factory=list)
 

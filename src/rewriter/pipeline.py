@@ -1,4 +1,4 @@
-"""From a Dynamo graph to the rewritten graph: shadow → match → legality → choice → rewrite → sites. One page."""
+"""From a Dynamo graph to the rewritten graph: shadow → match → legality → choice → rewrite → deferred → sites. One page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter import legality
+from sloth.rewriter.deferred import defer
 from sloth.rewriter.match import Match, Matcher, Refused
 from sloth.rewriter.pattern import Construct, Pattern
 from sloth.rewriter.report import GraphReport
@@ -20,7 +21,9 @@ from sloth.rewriter.sites import matched_site, missed_sites
 
 
 def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Construct]) -> GraphReport:
-    """Rewrite `gm` and its bodies in place. Whatever goes wrong, the graph is then as it was, and the report says why."""
+    """Rewrite `gm` and its bodies in place. Whatever goes wrong, the graph is then as it was, and the report says why.
+    Outputs that `report.deferred` names are for `deferred.returning` to make of what the graph gives out in their place.
+    """
     report = GraphReport()
     bodies: list[fx.GraphModule] = []
     backup: list[fx.Graph] = []
@@ -38,6 +41,7 @@ def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Constru
         for body, graph in zip(bodies, backup, strict=False):
             body.graph = graph
         report.sites.clear()
+        report.deferred.clear()
         report.untouched = f"{type(e).__name__}: {e}".split("\n")[0]
     return report
 
@@ -73,6 +77,7 @@ def rewrite_view(view: View, matcher: Matcher, mode: FakeTensorMode, constructs:
             placed += matches
             report.sites += sites
         if placed:
+            report.deferred += defer(view, placed)
             view.gm.graph.lint()
             view.gm.recompile()
     with _timed(report, "report"):

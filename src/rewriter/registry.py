@@ -26,6 +26,7 @@ def pattern(
     no_grad: tuple[str, ...] = (),
     recompute: bool = False,
     cheap: tuple[str, ...] = (),
+    deferred: bool = False,
     name: str | None = None,
     variant: str = "default",
     **options: Any,
@@ -38,11 +39,14 @@ def pattern(
     no_grad: tensors that the operator gives no gradient to; where one of them needs it, the match is refused.
     recompute: its result is large and cheap: computed again in the backward pass by whoever needs it there, not kept.
     cheap: tensors of which a dropout or cast is computed again too, where the backward pass wants it, instead of keeping it.
+    deferred: what it computes on the way and the graph gives out (logits) is computed when somebody reads it.
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """
 
     def enter(reference: Callable) -> Pattern:
-        entry = Pattern(name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap)
+        entry = Pattern(
+            name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred
+        )
         if entry.name in _patterns:
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")
         entry.variant(variant, **options)(reference)

@@ -39,6 +39,7 @@ class GraphReport:
     seconds: dict[str, float] = field(default_factory=dict)  # stage → time
     untouched: str = ""  # why the graph went through as it was, if it did
     opaque: dict[str, str] = field(default_factory=dict)  # node → why the shadow does not look inside
+    deferred: list[Any] = field(default_factory=list)  # outputs that are computed when they are read
 
     def line(self, titles: dict[str, str]) -> str:
         """`129/129 RMSNorm, 32/32 RoPE, 0.8 s`"""

@@ -17,9 +17,9 @@ from sloth.kernels import linear_cross_entropy as module
 from sloth.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
 
 
-def eager(hidden, weight, target, bias=None, divisor=None, *how):
+def eager(hidden, weight, target, bias=None, items=None, *how):
     loss = cross_entropy_of(F.linear(hidden, weight, bias), target, *how)
-    return loss if divisor is None else loss / divisor
+    return loss if items is None else loss / items
 
 
 def ours(*arguments):
@@ -36,13 +36,13 @@ def problems(draw, dtypes):
     bias = make((V,), dtype, "contiguous", 3 * seed + 2) if draw(st.booleans()) else None
     ignore_index, reduction = draw(st.sampled_from([-100, 0])), draw(st.sampled_from(["mean", "sum"]))
     target = random_targets(lead, V, draw(st.sampled_from([0.0, 0.3])), seed, ignore_index)
-    divisor = torch.tensor(draw(st.sampled_from([3, 7.5])), device=DEVICE) if reduction == "sum" and draw(st.booleans()) else None
+    items = torch.tensor(draw(st.sampled_from([3, 7.5])), device=DEVICE) if reduction == "sum" and draw(st.booleans()) else None
     softcap = draw(st.sampled_from([None, None, 5.0]))
-    return hidden, weight, target, bias, divisor, ignore_index, reduction, softcap, draw(st.sampled_from([1.0, 1.0, 0.3]))
+    return hidden, weight, target, bias, items, ignore_index, reduction, softcap, draw(st.sampled_from([1.0, 1.0, 0.3]))
 
 
 def check(problem, grads=None, dloss=0.7, rows=4, **tolerance):
-    hidden, weight, target, bias, divisor, *how = problem
+    hidden, weight, target, bias, items, *how = problem
     if bool((target == how[0]).all()) and how[1] == "mean":
         return None  # nan: test_nothing_counts
     if not tolerance:  # the rounding of a few low-precision logits, by which eager may be lucky, moves all that follows
@@ -50,7 +50,7 @@ def check(problem, grads=None, dloss=0.7, rows=4, **tolerance):
     with mock.patch.object(module, "chunk_rows", lambda N, *_: min(max(N, 1), rows)):
         return compare(
             lambda *tensors: ours(*tensors, *how), lambda *tensors: eager(*tensors, *how),
-            [hidden, weight, target, bias, divisor], grads or [True, True, False, bias is not None, False],
+            [hidden, weight, target, bias, items], grads or [True, True, False, bias is not None, False],
             [torch.tensor(dloss, device=DEVICE)], **tolerance,
         )  # fmt: skip
 
@@ -84,12 +84,12 @@ HOW = {
 @pytest.mark.parametrize("how", HOW)
 def test_larger(dtype, dloss, how):
     """No slack: where luck averages out. 65536 is a loss scale."""
-    bias, divisor, reduction, *rest = HOW[how]
+    bias, items, reduction, *rest = HOW[how]
     hidden, weight = make((2, 96, 64), dtype, seed=1), make((1000, 64), dtype, seed=2, scale=0.3)
     bias = make((1000,), dtype, seed=4) if bias else None
-    divisor = None if divisor is None else torch.tensor(divisor, device=DEVICE)
-    problem = hidden, weight, random_targets((2, 96), 1000, 0.2, 3), bias, divisor, -100, reduction, *rest
-    if reduction == "sum" and divisor is None and dtype == torch.float16:
+    items = None if items is None else torch.tensor(items, device=DEVICE)
+    problem = hidden, weight, random_targets((2, 96), 1000, 0.2, 3), bias, items, -100, reduction, *rest
+    if reduction == "sum" and items is None and dtype == torch.float16:
         dloss = min(dloss, 1.0)  # fp16 ends at 65504
     check(problem, dloss=dloss, rows=40, slack=64.0 if dtype == torch.float32 else 0.0)
 

@@ -37,6 +37,8 @@ def random_tensor(meta: Meta, variant: Variant, seed: int, layout: str = "contig
     """A tensor like `meta`; integers lie in [0, below), and every third is what the variant is told to ignore."""
     if meta.dtype.is_floating_point:
         return make(meta.shape, meta.dtype, layout, seed)
+    if not meta.shape:
+        return torch.tensor(below + 1)  # a number of items, never 0
     drawn = torch.randint(0, below, meta.shape, generator=torch.Generator().manual_seed(seed))
     ignored = numbers(variant).get("ignore_index")
     return drawn if ignored is None else drawn.where(torch.arange(drawn.numel()).view(drawn.shape) % 3 != 1, ignored)

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from sloth.rewriter.backend import listening
+from sloth.rewriter.deferred import returning
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.registry import patterns
 
@@ -107,18 +108,21 @@ SAMPLED = 12  # mutants of each variant; `make sweep` tries all
 
 
 def rewritten(gm, tensors, entry):
-    """A copy of `gm` as the rewriter leaves it, and the report."""
+    """A copy of `gm` as the backend runs it, and the report."""
     copied = copy.deepcopy(gm)
     assert described(copied, tensors)
     report = rewrite(copied, [p for p in patterns() if p.construct is entry.construct], [entry.construct])
-    return copied, report
+    return returning(copied, report.deferred), report
 
 
 def assert_same(ours, eager, exact, name):
-    """No further from the truth than twice what eager is (where gradients meet, one may be rounded twice), and ulps for luck."""
+    """No further from the truth than twice what eager is (where gradients meet, one may be rounded twice), and ulps for luck: of
+    low precision also where only a change to the reference brought it in.
+    """
     assert [t is None for t in ours] == [t is None for t in eager], f"{name}: gradients lost or won"
     size = max(t.double().norm().item() for t in exact if t is not None)
-    luck = 1e-3 if any(t is not None and t.dtype in (torch.bfloat16, torch.float16) for t in ours) else 4e-6
+    low = any(t is not None and t.dtype in (torch.bfloat16, torch.float16) for t in ours) or "half instead" in name
+    luck = 1e-3 if low else 4e-6
     for i, (a, b, c) in enumerate(zip(ours, eager, exact, strict=True)):
         if a is not None:
             assert a.dtype == b.dtype and a.shape == b.shape, (name, i)
@@ -216,11 +220,15 @@ def test_operator_computes_the_reference(variant, data):
         grads.append(name not in variant.pattern.no_grad and meta.dtype.is_floating_point and data.draw(st.booleans()))
     try:
         with torch.no_grad():
-            douts = cotangents(outputs(reference(variant)(*tensors)))
+            found = outputs(reference(variant)(*tensors))
+            douts = cotangents(found)
             assume(accepts(made_match(variant, tensors)))
     except (RuntimeError, IndexError, ValueError):  # eager does not take these dtypes or sizes
         assume(False)
-    compare(operator_of(variant), reference(variant), tensors, grads, douts, slack=16, scale=1.0, few=64, strides=False)
+    eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
+    inside = "weight" in variant.tensors and min(torch.finfo(t.dtype).eps for t in found) < eps  # products are rounded on the way
+    slack = 16 + inside * 0.25 * eps * 2**23
+    compare(operator_of(variant), reference(variant), tensors, grads, douts, slack=slack, scale=1.0, few=64, strides=False)
 
 
 def exact_sample(variant):

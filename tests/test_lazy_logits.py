@@ -1,0 +1,175 @@
+"""Lazy logits are logits: what code can ask, what it computes of them, and their gradients."""
+
+import copy
+import io
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sloth import lazy_logits as module
+from sloth.lazy_logits import LazyLogits, lazy, read
+
+B, S, H, V = 2, 5, 8, 12
+
+
+def pair(grad: bool = True, bias: bool = False):
+    """Lazy logits and the real ones, and the tensors that both are made of."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*size, generator=generator) for size in ((B, S, H), (V, H), *([(V,)] if bias else []))]
+    leaves = [t.requires_grad_(grad) for t in leaves]
+    hidden = leaves[0] * 2
+    return lazy(hidden, tuple(leaves[1:]), F.linear, True), F.linear(hidden, *leaves[1:]), leaves
+
+
+def is_lazy(x) -> bool:
+    return isinstance(x, LazyLogits) and x.known is None
+
+
+def same_gradients(ours, theirs, leaves):
+    if theirs.requires_grad:
+        generator = torch.Generator().manual_seed(1)
+        d = torch.randn(theirs.shape, generator=generator)
+        got = torch.autograd.grad(ours, leaves, d, retain_graph=True)
+        torch.testing.assert_close(got, torch.autograd.grad(theirs, leaves, d, retain_graph=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_code_can_ask(grad):
+    x, real, _ = pair(grad)
+    for ask in (
+        lambda t: (t.shape, t.dtype, t.device, t.requires_grad, t.ndim, t.layout, t.is_leaf, t.is_cuda),
+        lambda t: (t.size(), t.size(-1), t.dim(), t.numel(), t.element_size(), t.stride(), t.is_contiguous(), len(t)),
+        lambda t: (torch.is_floating_point(t), t.is_floating_point(), isinstance(t, torch.Tensor), torch.is_tensor(t)),
+        lambda t: t.grad_fn is None,
+    ):
+        assert ask(x) == ask(real)
+    assert is_lazy(x)
+
+
+POSITION = torch.tensor([1, 3])
+MASK = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
+LAZY = {
+    "detach": lambda t: t.detach(),
+    "float": lambda t: t.float(),
+    "to": lambda t: t.to(torch.float64),
+    "to device": lambda t: t.to("cpu"),
+    "contiguous": lambda t: t.contiguous(),
+    "scaled": lambda t: t / 0.7 * 2,
+    "log_softmax": lambda t: F.log_softmax(t, dim=-1, dtype=torch.float32),
+    "softmax": lambda t: t.softmax(-1),
+    "shifted": lambda t: t[..., :-1, :],
+    "shifted, contiguous": lambda t: t[:, :-1].contiguous(),
+    "last": lambda t: t[:, -1, :],
+    "first": lambda t: t[0],
+    "list": lambda t: t[:, POSITION],
+    "mask": lambda t: t[MASK],
+    "none": lambda t: t[None],
+    "view": lambda t: t.view(-1, V),
+    "reshape": lambda t: t.reshape(B * S, -1),
+    "flatten": lambda t: t.flatten(0, 1),
+    "squeeze": lambda t: t[:1].squeeze(0),
+    "chain": lambda t: t.float()[..., :-1, :].reshape(-1, V) / 2,
+}
+CHUNKED = {
+    "logsumexp": lambda t: t.logsumexp(-1),
+    "logsumexp, keepdim": lambda t: torch.logsumexp(t, dim=-1, keepdim=True),
+    "argmax": lambda t: t.argmax(-1),
+    "argmax of some": lambda t: t[..., :-1, :].argmax(dim=-1),
+    "gather": lambda t: t.gather(-1, torch.arange(B * S).view(B, S, 1) % V),
+    "selective log softmax": lambda t: torch.gather(t.log_softmax(-1), -1, torch.arange(B * S).view(B, S, 1) % V).squeeze(-1),
+    "by sequence": lambda t: torch.stack([torch.logsumexp(one, dim=-1) for one in t]),
+    "cross entropy": lambda t: F.cross_entropy(t.view(-1, V), torch.arange(B * S) % V),
+    "cross entropy, fp32, shifted": lambda t: F.cross_entropy(
+        t.float()[..., :-1, :].reshape(-1, V), torch.arange(B * (S - 1)) % V, ignore_index=3, reduction="sum"
+    ),
+    "cross entropy, smooth": lambda t: F.cross_entropy(
+        t.view(-1, V), torch.arange(B * S) % V, label_smoothing=0.1, ignore_index=3
+    ),
+    "cross entropy, none": lambda t: F.cross_entropy(t.view(-1, V) / 2, torch.arange(B * S) % V, reduction="none"),
+}
+REAL = {
+    "sum": lambda t: t.sum(),
+    "times a tensor": lambda t: t * torch.ones(V),
+    "part of the vocabulary": lambda t: t[..., :4],
+    "one number of each": lambda t: t[..., 0],
+    "transposed": lambda t: t.transpose(1, 2),
+    "flat": lambda t: t.reshape(-1),
+    "softmax over positions": lambda t: t.softmax(1),
+    "cat": lambda t: torch.cat([t, t]),
+    "class weights": lambda t: F.cross_entropy(t.view(-1, V), torch.arange(B * S) % V, weight=torch.ones(V)),
+    "topk": lambda t: t.topk(3).values,
+    "einsum": lambda t: torch.einsum("bsv,bsv->bs", t, t),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", [*LAZY, *CHUNKED, *REAL])
+def test_values_and_gradients(name, bias):
+    fn = (LAZY | CHUNKED | REAL)[name]
+    x, real, leaves = pair(bias=bias)
+    with mock.patch.object(module, "CHUNK", 3 * V * 4):
+        ours, theirs = fn(x), fn(real)
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.requires_grad == theirs.requires_grad
+        assert is_lazy(ours) == (name in LAZY)
+        assert is_lazy(x) or name in REAL
+        torch.testing.assert_close(read(ours), theirs, rtol=1e-4, atol=1e-5)
+        same_gradients(read(ours), theirs, leaves)
+        with torch.no_grad():
+            torch.testing.assert_close(read(fn(x)), theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+class Doubled(torch.autograd.Function):
+    """Somebody's own loss function: it sees the tensor as it is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, d):
+        return d * 2
+
+
+def test_gradients_flow_through_functions_of_others():
+    x, real, leaves = pair(bias=True)
+    same_gradients(Doubled.apply(x), Doubled.apply(real), leaves)
+
+
+def test_read_twice_computed_once():
+    x, real, _ = pair()
+    assert x.sum() == real.sum() and read(x) is read(x)
+    assert x[0, 0, 0] == real[0, 0, 0] and x.tolist() == real.tolist()
+
+
+def test_what_was_read_and_what_was_not_add_up():
+    x, real, leaves = pair()
+    ours, theirs = (t.logsumexp(-1).sum() + t.square().sum() + t.argmax(-1).sum() for t in (x, real))
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves[1]), torch.autograd.grad(theirs, leaves[1]))
+
+
+def test_copies_and_files():
+    x, real, _ = pair(grad=False)
+    assert torch.equal(pickle.loads(pickle.dumps(x)), real)
+    assert torch.equal(copy.deepcopy(x), real)
+    file = io.BytesIO()
+    torch.save({"logits": x}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file)["logits"], real)
+    assert (x.numpy() == real.numpy()).all() and str(x) == str(real) and x.cpu().shape == real.shape
+
+
+def test_as_input_of_compiled_code():
+    x, real, _ = pair(grad=False)
+    torch._dynamo.reset()
+    assert torch.allclose(torch.compile(lambda t: t.softmax(-1) + 1, backend="eager")(x), real.softmax(-1) + 1)
+
+
+def test_as_input_of_a_module():
+    x, real, leaves = pair()
+    torch.manual_seed(0)
+    layer = nn.Linear(V, 3)
+    same_gradients(layer(x), layer(real), leaves)
