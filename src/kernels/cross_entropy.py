@@ -125,10 +125,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dloss_ptr, x_ptr, target_ptr, lse_ptr, low_ptr, count_ptr, dx_ptr, x_stride, V,
+    dloss_ptr, x_ptr, target_ptr, lse_ptr, low_ptr, count_ptr, dx_ptr, x_stride, V, first, vocabulary,
     IGNORE: tl.constexpr, MEAN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row; neighbouring programs work on neighbouring memory."""
+    """One block of one row; neighbouring programs work on neighbouring memory. The V columns are those from `first` on."""
     blocks = tl.cdiv(V, BLOCK)
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
@@ -140,11 +140,11 @@ def _backward_kernel(
         G = tl.load(dloss_ptr).to(tl.float32)
         if MEAN:
             G = G / tl.load(count_ptr).to(tl.float32)
-        G = tl.where((target >= 0) & (target < V), G, float("nan"))
+        G = tl.where((target >= 0) & (target < vocabulary), G, float("nan"))
         EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
         z, slope = _capped(tl.load(x_ptr + row * x_stride + col, mask, other=0.0), SCALE, SOFTCAP, EXACT)
         p = _exp((z - tl.load(lse_ptr + row)) - tl.load(low_ptr + row), EXACT)
-        dx = (G * slope) * tl.where(col == target, p - 1, p)
+        dx = (G * slope) * tl.where(first + col == target, p - 1, p)
     tl.store(dx_ptr + row * V + col, dx.to(dx_ptr.dtype.element_ty), mask)
 
 
@@ -161,14 +161,17 @@ def forward_triton(logits, target, ignore_index: int, softcap: float | None, sca
 
 
 def backward_triton(
-    dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float, out: Tensor | None = None
-):
-    """dlogits, contiguous, in logits' dtype; into `out`, which may be the logits themselves where they are contiguous."""
+    dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float,
+    out: Tensor | None = None, first: int = 0, vocabulary: int | None = None,
+):  # fmt: skip
+    """dlogits, contiguous, in logits' dtype; into `out`, which may be the logits themselves where they are contiguous.
+    `first`: the logits are columns of a vocabulary from there on.
+    """
     x_NV, target_N = rows(logits), target.reshape(-1).contiguous()
     N, V = x_NV.shape
     dx = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     launch(_backward_kernel)[(N * ((V + BACKWARD_BLOCK - 1) // BACKWARD_BLOCK),)](
-        dloss, x_NV, target_N, lse, low, count, dx, x_NV.stride(0), V,
+        dloss, x_NV, target_N, lse, low, count, dx, x_NV.stride(0), V, first, vocabulary or V,
         IGNORE=ignore_index, MEAN=mean, SCALE=scale, SOFTCAP=softcap, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return dx
@@ -196,14 +199,14 @@ def forward_aten(logits, target, ignore_index: int, softcap: float | None, scale
     return tuple(torch.where(counts, t, 0.0) for t in (log_l + (m - z_t), lse, (m - lse) + log_l))
 
 
-def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float):
+def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float, first: int = 0):
     """As backward_triton."""
     V = logits.shape[-1]
     z_NV, target_N1 = _capped_aten(logits.reshape(-1, V), softcap, scale), target.reshape(-1, 1)
     G = dloss.to(z_NV.dtype)
     G = (G / count if mean else G) * scale
     p = torch.exp((z_NV - lse.unsqueeze(-1)) - low.unsqueeze(-1))
-    dz = p - (torch.arange(V, device=logits.device) == target_N1).to(p.dtype)
+    dz = p - (torch.arange(first, first + V, device=logits.device) == target_N1).to(p.dtype)
     if softcap is not None:
         e = torch.exp(logits.reshape(-1, V).to(p.dtype).abs() * (-2 * abs(scale) / softcap))
         r = 1 / (1 + e)
@@ -293,7 +296,8 @@ def _compile_case(kernel, softcap: float | None, warps: int):
     constants = dict(IGNORE=-100, SCALE=1.0, SOFTCAP=softcap, MEAN=True, BLOCK=BACKWARD_BLOCK)
     constants |= dict(LANES=FORWARD_LANES, UNROLL=FORWARD_UNROLL, STAGES=FORWARD_STAGES)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return kernel, signature | {"x_stride": "i32", "V": "i32"}, constants, {"num_warps": warps}
+    sizes = [name for name in ("x_stride", "V", "first", "vocabulary") if name in kernel.arg_names]
+    return kernel, signature | dict.fromkeys(sizes, "i32"), constants, {"num_warps": warps}
 
 
 COMPILE = [

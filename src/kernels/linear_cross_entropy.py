@@ -6,6 +6,8 @@ Shapes   h [..., H], W [V, H], b [V] or None, target [...] int64 with as many el
 Method   rows are taken in chunks whose logits fill `budget` bytes (Hsu et al., "Liger Kernel", 2024, chunk so too, by V/H). Each
          chunk is a matmul into the same buffer, the statistics of its rows, and, where gradients are wanted, its gradient in
          place and two more matmuls. Nothing is computed twice and nothing waits for the device.
+Lean     with a budget of the user's and a trained head: first the statistics of all rows, then slabs of the vocabulary whose
+         logits, computed again, fill the budget for all rows. dW of a slab is then one product, and needs no copy in fp32.
 Backward with G = ∂L/∂loss, and dz = ∂loss/∂logits of the chunk, already made in the forward pass:
              dh = G · dz W          dW = G · Σ dzᵀ h          db = G · Σ_rows dz
          In low precision dz/n would lose small probabilities (fp16) or be rounded twice: dz is made 2^k times larger, 2^k the
@@ -82,39 +84,94 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+class _Rows:
+    """What both orders of the work share: the operands as matrices, how the loss is taken of logits, and where results go."""
+
+    def __init__(self, hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need, budget):
+        self.h_NH, self.target_N = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+        self.weight, self.bias, self.budget = weight, bias, budget or BUDGET.get(hidden.device.type, BUDGET["cpu"])
+        self.how, self.wide, self.kernels = (ignore_index, softcap, scale), compute_dtype(hidden), use_triton(hidden)
+        (N, H), V = self.h_NH.shape, weight.shape[0]
+        self.need_h, self.need_w, self.need_b = need
+        self.count = (self.target_N != ignore_index).sum()
+        over = self.count if reduction == "mean" else self.count.new_ones(()) if items is None else items
+        self.over = over.to(self.wide)
+        self.unit = torch.exp2(self.over.abs().log2().ceil()).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).clamp(min=2.0**-60)
+        self.loss = hidden.new_zeros((), dtype=self.wide)
+        self.dh = hidden.new_empty(N if self.need_h else 0, H, dtype=_kept(hidden.dtype, budget))
+        self.db = hidden.new_zeros(V if self.need_b else 0, dtype=self.wide)
+
+    def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        h, w = self.h_NH[rows], self.weight[columns]
+        z = out[: len(h) * len(w)].view(len(h), len(w))
+        if self.bias is None:
+            return torch.mm(h, w.t(), out=z)
+        return torch.addmm(self.bias[columns], h, w.t(), out=z)
+
+    def statistics(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The loss of these rows is added up; lse and its rounding error are returned."""
+        ignore_index, softcap, scale = self.how
+        nll, *lse = (forward_triton if self.kernels else forward_aten)(z, self.target_N[rows], ignore_index, softcap, scale)
+        self.loss += nll.sum()
+        return lse
+
+    def gradient(self, z: Tensor, rows: slice, lse: Tensor, low: Tensor, first: int = 0) -> Tensor:
+        """unit · ∂loss/∂logits, in place where kernels do it; columns are those from `first` on."""
+        ignore_index, softcap, scale = self.how
+        how = self.unit, z, self.target_N[rows], lse, low, self.over, ignore_index, True, softcap, scale
+        if self.kernels:
+            return backward_triton(*how, out=z, first=first, vocabulary=self.weight.shape[0])
+        return backward_aten(*how, first=first)
+
+
+def _by_rows(r: _Rows) -> Tensor:
+    """Chunks of rows, each with all that is wanted of it. dW, added up in fp32."""
+    (N, H), V, all_columns = r.h_NH.shape, r.weight.shape[0], slice(None)
+    C = chunk_rows(N, V, r.h_NH.element_size(), r.budget)
+    buffer, dw = r.h_NH.new_empty(C * V), r.h_NH.new_zeros(V if r.need_w else 0, H, dtype=r.wide)
+    for start in range(0, N, C):
+        rows = slice(start, start + C)
+        z = r.logits(rows, all_columns, buffer)
+        lse, low = r.statistics(z, rows)
+        if r.need_h or r.need_w or r.need_b:
+            dz = r.gradient(z, rows, lse, low)
+        if r.need_h:
+            _product(dz, r.weight, r.dh[rows])
+        if r.need_w:
+            _add_product(dw, dz.t(), r.h_NH[rows])
+        if r.need_b:
+            r.db += dz.sum(0, dtype=r.wide)
+    return dw
+
+
+def _by_slabs(r: _Rows) -> Tensor:
+    """The statistics of all rows, then slabs of the vocabulary. dW, in W's dtype."""
+    N, V = len(r.h_NH), len(r.weight)
+    C, columns = chunk_rows(N, V, r.h_NH.element_size(), r.budget), chunk_rows(V, N, r.h_NH.element_size(), r.budget)
+    buffer = r.h_NH.new_empty(max(C * V, N * columns))
+    dw, dh = torch.empty_like(r.weight), torch.zeros_like(r.dh, dtype=r.wide)
+    parts = [r.statistics(r.logits(rows, slice(None), buffer), rows) for rows in (slice(i, i + C) for i in range(0, N, C))]
+    lse, low = (torch.cat(part) for part in zip(*parts, strict=True))
+    for first in range(0, V, columns):
+        slab, rows = slice(first, first + columns), slice(None)
+        dz = r.gradient(r.logits(rows, slab, buffer), rows, lse, low, first)
+        torch.mm(dz.t(), r.h_NH, out=dw[slab])
+        if r.need_h:
+            _add_product(dh, dz, r.weight[slab])
+        if r.need_b:
+            r.db[slab] = dz.sum(0, dtype=r.wide)
+    r.dh.copy_(dh)
+    return dw
+
+
 @torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
 def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
     _check(hidden, weight, bias, target, items, reduction)
-    h_NH, target_N = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    (N, H), V, wide = h_NH.shape, weight.shape[0], compute_dtype(hidden)
-    kernels = use_triton(hidden)
-    forward = forward_triton if kernels else forward_aten
-    C = chunk_rows(N, V, hidden.element_size(), budget or BUDGET.get(hidden.device.type, BUDGET["cpu"]))
-    logits_CV = hidden.new_empty(C, V)
-    loss = hidden.new_zeros((), dtype=wide)
-    dh = hidden.new_empty(N if need_h else 0, H, dtype=_kept(hidden.dtype, budget))
-    dw, db = (hidden.new_zeros(V if need else 0, *size, dtype=wide) for need, size in ((need_w, (H,)), (need_b, ())))
-    count = (target_N != ignore_index).sum()
-    over = (count if reduction == "mean" else count.new_ones(()) if items is None else items).to(wide)
-    unit = torch.exp2(over.abs().log2().ceil()).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).clamp(min=2.0**-60)
-    for start in range(0, N, C):
-        h, t = h_NH[start : start + C], target_N[start : start + C]
-        z = logits_CV[: len(h)]
-        torch.mm(h, weight.t(), out=z) if bias is None else torch.addmm(bias, h, weight.t(), out=z)
-        nll, lse, low = forward(z, t, ignore_index, softcap, scale)
-        loss += nll.sum()
-        if not (need_h or need_w or need_b):
-            continue
-        how = unit, z, t, lse, low, over, ignore_index, True, softcap, scale
-        dz = backward_triton(*how, out=z) if kernels else backward_aten(*how)
-        if need_h:
-            _product(dz, weight, dh[start : start + C])
-        if need_w:
-            _add_product(dw, dz.t(), h)
-        if need_b:
-            db += dz.sum(0, dtype=wide)
-    dw, db = dw.to(_kept(weight.dtype, budget)), db.to(_kept(weight.dtype, budget))
-    return loss / over, count, unit, dh.view(hidden.shape) if need_h else dh, dw, db
+    need = need_h, need_w, need_b
+    r = _Rows(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need, budget)
+    dw = (_by_slabs if budget and need_w and len(r.h_NH) else _by_rows)(r)
+    kept = _kept(weight.dtype, budget)
+    return r.loss / r.over, r.count, r.unit, r.dh.view(hidden.shape) if need_h else r.dh, dw.to(kept), r.db.to(kept)
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_forward")

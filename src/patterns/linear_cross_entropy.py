@@ -54,6 +54,10 @@ for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
                     headed(_reference, (*_bias, *_more))
                 )
 
+for _reduction in ("mean", "sum"):
+    _flat = {"hidden": "N H", "target": "N int64"}
+    entry.variant(f"{_reduction}_flat", _flat, reduction=_reduction)(headed(loss(same, _reduction, False)["plain"], ()))
+
 
 @entry.check
 def _(match):

@@ -13,6 +13,7 @@ from torch import fx
 
 from sloth.rewriter.deferred import returning
 from sloth.rewriter.inner import compile_with, compiler
+from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.registry import constructs, patterns
 from sloth.rewriter.report import GraphReport
@@ -23,6 +24,7 @@ _listeners: list[list[GraphReport]] = []
 
 OPTIONS = {
     "sloth.disable": "names of patterns or constructs not to rewrite, comma-separated or a list",
+    "sloth.linear_cross_entropy.budget": "bytes of logits at a time; any number of an entry's operator is set so",
     "sloth.inner_backend": "what compiles the rewritten graph instead of Inductor: the name of any Dynamo backend",
 }
 
@@ -36,6 +38,7 @@ def sloth(
     """
     own = {k: v for k, v in (options or {}).items() if k.startswith("sloth.")}
     rest = {k: v for k, v in (options or {}).items() if not k.startswith("sloth.")}
+    arguments = _arguments(own)
     if unknown := sorted(own.keys() - OPTIONS.keys()):
         known = "; ".join(f"{k}: {what}" for k, what in OPTIONS.items())
         raise ValueError(f"unknown option {', '.join(unknown)} of backend 'sloth'. Known are: {known}")
@@ -47,7 +50,11 @@ def sloth(
         raise ValueError(f"sloth.disable names {', '.join(sorted(strange))}; known are {', '.join(p.name for p in patterns())}")
     entries = [p for p in patterns() if not {p.name, p.construct.name} & disabled]
 
-    report = rewrite(gm, entries, constructs())
+    token = ARGUMENTS.set(arguments)
+    try:
+        report = rewrite(gm, entries, constructs())
+    finally:
+        ARGUMENTS.reset(token)
     log.info("sloth: %s", report.line({c.name: c.title for c in constructs()}))
     for listener in _listeners:
         listener.append(report)
@@ -55,6 +62,19 @@ def sloth(
     compiled = returning(compile_with(inner, gm, example_inputs), report.deferred)
     report.seconds[name] = time.perf_counter() - start
     return compiled
+
+
+def _arguments(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Takes `sloth.ENTRY.ARGUMENT` out of the options: a number for an operator. ValueError for what is no number."""
+    found: dict[str, dict[str, Any]] = {}
+    for p in patterns():
+        for a in p.op._schema.arguments:
+            if (key := f"sloth.{p.name}.{a.name}") in options:
+                value = options.pop(key)
+                if str(a.type) not in ("int", "float") or not isinstance(value, int | float) or isinstance(value, bool):
+                    raise ValueError(f"{key}={value!r}: only numbers can be set, and this is a {a.type}")
+                found.setdefault(p.name, {})[a.name] = value
+    return found
 
 
 def _reset() -> None:

@@ -15,6 +15,7 @@ from sloth.rewriter.deferred import deferrable
 from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import POINTWISE, VIEWS
+from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.shadow import View
 from sloth.rewriter.trace import fakes, rebuilt
 
@@ -149,7 +150,7 @@ def match_arguments(match: Match) -> tuple:
     tensor it lacks.
     """
     options = {n: o(match) if callable(o) else o for n, o in match.variant.options.items()}
-    given = {**match.tensors, **match.numbers, **options}
+    given = {**match.tensors, **match.numbers, **options, **ARGUMENTS.get().get(match.pattern.name, {})}
     return tuple(given.get(a.name, a.default_value) for a in match.pattern.op._schema.arguments)
 
 

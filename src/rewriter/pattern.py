@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from string import ascii_letters
@@ -30,6 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sloth.rewriter.ir import Meta, Shadow, Value
 from sloth.rewriter.normal_form import Normal
 from sloth.rewriter.trace import trace
+
+# By the name of an entry: arguments of its operator that the user of a backend call has set.
+ARGUMENTS: ContextVar[dict[str, dict[str, Any]]] = ContextVar("ARGUMENTS", default={})  # noqa: B039
 
 
 class PatternError(ValueError):

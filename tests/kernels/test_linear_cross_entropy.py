@@ -41,7 +41,7 @@ def problems(draw, dtypes):
     return hidden, weight, target, bias, items, ignore_index, reduction, softcap, draw(st.sampled_from([1.0, 1.0, 0.3]))
 
 
-def check(problem, grads=None, dloss=0.7, rows=4, **tolerance):
+def check(problem, grads=None, dloss=0.7, rows=4, budget=0, **tolerance):
     hidden, weight, target, bias, items, *how = problem
     if bool((target == how[0]).all()) and how[1] == "mean":
         return None  # nan: test_nothing_counts
@@ -49,25 +49,25 @@ def check(problem, grads=None, dloss=0.7, rows=4, **tolerance):
         tolerance = {"slack": 4 + 0.5 * torch.finfo(hidden.dtype).eps * 2**23, "scale": weight.double().norm().item()}
     with mock.patch.object(module, "chunk_rows", lambda N, *_: min(max(N, 1), rows)):
         return compare(
-            lambda *tensors: ours(*tensors, *how), lambda *tensors: eager(*tensors, *how),
+            lambda *tensors: ours(*tensors, *how, budget), lambda *tensors: eager(*tensors, *how),
             [hidden, weight, target, bias, items], grads or [True, True, False, bias is not None, False],
             [torch.tensor(dloss, device=DEVICE)], **tolerance,
         )  # fmt: skip
 
 
 @cases
-@given(problems(dtypes), st.sampled_from([0.7, 1.0, 2.0**-3]))
-def test_operator(problem, dloss):
-    """Several chunks, the last one partial."""
-    check(problem, dloss=dloss)
+@given(problems(dtypes), st.sampled_from([0.7, 1.0, 2.0**-3]), st.sampled_from([0, 1]))
+def test_operator(problem, dloss, budget):
+    """Several chunks, the last one partial; slabs of the vocabulary."""
+    check(problem, dloss=dloss, budget=budget)
 
 
 @cases
-@given(problems(st.sampled_from([torch.float32, torch.float16])))
-def test_kernels(problem):
+@given(problems(st.sampled_from([torch.float32, torch.float16])), st.sampled_from([0, 1]))
+def test_kernels(problem, budget):
     tiles = mock.patch.multiple(cross_entropy, FORWARD_LANES=16, FORWARD_UNROLL=2, BACKWARD_BLOCK=64)
     with interpret(cross_entropy), tiles, mock.patch.object(module, "use_triton", lambda x: True):
-        check(problem)
+        check(problem, budget=budget)
 
 
 HOW = {
@@ -82,8 +82,9 @@ HOW = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dloss", [1.0, 0.3, 65536.0])
 @pytest.mark.parametrize("how", HOW)
-def test_larger(dtype, dloss, how):
-    """No slack: where luck averages out. 65536 is a loss scale."""
+@pytest.mark.parametrize("budget", [0, 1])
+def test_larger(dtype, dloss, how, budget):
+    """No slack: where luck averages out. 65536 is a loss scale. With a budget only powers of 2 round once."""
     bias, items, reduction, *rest = HOW[how]
     hidden, weight = make((2, 96, 64), dtype, seed=1), make((1000, 64), dtype, seed=2, scale=0.3)
     bias = make((1000,), dtype, seed=4) if bias else None
@@ -91,7 +92,8 @@ def test_larger(dtype, dloss, how):
     problem = hidden, weight, random_targets((2, 96), 1000, 0.2, 3), bias, items, -100, reduction, *rest
     if reduction == "sum" and items is None and dtype == torch.float16:
         dloss = min(dloss, 1.0)  # fp16 ends at 65504
-    check(problem, dloss=dloss, rows=40, slack=64.0 if dtype == torch.float32 else 0.0)
+    dloss = 0.5 if budget and dloss < 1 else dloss
+    check(problem, dloss=dloss, rows=40, budget=budget, slack=64.0 if dtype == torch.float32 else 0.0)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])

@@ -1,0 +1,119 @@
+"""Head and loss of a language model on one GPU, forward and backward, beside peers: device time and peak memory.
+
+    python benchmarks/loss.py [--out FILE.json] [--tokens 8192] [--hidden 4096] [--vocabulary 128256]
+
+Hidden states and head in bf16, labels random. "frozen": gradients of the hidden states alone, as with adapters; "trained": of the
+head too. "sloth" and "inductor" are torch.compile of the same eager code; sloth's rows with a budget set
+`sloth.linear_cross_entropy.budget`. Peak memory is what is allocated beyond the inputs, their gradients included. The floor is
+the arithmetic of the matmuls, two (frozen) or three, over the measured rate of a large one. The loss and the norm of every
+gradient are recorded beside. Peers that are not installed are left out.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from operators import device_us, machine, optional
+from qlora import matmul_rate
+
+MIB = 2**20
+
+
+def eager(h, w, y):
+    return F.cross_entropy(F.linear(h, w).float(), y)
+
+
+def compiled(backend: str, **options: Any) -> Callable[..., torch.Tensor]:
+    return torch.compile(eager, backend=backend, options=options or None, dynamic=False)
+
+
+def contenders() -> dict[str, Callable[..., torch.Tensor]]:
+    found = {
+        "sloth": compiled("sloth"),
+        "sloth, 64 MiB": compiled("sloth", **{"sloth.linear_cross_entropy.budget": 64 * MIB}),
+        "sloth, 256 MiB": compiled("sloth", **{"sloth.linear_cross_entropy.budget": 256 * MIB}),
+        "inductor": compiled("inductor"),
+        "eager": eager,
+    }
+    if liger := optional("liger_kernel.ops.fused_linear_cross_entropy"):
+        found["liger"] = lambda h, w, y, f=liger.LigerFusedLinearCrossEntropyFunction: f.apply(h, w, y)[0]
+    if cce := optional("cut_cross_entropy"):
+        found["cut cross-entropy"] = lambda h, w, y: cce.linear_cross_entropy(h, w, y)
+    if hasattr(F, "linear_cross_entropy"):
+        found["F.linear_cross_entropy"] = lambda h, w, y: F.linear_cross_entropy(h, w, y)
+    return found
+
+
+def measure(fn: Callable[..., torch.Tensor], h, w, y, flush: torch.Tensor) -> dict[str, Any]:
+    """Device time of forward + backward, and what is allocated beyond the inputs at the most."""
+    wanted = [t for t in (h, w) if t.requires_grad]
+    both = lambda: torch.autograd.grad(fn(h, w, y), wanted)  # noqa: E731
+    norms = [d.float().norm().item() for d in both()]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    with torch.no_grad():
+        loss = fn(h, w, y).item()
+    return {"ms": device_us(both, flush, 11) / 1e3, "peak_mib": peak / MIB, "loss": loss, "gradient_norms": norms}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    N, H, V = args.tokens, args.hidden, args.vocabulary
+    flush = torch.empty(256 * MIB, dtype=torch.int8, device="cuda")
+    rate = matmul_rate(flush)
+    torch.manual_seed(0)
+    h = torch.randn(N, H, device="cuda").to(torch.bfloat16).requires_grad_()
+    w = (torch.randn(V, H, device="cuda") * 0.02).to(torch.bfloat16)
+    y = torch.randint(0, V, (N,), device="cuda")
+    rows = []
+    for head in ("frozen", "trained"):
+        w = w.detach().requires_grad_(head == "trained")
+        floor = (2 + (head == "trained")) * 2 * N * H * V / rate * 1e3
+        for name, fn in contenders().items():
+            torch._dynamo.reset()
+            try:
+                row = {"head": head, "contender": name, **measure(fn, h, w, y, flush)}
+                row["floor_fraction"] = floor / row["ms"]
+            except Exception as e:  # a peer's failure is a result too
+                row = {"head": head, "contender": name, "error": f"{type(e).__name__}: {e}"[:300]}
+            torch.cuda.empty_cache()
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return {
+        "machine": machine(args.commit),
+        "matmul_tflops": rate / 1e12,
+        "tokens": N,
+        "hidden": H,
+        "vocabulary": V,
+        "rows": rows,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--commit", default="", help="the commit that is measured, where the copy has no .git")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/loss.py needs a GPU that torch can see", file=sys.stderr)
+        return 2
+    results = run(args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
