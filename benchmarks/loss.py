@@ -35,8 +35,8 @@ def compiled(backend: str, **options: Any) -> Callable[..., torch.Tensor]:
 def contenders() -> dict[str, Callable[..., torch.Tensor]]:
     found = {
         "sloth": compiled("sloth"),
-        "sloth, 64 MiB": compiled("sloth", **{"sloth.linear_cross_entropy.budget": 64 * MIB}),
-        "sloth, 256 MiB": compiled("sloth", **{"sloth.linear_cross_entropy.budget": 256 * MIB}),
+        "sloth, 80 MiB": compiled("sloth", **{"sloth.linear_cross_entropy.budget": 80 * MIB}),
+        "sloth, 192 MiB": compiled("sloth", **{"sloth.linear_cross_entropy.budget": 192 * MIB}),
         "inductor": compiled("inductor"),
         "eager": eager,
     }

@@ -23,8 +23,9 @@ from torch import Tensor
 from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, forward_aten, forward_triton
 from sloth.kernels.launch import compute_dtype, use_triton, without_autocast
 
-BUDGET = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # bytes of logits: enough rows to keep the matmuls fast, few enough for caches
-ROWS = 128  # chunks are a multiple of this: tiles of a matmul
+BUDGET = {"cuda": 384 * 2**20, "cpu": 16 * 2**20}  # bytes of logits: enough rows to keep the matmuls fast, few enough for caches
+ROWS = 64  # chunks are a multiple of this: tiles of a matmul
+TRAINED = 0.9  # bytes of logits over those of W where it is trained: fewer passes over dW; the backward pass needs as much
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
@@ -38,7 +39,7 @@ def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
     return min(most, (even + ROWS - 1) // ROWS * ROWS)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
     """total += a b, in total's precision."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
@@ -89,10 +90,13 @@ class _Rows:
 
     def __init__(self, hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need, budget):
         self.h_NH, self.target_N = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-        self.weight, self.bias, self.budget = weight, bias, budget or BUDGET.get(hidden.device.type, BUDGET["cpu"])
+        self.weight, self.bias = weight, bias
         self.how, self.wide, self.kernels = (ignore_index, softcap, scale), compute_dtype(hidden), use_triton(hidden)
         (N, H), V = self.h_NH.shape, weight.shape[0]
         self.need_h, self.need_w, self.need_b = need
+        self.budget = budget or BUDGET.get(hidden.device.type, BUDGET["cpu"])
+        if self.need_w and not budget:
+            self.budget = max(self.budget, int(TRAINED * weight.nbytes))
         self.count = (self.target_N != ignore_index).sum()
         over = self.count if reduction == "mean" else self.count.new_ones(()) if items is None else items
         self.over = over.to(self.wide)
@@ -128,7 +132,9 @@ def _by_rows(r: _Rows) -> Tensor:
     """Chunks of rows, each with all that is wanted of it. dW, added up in fp32."""
     (N, H), V, all_columns = r.h_NH.shape, r.weight.shape[0], slice(None)
     C = chunk_rows(N, V, r.h_NH.element_size(), r.budget)
-    buffer, dw = r.h_NH.new_empty(C * V), r.h_NH.new_zeros(V if r.need_w else 0, H, dtype=r.wide)
+    buffer, dw = r.h_NH.new_empty(C * V), r.h_NH.new_empty(V if r.need_w else 0, H, dtype=r.wide)
+    if not N:
+        dw.zero_()
     for start in range(0, N, C):
         rows = slice(start, start + C)
         z = r.logits(rows, all_columns, buffer)
@@ -138,7 +144,7 @@ def _by_rows(r: _Rows) -> Tensor:
         if r.need_h:
             _product(dz, r.weight, r.dh[rows])
         if r.need_w:
-            _add_product(dw, dz.t(), r.h_NH[rows])
+            (_add_product if start else _product)(dz.t(), r.h_NH[rows], dw)
         if r.need_b:
             r.db += dz.sum(0, dtype=r.wide)
     return dw
@@ -149,7 +155,7 @@ def _by_slabs(r: _Rows) -> Tensor:
     N, V = len(r.h_NH), len(r.weight)
     C, columns = chunk_rows(N, V, r.h_NH.element_size(), r.budget), chunk_rows(V, N, r.h_NH.element_size(), r.budget)
     buffer = r.h_NH.new_empty(max(C * V, N * columns))
-    dw, dh = torch.empty_like(r.weight), torch.zeros_like(r.dh, dtype=r.wide)
+    dw, dh = torch.empty_like(r.weight), torch.empty_like(r.dh, dtype=r.wide)
     parts = [r.statistics(r.logits(rows, slice(None), buffer), rows) for rows in (slice(i, i + C) for i in range(0, N, C))]
     lse, low = (torch.cat(part) for part in zip(*parts, strict=True))
     for first in range(0, V, columns):
@@ -157,7 +163,7 @@ def _by_slabs(r: _Rows) -> Tensor:
         dz = r.gradient(r.logits(rows, slab, buffer), rows, lse, low, first)
         torch.mm(dz.t(), r.h_NH, out=dw[slab])
         if r.need_h:
-            _add_product(dh, dz, r.weight[slab])
+            (_add_product if first else _product)(dz, r.weight[slab], dh)
         if r.need_b:
             r.db[slab] = dz.sum(0, dtype=r.wide)
     r.dh.copy_(dh)

@@ -170,7 +170,7 @@ def test_a_budget_bounds_the_chunk(budget):
 def test_chunks(rows, vocabulary, budget):
     chunk = chunk_rows(rows, vocabulary, 2, budget)
     assert 1 <= chunk <= rows and chunk * vocabulary * 2 <= max(budget, vocabulary * 2)
-    assert chunk == rows or chunk % 128 == 0 or budget < 128 * vocabulary * 2
+    assert chunk == rows or chunk % 64 == 0 or budget < 64 * vocabulary * 2
 
 
 def test_compiled():

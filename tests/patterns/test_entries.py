@@ -220,14 +220,13 @@ def test_operator_computes_the_reference(variant, data):
         grads.append(name not in variant.pattern.no_grad and meta.dtype.is_floating_point and data.draw(st.booleans()))
     try:
         with torch.no_grad():
-            found = outputs(reference(variant)(*tensors))
-            douts = cotangents(found)
+            douts = cotangents(outputs(reference(variant)(*tensors)))
             assume(accepts(made_match(variant, tensors)))
     except (RuntimeError, IndexError, ValueError):  # eager does not take these dtypes or sizes
         assume(False)
     eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
-    inside = "weight" in variant.tensors and min(torch.finfo(t.dtype).eps for t in found) < eps  # products are rounded on the way
-    slack = 16 + inside * 0.25 * eps * 2**23
+    products = bool({"hidden", "a"} & {*variant.tensors})  # rounded on the way, by which eager may be lucky in a few elements
+    slack = 16 + products * 0.25 * eps * 2**23
     compare(operator_of(variant), reference(variant), tensors, grads, douts, slack=slack, scale=1.0, few=64, strides=False)
 
 
