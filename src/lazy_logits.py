@@ -38,6 +38,7 @@ class LazyLogits(Tensor):
         return repr(read(self))
 
     @classmethod
+    @torch._dynamo.disable  # compiled code that is given such a tensor breaks its graph where it uses it
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:

@@ -173,6 +173,13 @@ def test_chunks(rows, vocabulary, budget):
     assert chunk == rows or chunk % 64 == 0 or budget < 64 * vocabulary * 2
 
 
+def test_chunks_are_even():
+    assert chunk_rows(8192, 128256, 2, 256 * 2**20) == 1024
+    assert chunk_rows(8192, 128256, 2, 902 * 2**20) == 3072
+    assert chunk_rows(8192, 128256, 2, 80 * 2**20) == 320
+    assert chunk_rows(100, 1000, 2, 60 * 2000) == 60
+
+
 def test_compiled():
     """One graph, in training and in evaluation."""
     hidden, weight, target = make((6, 8), torch.float32), make((30, 8), torch.float32, seed=2), random_targets((6,), 30, 0.2, 3)

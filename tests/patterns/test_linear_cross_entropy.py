@@ -1,0 +1,163 @@
+"""Head and loss of whole models: one operator, logits that are computed when they are read, and everything as in eager code."""
+
+import pytest
+import torch
+import transformers
+from common import DEVICE
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sloth.lazy_logits import LazyLogits
+from sloth.rewriter.backend import listening
+from sloth.rewriter.report import MATCHED
+
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 70,
+    "use_cache": False, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "llama": (transformers.LlamaConfig, {}, "mean"),
+    "tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}, "mean"),
+    "gemma2": (transformers.Gemma2Config, {"head_dim": 8, "num_key_value_heads": 2}, "mean_softcap"),
+    "cohere": (transformers.CohereConfig, {}, "mean_scale"),
+    "granite": (transformers.GraniteConfig, {"logits_scaling": 8.0}, "mean_divisor"),
+    "phi": (transformers.PhiConfig, {}, "mean_bias"),
+}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config, more, _ = MODELS[name]
+    return AutoModelForCausalLM.from_config(config(**SIZES, **more)).to(DEVICE).train()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 70, (2, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return {"input_ids": ids, "labels": ids.where(torch.arange(24, device=DEVICE) > 5, -100)}
+
+
+def run(model, **more):
+    """The output of compiled code, and the sites of the loss."""
+    torch._dynamo.reset()
+    with listening() as reports:
+        out = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(**batch(), **more)
+    assert not any(r.untouched for r in reports)
+    return out, [s for r in reports for s in r.sites if s.construct == "cross_entropy"]
+
+
+def is_lazy(x) -> bool:
+    return isinstance(x, LazyLogits) and x.known is None
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, autocast):
+    """Gradients of the loss alone, and of a loss that somebody adds who looks at the logits."""
+    model = model_of(name)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        ours, sites = run(model)
+        eager = model(**batch())
+    assert [s.variant for s in sites] == [f"linear_cross_entropy[{MODELS[name][2]}]"] and is_lazy(ours.logits)
+    assert (ours.logits.shape, ours.logits.dtype) == (eager.logits.shape, eager.logits.dtype) and ours.logits.requires_grad
+    tolerance = {"rtol": 3e-2, "atol": 3e-2} if autocast else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(ours.loss, eager.loss, **tolerance)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    got, expected = (torch.autograd.grad(out.loss, parameters, retain_graph=True) for out in (ours, eager))
+    torch.testing.assert_close(got, expected, **tolerance)
+    assert is_lazy(ours.logits)
+    both = [torch.autograd.grad(out.loss + out.logits.float().square().mean(), parameters) for out in (ours, eager)]
+    torch.testing.assert_close(*both, **tolerance)
+    torch.testing.assert_close(ours.logits + 0, eager.logits, **tolerance)
+
+
+@pytest.mark.parametrize("items, variant", [(37, "sum"), (torch.tensor(37), "sum_items")], ids=["int", "tensor"])
+def test_the_number_of_items_of_a_batch(items, variant):
+    model = model_of("llama")
+    items = items.to(DEVICE) if isinstance(items, torch.Tensor) else items
+    ours, sites = run(model, num_items_in_batch=items)
+    eager = model(**batch(), num_items_in_batch=items)
+    assert [s.variant for s in sites] == [f"linear_cross_entropy[{variant}]"]
+    torch.testing.assert_close(ours.loss, eager.loss)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(ours.loss, parameters), torch.autograd.grad(eager.loss, parameters))
+
+
+def test_evaluation_gives_lazy_logits_too():
+    model = model_of("llama")
+    with torch.no_grad():
+        ours, _ = run(model)
+        eager = model(**batch())
+    assert is_lazy(ours.logits) and not ours.logits.requires_grad
+    torch.testing.assert_close(ours.loss, eager.loss)
+    assert torch.equal(ours.logits.argmax(-1), eager.logits.argmax(-1)) and is_lazy(ours.logits)
+
+
+class Looks(nn.Module):
+    """A model that does something of its own with the logits."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.model, self.look = model_of("llama"), look
+
+    def forward(self, **batch):
+        out = self.model(**batch)
+        return out.loss, self.look(out.logits)
+
+
+@pytest.mark.parametrize(
+    "look", [lambda z: z[:, -1].argmax(-1), lambda z: z.transpose(1, 2), torch.sum], ids=["argmax", "view", "sum"]
+)
+def test_a_graph_that_uses_the_logits_keeps_them(look):
+    model = Looks(look)
+    ours, sites = run(model)
+    assert [s.variant for s in sites] == ["cross_entropy[mean]"] and sites[0].status == MATCHED
+    for a, b in zip(ours, model(**batch()), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not any(isinstance(t, LazyLogits) for t in ours)
+
+
+def test_an_adapter_on_the_head_is_not_forgotten():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model_of("llama"), peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    model.to(DEVICE)
+    ours, sites = run(model)
+    assert [s.variant for s in sites] == ["cross_entropy[mean]"] and not isinstance(ours.logits, LazyLogits)
+    own = [p for p in model.parameters() if p.requires_grad]
+    got, expected = torch.autograd.grad(ours.loss, own), torch.autograd.grad(model(**batch()).loss, own)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert all(g.any() for g in expected)
+
+
+def test_code_after_a_break_of_the_graph_gets_the_logits():
+    model = model_of("llama")
+
+    def fn(**batch):
+        out = model(**batch)
+        torch._dynamo.graph_break()
+        return out.loss + out.logits.float().square().mean() + torch.tanh(out.logits).sum()
+
+    ours, sites = run(fn)
+    assert [s.variant for s in sites] == ["linear_cross_entropy[mean]"]
+    eager = fn(**batch())
+    torch.testing.assert_close(ours, eager)
+    parameters = list(model.parameters())
+    got, expected = torch.autograd.grad(ours, parameters), torch.autograd.grad(eager, parameters)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prediction_with_the_trainer(tmp_path):
+    """It gathers, pads and joins logits of batches, and hands them to the metrics as arrays."""
+    rows = [{"input_ids": r, "labels": r} for r in torch.randint(3, 70, (5, 12), generator=torch.Generator().manual_seed(1))]
+    found = {}
+    for backend in (None, "sloth"):
+        torch._dynamo.reset()
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=DEVICE == "cpu", per_device_eval_batch_size=2, report_to="none",
+            tf32=None if DEVICE == "cpu" else False, torch_compile=backend is not None, torch_compile_backend=backend,
+        )  # fmt: skip
+        metrics = lambda p: {"accuracy": (p.predictions[:, :-1].argmax(-1) == p.label_ids[:, 1:]).mean()}  # noqa: E731
+        found[backend] = transformers.Trainer(model_of("llama"), arguments, compute_metrics=metrics).predict(rows)
+    ours, eager = found["sloth"], found[None]
+    torch.testing.assert_close(torch.tensor(ours.predictions), torch.tensor(eager.predictions), rtol=1e-4, atol=1e-5)
+    for name in ("test_loss", "test_accuracy"):
+        assert ours.metrics[name] == pytest.approx(eager.metrics[name], rel=1e-4)
