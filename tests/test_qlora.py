@@ -9,7 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ class Outcome:
     losses: list[float]
     gradients: list[dict[str, torch.Tensor]]  # of every step
     model: PeftModel
+    logs: list[dict[str, float]] = field(default_factory=list)  # of a trainer: all that it reports
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -153,7 +154,8 @@ def values(backend: str | None, reentrant: bool | None, folder: Path, **more: An
 
 def curve(trainer: transformers.Trainer, seen: Gradients) -> Outcome:
     trainer.train()
-    return Outcome([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], seen.steps, trainer.model)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Outcome([entry["loss"] for entry in logs], seen.steps, trainer.model, logs)
 
 
 def with_trainer(model: PeftModel, backend: str | None, reentrant: bool | None, folder: Path, **more: Any) -> Outcome:
@@ -270,7 +272,16 @@ def test_trl(base: Path, finished: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(finished / "tokenizer")
-    ours, _ = check(base, None, lambda model, backend: with_trl(model, backend, None, tmp_path, tokenizer), tolerance=5e-3)
+    outcomes = []
+
+    def run(model: PeftModel, backend: str | None) -> Outcome:
+        outcomes.append(with_trl(model, backend, None, tmp_path, tokenizer))
+        return outcomes[-1]
+
+    ours, _ = check(base, None, run, tolerance=5e-3)
+    for name in ("entropy", "mean_token_accuracy", "num_tokens"):  # TRL looks at the logits for these
+        theirs, own = ([entry[name] for entry in outcome.logs] for outcome in outcomes)
+        assert own == pytest.approx(theirs, rel=2e-2, abs=0.05), name
     assert {p.dtype for p in trained_parameters(ours.model).values()} == {torch.bfloat16}
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy
+from sloth.lazy_logits import lazy
 from sloth.patterns.cross_entropy import CROSS_ENTROPY, loss, same
 from sloth.rewriter.registry import pattern
 
@@ -34,7 +35,7 @@ entry = pattern(
     CROSS_ENTROPY,
     op=linear_cross_entropy,
     dims=DIMS,
-    deferred=True,
+    deferred=lazy,
     name="linear_cross_entropy",
     variant="mean",
     reduction="mean",

@@ -14,7 +14,6 @@ import torch
 from torch import fx
 from torch.amp.autocast_mode import _enter_autocast
 
-from sloth.lazy_logits import lazy
 from sloth.rewriter.ir import Value
 from sloth.rewriter.match import Match
 from sloth.rewriter.normal_form import POINTWISE
@@ -28,6 +27,7 @@ class Deferred:
     """One output: where it is, its head as a function of hidden states and weights, and which inputs those weights are."""
 
     index: int
+    make: Callable[..., torch.Tensor]  # Pattern.deferred
     head: Callable[..., torch.Tensor]
     weights: tuple[int, ...]
     plain: bool
@@ -35,14 +35,14 @@ class Deferred:
 
 def deferrable(match: Match, v: Value, view: View) -> bool:
     """Can `v`, which the match computes on the way, be computed of the match's operands later, row by row?"""
-    if view.path or not match.pattern.deferred:
+    if view.path or match.pattern.deferred is None:
         return False
     return all(_recipe(match, n, view) is not None for n in v.nodes if any(u.op == "output" for u in n.users))
 
 
 def defer(view: View, matches: list[Match]) -> list[Deferred]:
     """Let the graph give out the heads' inputs."""
-    inside = {v: m for m in matches if m.pattern.deferred for v in m.values - set(m.roots)}
+    inside = {v: m for m in matches if m.pattern.deferred is not None for v in m.values - set(m.roots)}
     output = view.gm.graph.output_node()
     given, found = list(output.args[0]), []
     inputs = [n for n in view.gm.graph.nodes if n.op == "placeholder"]
@@ -52,9 +52,11 @@ def defer(view: View, matches: list[Match]) -> list[Deferred]:
         if recipe:
             nodes, hidden, weights = recipe
             head = _function(nodes, (hidden, *weights), _autocast(match, view))
-            plain = all(view.env[n].op in ("linear", "cast") for n in nodes) and not match.roots[0].region.autocast
+            cast = match.roots[0].region.autocast or torch.is_autocast_enabled()
+            plain = not cast and all(view.env[n].op in ("linear", "cast") for n in nodes)
             given[i] = hidden
-            found.append(Deferred(i, head, tuple(map(inputs.index, weights)), plain and not torch.is_autocast_enabled()))
+            at = tuple(map(inputs.index, weights))
+            found.append(Deferred(i, match.pattern.deferred, head, at, plain))
     if found:
         output.args = (tuple(given),)
         for n in reversed(view.gm.graph.nodes):
@@ -64,12 +66,12 @@ def defer(view: View, matches: list[Match]) -> list[Deferred]:
 
 
 def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Callable[..., Any]:
-    """`compiled`, with a lazy tensor for each output that was deferred."""
+    """`compiled`, with what its entry makes of it for each output that was deferred."""
 
     def run(*args: Any) -> tuple:
         out = list(compiled(*args))
         for d in deferred:
-            out[d.index] = lazy(out[d.index], tuple(args[i] for i in d.weights), d.head, d.plain)
+            out[d.index] = d.make(out[d.index], tuple(args[i] for i in d.weights), d.head, d.plain)
         return tuple(out)
 
     return run if deferred else compiled

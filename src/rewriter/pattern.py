@@ -137,7 +137,7 @@ class Pattern:
     no_grad: tuple[str, ...] = ()
     recompute: bool = False
     cheap: tuple[str, ...] = ()
-    deferred: bool = False
+    deferred: Callable[..., torch.Tensor] | None = None
     variants: list[Variant] = field(default_factory=list)
     checks: list[Callable[..., None]] = field(default_factory=list)
 

@@ -26,7 +26,7 @@ def pattern(
     no_grad: tuple[str, ...] = (),
     recompute: bool = False,
     cheap: tuple[str, ...] = (),
-    deferred: bool = False,
+    deferred: Callable[..., torch.Tensor] | None = None,
     name: str | None = None,
     variant: str = "default",
     **options: Any,
@@ -39,7 +39,8 @@ def pattern(
     no_grad: tensors that the operator gives no gradient to; where one of them needs it, the match is refused.
     recompute: its result is large and cheap: computed again in the backward pass by whoever needs it there, not kept.
     cheap: tensors of which a dropout or cast is computed again too, where the backward pass wants it, instead of keeping it.
-    deferred: what it computes on the way and the graph gives out (logits) is computed when somebody reads it.
+    deferred: what it computes row by row on the way and the graph gives out (logits) is left to `deferred(hidden, weights, head,
+        plain)`, which returns a tensor for head(hidden, *weights); plain: the head is a linear layer and casts.
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """
 
