@@ -3,17 +3,20 @@
 A graph that computes the loss by itself gives out hidden states where it gave out logits. Here they become a tensor of the
 logits' shape, dtype and device that takes part in autograd. What acts on each position alone stays lazy (casts, softmax, picking
 positions); what makes a few numbers of each row is computed some rows at a time, forward and backward; all else is given the
-logits themselves, which are computed once and kept.
+logits themselves, which are computed once and kept. Weights that an optimizer has changed since would make other logits: reading
+is refused then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +34,8 @@ class LazyLogits(Tensor):
     weights: tuple[Tensor, ...]
     head: Head
     plain: bool
+    versions: tuple[int, ...]  # of the weights when the logits were to be computed
+    stale: bool  # an optimizer has changed the weights since
     connected: bool  # its gradient goes into hidden states and weights
     known: Tensor | None  # the logits, once they were read
 
@@ -81,8 +86,35 @@ def _wrapper(head: Head, plain: bool, hidden: Tensor, weights: tuple[Tensor, ...
     size = (*hidden.shape[:-1], like.shape[-1])
     made = Tensor._make_wrapper_subclass(LazyLogits, size, dtype=like.dtype, device=hidden.device)
     made.head, made.plain, made.hidden, made.weights = head, plain, hidden, weights
-    made.connected, made.known = False, None
+    made.versions, made.stale, made.connected, made.known = tuple(w._version for w in weights), False, False, None
+    if any(w.requires_grad for w in weights):
+        _of_trained_heads[id(made)] = made
     return made
+
+
+_of_trained_heads: WeakValueDictionary[int, LazyLogits] = WeakValueDictionary()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Fused optimizers do not count up the versions of what they write."""
+    if _of_trained_heads:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for x in list(_of_trained_heads.values()):
+            x.stale = x.stale or any(id(w) in stepped for w in x.weights)
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
+def _checked(x: LazyLogits) -> Head:
+    """The head, as long as its weights are what they were."""
+    if x.stale or tuple(w._version for w in x.weights) != x.versions:
+        raise RuntimeError(
+            "sloth: the weights of the head have changed since these logits were given out, and nothing had read them before. "
+            "Read what you want of `outputs.logits` before the optimizer's step, or keep real logits with "
+            'torch.compile(…, backend="sloth", options={"sloth.disable": "linear_cross_entropy"}).'
+        )
+    return x.head
 
 
 class _Values(torch.autograd.Function):
@@ -90,7 +122,7 @@ class _Values(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits) -> Tensor:
-        return logits.head(logits.hidden, *logits.weights)
+        return _checked(logits)(logits.hidden, *logits.weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -116,7 +148,7 @@ def read(logits: Any) -> Any:
     if logits.known is None:
         with torch.set_grad_enabled(grad):
             direct = logits.connected or not grad
-            logits.known = logits.head(logits.hidden, *logits.weights) if direct else _Values.apply(logits)
+            logits.known = _checked(logits)(logits.hidden, *logits.weights) if direct else _Values.apply(logits)
     return logits.known
 
 
@@ -132,8 +164,15 @@ def _with(
     x: LazyLogits, hidden: Tensor | None = None, then: Callable[[Tensor], Tensor] | None = None, plain: bool = True
 ) -> Tensor:
     """`x` of other rows, or with something done to each."""
-    head = x.head
-    more = head if then is None else (lambda h, *w: then(head(h, *w)))
+    head, kind = _checked(x), x.device.type
+    ambient = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+    def more(h: Tensor, *weights: Tensor) -> Tensor:
+        z = head(h, *weights)
+        with torch.autocast(*ambient):
+            return then(z)
+
+    more = head if then is None else more
     with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
         return lazy(x.hidden if hidden is None else hidden, x.weights, more, x.plain and plain)
 
@@ -218,7 +257,8 @@ def _by_rows(x: LazyLogits, fn: Callable[..., Tensor], *beside: Tensor) -> Tenso
     rows = x.hidden.reshape(-1, x.hidden.shape[-1])
     n = max(1, CHUNK // (x.shape[-1] * x.element_size()))
     each = zip(rows.split(n), *(b.split(n) for b in beside), strict=True)
-    one = lambda h, *more: fn(x.head(h, *x.weights), *more)  # noqa: E731
+    head = _checked(x)
+    one = lambda h, *more: fn(head(h, *x.weights), *more)  # noqa: E731
     grad = torch.is_grad_enabled() and x.requires_grad
     with torch.set_grad_enabled(grad):
         if grad:

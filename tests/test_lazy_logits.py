@@ -151,6 +151,39 @@ def test_what_was_read_and_what_was_not_add_up():
     torch.testing.assert_close(torch.autograd.grad(ours, leaves[1]), torch.autograd.grad(theirs, leaves[1]))
 
 
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_weights_that_have_changed_since_are_noticed(how):
+    """What was read before stays; what was not cannot be read any more."""
+    x, real, leaves = pair()
+    early, chunked, step = x.float(), x.float(), torch.optim.AdamW([leaves[1]], lr=0.1, **how)
+    kept = read(early).clone()
+    real.sum().backward(retain_graph=True)
+    step.step()
+    assert torch.equal(read(early), kept) and torch.equal(kept, real)
+    for late in (lambda: x.sum(), lambda: x[0], lambda: chunked.logsumexp(-1), lambda: F.cross_entropy(x[0], torch.arange(S))):
+        with pytest.raises(RuntimeError, match="before the optimizer's step"):
+            late()
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+def test_autocast_is_that_of_the_call(device):
+    """On a GPU it makes softmax fp32."""
+    hidden, weight = torch.randn(3, H, device=device), torch.randn(V, H, device=device)
+    x, real = lazy(hidden, (weight,), F.linear), F.linear(hidden, weight)
+    with torch.autocast(device, torch.bfloat16):
+        ours, theirs = x.bfloat16().softmax(-1), real.bfloat16().softmax(-1)
+    assert ours.dtype == theirs.dtype == read(ours).dtype
+    torch.testing.assert_close(read(ours), theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_other_optimizers_do_not_matter():
+    x, real, _ = pair()
+    other = nn.Parameter(torch.ones(2))
+    other.sum().backward()
+    torch.optim.SGD([other], lr=0.1).step()
+    torch.testing.assert_close(read(x), real)
+
+
 def test_copies_and_files():
     x, real, _ = pair(grad=False)
     assert torch.equal(pickle.loads(pickle.dumps(x)), real)
