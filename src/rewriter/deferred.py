@@ -51,9 +51,10 @@ def defer(view: View, matches: list[Match]) -> list[Deferred]:
         recipe = match and _recipe(match, node, view)
         if recipe:
             nodes, hidden, weights = recipe
-            head = _function(nodes, (hidden, *weights), _autocast(match, view))
-            cast = match.roots[0].region.autocast or torch.is_autocast_enabled()
-            plain = not cast and all(view.env[n].op in ("linear", "cast") for n in nodes)
+            autocast = _autocast(match, view)
+            head = _function(nodes, (hidden, *weights), autocast)
+            _, _, casts = autocast
+            plain = not casts and all(view.env[n].op in ("linear", "cast") for n in nodes)
             given[i] = hidden
             at = tuple(map(inputs.index, weights))
             found.append(Deferred(i, match.pattern.deferred, head, at, plain))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from common import DEVICE
 from torch import nn
@@ -68,6 +69,18 @@ def test_models(name, autocast):
     both = [torch.autograd.grad(out.loss + out.logits.float().square().mean(), parameters) for out in (ours, eager)]
     torch.testing.assert_close(*both, **tolerance)
     torch.testing.assert_close(ours.logits + 0, eager.logits, **tolerance)
+
+
+def test_a_loss_of_lazy_logits_is_computed_under_their_own_autocast():
+    model = model_of("llama")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours, _ = run(model)
+        eager = model(**batch())
+    labels = batch()["input_ids"].flatten()
+    with torch.no_grad():
+        got, expected = (F.cross_entropy(out.logits.flatten(0, 1).float(), labels) for out in (ours, eager))
+    assert is_lazy(ours.logits)
+    torch.testing.assert_close(got, expected, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("items, variant", [(37, "sum"), (torch.tensor(37), "sum_items")], ids=["int", "tensor"])
