@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from sloth.kernels.gemm import as_matrix
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy
 
 CHUNK = 64 * 2**20  # bytes of logits at a time
@@ -82,7 +83,7 @@ class _Connected(torch.autograd.Function):
 
 def _wrapper(head: Head, plain: bool, hidden: Tensor, weights: tuple[Tensor, ...]) -> LazyLogits:
     with torch.no_grad():
-        like = head(hidden.detach().reshape(-1, hidden.shape[-1])[:0], *weights)  # no rows: what dtype, how wide?
+        like = head(as_matrix(hidden.detach())[:0], *weights)  # no rows: what dtype, how wide?
     size = (*hidden.shape[:-1], like.shape[-1])
     made = Tensor._make_wrapper_subclass(LazyLogits, size, dtype=like.dtype, device=hidden.device)
     made.head, made.plain, made.hidden, made.weights = head, plain, hidden, weights
@@ -143,8 +144,7 @@ def read(logits: Any) -> Any:
     """The logits themselves."""
     if not isinstance(logits, LazyLogits):
         return logits
-    with torch._C.DisableTorchFunctionSubclass():
-        grad = logits.requires_grad
+    grad = logits.requires_grad
     if logits.known is None:
         with torch.set_grad_enabled(grad):
             direct = logits.connected or not grad
@@ -153,8 +153,7 @@ def read(logits: Any) -> Any:
 
 
 def _is_lazy(x: LazyLogits) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.known is None and (x.connected or not x.requires_grad)
+    return x.known is None and (x.connected or not x.requires_grad)
 
 
 # ---------------------------------------------------------------- what stays lazy
@@ -254,7 +253,7 @@ def _of_positions(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> A
 
 def _by_rows(x: LazyLogits, fn: Callable[..., Tensor], *beside: Tensor) -> Tensor:
     """fn(logits of some rows [n, V], *beside of these rows), for all rows; its backward computes the logits again."""
-    rows = x.hidden.reshape(-1, x.hidden.shape[-1])
+    rows = as_matrix(x.hidden)
     n = max(1, CHUNK // (x.shape[-1] * x.element_size()))
     each = zip(rows.split(n), *(b.split(n) for b in beside), strict=True)
     head = _checked(x)

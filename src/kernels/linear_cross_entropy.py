@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, forward_aten, forward_triton
+from sloth.kernels.gemm import as_matrix
 from sloth.kernels.launch import compute_dtype, use_triton, without_autocast
 
 BUDGET = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # bytes of logits: enough rows to keep the matmuls fast, few enough for caches
@@ -88,7 +89,7 @@ class _Rows:
     """What both orders of the work share: the operands as matrices, how the loss is taken of logits, and where results go."""
 
     def __init__(self, hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need, budget):
-        self.h_NH, self.target_N = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+        self.h_NH, self.target_N = as_matrix(hidden), target.reshape(-1)
         self.weight, self.bias = weight, bias
         self.how, self.wide, self.kernels = (ignore_index, softcap, scale), compute_dtype(hidden), use_triton(hidden)
         (N, H), V = self.h_NH.shape, weight.shape[0]
