@@ -188,17 +188,14 @@ def check(
     assert not missed and not any(report.untouched for report in reports)
     # All in one with their 4-bit weight, and none beside it.
     assert Counter(site.variant for site in sites if site.construct in ("lora", "linear_4bit")) == {"lora[linear]": PROJECTIONS}
-    assert len(ours.losses) == STEPS and ours.losses[0] == pytest.approx(eager.losses[0], rel=tolerance)
-    # From then on the weights differ: Adam makes whole steps of gradients that are nothing but rounding.
-    assert ours.losses == pytest.approx(eager.losses, rel=10 * tolerance)
+    assert len(ours.losses) == STEPS and ours.losses == pytest.approx(eager.losses, rel=tolerance)
     names = trained_parameters(ours.model).keys()
     assert len(names) == 2 * PROJECTIONS and all("lora_" in name for name in names)
-    for i, (got, expected) in enumerate(zip(ours.gradients, eager.gradients, strict=True)):
+    for got, expected in zip(ours.gradients, eager.gradients, strict=True):
         assert got.keys() == expected.keys() == names
-        allowed = (20 if i == 0 else 200) * tolerance
         for name in names:
             assert expected[name].any(), name
-            assert (got[name] - expected[name]).abs().max() <= allowed * expected[name].abs().max(), name
+            assert (got[name] - expected[name]).abs().max() <= 20 * tolerance * expected[name].abs().max(), name
     fresh = frozen_parameters(adapted(base, reentrant, **how))
     after = frozen_parameters(ours.model)
     assert after.keys() == fresh.keys() and all(torch.equal(after[name], fresh[name]) for name in fresh)

@@ -185,7 +185,7 @@ def doubled(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph in fp64: what its result would be without rounding."""
     gm = copy.deepcopy(gm)
     for n in gm.graph.nodes:
-        if n.op == "call_method" and n.target == "float":
+        if n.op == "call_method" and n.target in ("float", "half"):
             n.target = "double"
         change = lambda a: torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a  # noqa: E731
         n.args, n.kwargs = fx.node.map_aggregate(n.args, change), fx.node.map_aggregate(n.kwargs, change)
