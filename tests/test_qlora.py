@@ -139,7 +139,6 @@ def values(backend: str | None, reentrant: bool | None, folder: Path, **more: An
         torch_compile=backend is not None,
         torch_compile_backend=backend,
         use_cpu=not CUDA,
-        tf32=False if CUDA else None,  # the Trainer turns it on for compiled models alone
         max_steps=STEPS,
         per_device_train_batch_size=2,
         learning_rate=5e-3,
@@ -153,6 +152,7 @@ def values(backend: str | None, reentrant: bool | None, folder: Path, **more: An
 
 
 def curve(trainer: transformers.Trainer, seen: Gradients) -> Outcome:
+    torch.backends.cuda.matmul.allow_tf32 = False  # accelerate turns it on for compiled models alone
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return Outcome([entry["loss"] for entry in logs], seen.steps, trainer.model, logs)
