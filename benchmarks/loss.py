@@ -11,15 +11,12 @@ gradient are recorded beside. Peers that are not installed are left out.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from operators import device_us, machine, optional
-from qlora import matmul_rate
+from measuring import device_us, l2_flush, machine, matmul_rate, optional, parse, parser, write
 
 MIB = 2**20
 
@@ -67,7 +64,7 @@ def measure(fn: Callable[..., torch.Tensor], h, w, y, flush: torch.Tensor) -> di
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     N, H, V = args.tokens, args.hidden, args.vocabulary
-    flush = torch.empty(256 * MIB, dtype=torch.int8, device="cuda")
+    flush = l2_flush()
     rate = matmul_rate(flush)
     torch.manual_seed(0)
     h = torch.randn(N, H, device="cuda").to(torch.bfloat16).requires_grad_()
@@ -97,23 +94,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--commit", default="", help="the commit that is measured, where the copy has no .git")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks/loss.py needs a GPU that torch can see", file=sys.stderr)
-        return 2
-    results = run(args)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, default=8192)
+    options.add_argument("--hidden", type=int, default=4096)
+    options.add_argument("--vocabulary", type=int, default=128256)
+    args = parse(options)
+    write(run(args), args.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

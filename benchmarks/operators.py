@@ -9,24 +9,15 @@ input read, each output written once); `copy_fraction` is their rate over the me
 Peers that are not installed are left out.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
+from measuring import copy_rate, device_us, l2_flush, machine, optional, parse, parser, write
 
 BF16 = torch.bfloat16
 Tensors = list[torch.Tensor]
@@ -182,30 +173,6 @@ def all_rows(tiny: bool) -> dict[str, Callable[[], list[Row]]]:
 # ---------------------------------------------------------------- measuring
 
 
-def device_us(fn: Callable[[], Any], flush: torch.Tensor, repeats: int = 25) -> float:
-    """Median device time of `fn` in microseconds."""
-    for _ in range(4):
-        fn()
-    events = []
-    for _ in range(repeats):
-        flush.zero_()
-        torch.cuda._sleep(3_000_000)
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        fn()
-        b.record()
-        events.append((a, b))
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in events) * 1e3
-
-
-def copy_rate(flush: torch.Tensor) -> float:
-    """Bytes per second, read plus written, of an 8 GiB device-to-device copy."""
-    a = torch.empty(2**33, dtype=torch.int8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / (device_us(lambda: b.copy_(a), flush, 9) * 1e-6)
-
-
 def measure(row: Row, name: str, fn: Callable[..., Any], flush: torch.Tensor, rate: float, exact: Any) -> dict[str, Any]:
     wanted = [x for x in row.inputs if x.requires_grad]
     upstream: Tensors = []
@@ -277,16 +244,8 @@ def nbytes(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def optional(module: str) -> Any:
-    """The module, or None where it is not installed."""
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError:
-        return None
-
-
 def run(wanted: list[str], tiny: bool, commit: str) -> dict[str, Any]:
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    flush = l2_flush()
     rate = copy_rate(flush)
     print(f"copy rate {rate / 1e9:.0f} GB/s")
     results: list[dict[str, Any]] = []
@@ -326,37 +285,15 @@ def show(r: dict[str, Any]) -> str:
     )
 
 
-def machine(commit: str) -> dict[str, str]:
-    """What was measured on: device, versions, commit (git's, where none is given), date."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    peers = {d: version(d) for d in ("liger-kernel", "transformers") if optional(d.replace("-", "_"))}
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit or git.stdout.strip() or "unknown",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **peers,
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--rows", default="", help="comma-separated groups: rms_norm, layer_norm, rope, gated_act, cross_entropy")
-    parser.add_argument("--commit", default="", help="the commit that is measured, where the copy has no .git")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks/operators.py needs a GPU that torch can see", file=sys.stderr)
-        return 2
-    results = run([r for r in args.rows.split(",") if r], args.tiny, args.commit)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument(
+        "--rows", default="", help="comma-separated groups: rms_norm, layer_norm, rope, gated_act, cross_entropy"
+    )
+    options.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
+    args = parse(options)
+    write(run([r for r in args.rows.split(",") if r], args.tiny, args.commit), args.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

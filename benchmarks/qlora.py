@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from operators import device_us, machine, optional
+from measuring import device_us, l2_flush, machine, matmul_rate, optional, parse, parser, write
 
 SHAPES = {
     "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -259,12 +259,6 @@ def projection(flush: torch.Tensor) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the table
 
 
-def matmul_rate(flush: torch.Tensor) -> float:
-    """FLOP/s of a bf16 matmul of 8192³ on random data."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / (device_us(lambda: a @ b, flush) * 1e-6)
-
-
 def spawn(args: argparse.Namespace, contender: str, workload: str, folder: str) -> dict[str, Any]:
     """One contender on one workload in a process of its own."""
     command = [
@@ -285,12 +279,13 @@ def spawn(args: argparse.Namespace, contender: str, workload: str, folder: str) 
     return {"workload": workload, "contender": contender, "error": reason[:300]}
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+def run(args: argparse.Namespace) -> None:
+    flush = l2_flush()
     rate = matmul_rate(flush)
     rows = projection(flush) if args.projection else []
     for r in rows:
         print(json.dumps(r), flush=True)
+    results = {"machine": machine(args.commit), "matmul_tflops": rate / 1e12, "shape": args.shape, "rows": rows}
     contenders = [
         c for c in args.contenders.split(",") if c not in ("liger", "unsloth") or optional(c.replace("liger", "liger_kernel"))
     ]
@@ -305,48 +300,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     row["floor_fraction"] = row["flops"] / rate * 1e3 / row["ms"]
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-                if args.out:  # what is measured is kept, whatever comes next
-                    write(args, rate, rows)
-    return write(args, rate, rows)
-
-
-def write(args: argparse.Namespace, rate: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    results = {"machine": machine(args.commit), "matmul_tflops": rate / 1e12, "shape": args.shape, "rows": rows}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
-    return results
+                write(results, args.out)  # what is measured is kept, whatever comes next
+    write(results, args.out)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help=f"comma-separated, of {', '.join(CONTENDERS)}")
-    parser.add_argument("--workloads", default="W1,W2", help=f"comma-separated, of {', '.join(WORKLOADS)}; empty for none")
-    parser.add_argument("--projection", action="store_true", help="time one projection and its dequantisation too")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
-    parser.add_argument("--profile", default="", help="a folder for each contender's kernels of one step")
-    parser.add_argument("--commit", default="", help="the commit that is measured, where the copy has no .git")
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if unknown := set(args.contenders.split(",")) - set(CONTENDERS) | set(filter(None, args.workloads.split(","))) - set(
-        WORKLOADS
-    ):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    if not torch.cuda.is_available():
-        print("benchmarks/qlora.py needs a GPU that torch can see", file=sys.stderr)
-        return 2
-    if args.one:
-        contender, workload, folder = args.one.split(":", 2)
-        try:
-            print("@@" + json.dumps(train(contender, workload, folder, args.steps, args.profile)))
-        except Exception:
-            traceback.print_exc()
-            return 1
+    options = parser(__doc__)
+    options.add_argument("--contenders", default=",".join(CONTENDERS), help=f"comma-separated, of {', '.join(CONTENDERS)}")
+    options.add_argument("--workloads", default="W1,W2", help=f"comma-separated, of {', '.join(WORKLOADS)}; empty for none")
+    options.add_argument("--projection", action="store_true", help="time one projection and its dequantisation too")
+    options.add_argument("--steps", type=int, default=12)
+    options.add_argument("--shape", choices=SHAPES, default="8b")
+    options.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
+    options.add_argument("--profile", default="", help="a folder for each contender's kernels of one step")
+    options.add_argument("--one", default="", help=argparse.SUPPRESS)
+    args = parse(options)
+    asked = {*args.contenders.split(","), *filter(None, args.workloads.split(","))}
+    if unknown := asked - {*CONTENDERS, *WORKLOADS}:
+        options.error(f"unknown: {', '.join(sorted(unknown))}")
+    if not args.one:
+        run(args)
         return 0
-    run(args)
+    contender, workload, folder = args.one.split(":", 2)
+    try:
+        print("@@" + json.dumps(train(contender, workload, folder, args.steps, args.profile)))
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
 
 
