@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import fx
 
@@ -104,7 +104,7 @@ class Report:
             yield Text(f"  {why}", style="yellow")
 
     def _counts(self) -> Table:
-        table = Table("construct", "matched", "variants", "where", title="sloth")
+        table = Table("construct", "matched", *(Column(c, overflow="fold") for c in ("variants", "where")), title="sloth")
         for name, count in self.constructs.items():
             if not count["expected"]:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from toys import Call, Stack, compiled, counts, llama_norm, matched
 
 from sloth.rewriter.backend import OPTIONS, listening, sloth
-from sloth.rewriter.report import Report
+from sloth.rewriter.report import MATCHED, GraphReport, Report, Site
 
 
 def x_like(*shape: int, grad: bool = False) -> Tensor:
@@ -282,3 +284,11 @@ def test_the_report_names_the_source_line() -> None:
     (norm,) = [s for s in report_of().sites if s.construct == "rms_norm"]
     assert norm.file == llama_norm.__code__.co_filename
     assert 0 < norm.line - llama_norm.__code__.co_firstlineno <= 4
+
+
+def test_a_report_in_a_narrow_terminal_loses_nothing():
+    site = Site("cross_entropy", "linear_cross_entropy[mean]", MATCHED, "site-packages/transformers/a_long_name_of_a_file.py", 31)
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(Report(graphs=[GraphReport(sites=[site])], titles={"cross_entropy": "cross-entropy"}))
+    cells = zip(*([c.strip() for c in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line))
+    assert ["".join(c) for c in cells][2:] == ["linear_cross_entropy[mean]×1", "a_long_name_of_a_file.py:31"]
