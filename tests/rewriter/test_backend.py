@@ -290,5 +290,8 @@ def test_a_report_in_a_narrow_terminal_loses_nothing():
     site = Site("cross_entropy", "linear_cross_entropy[mean]", MATCHED, "site-packages/transformers/a_long_name_of_a_file.py", 31)
     console = Console(width=60, record=True, file=io.StringIO())
     console.print(Report(graphs=[GraphReport(sites=[site])], titles={"cross_entropy": "cross-entropy"}))
-    cells = zip(*([c.strip() for c in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line))
-    assert ["".join(c) for c in cells][2:] == ["linear_cross_entropy[mean]×1", "a_long_name_of_a_file.py:31"]
+    rows = [line.split("│")[1:-1] for line in console.export_text().splitlines() if "│" in line]
+    assert ["".join(c.strip() for c in cells) for cells in zip(*rows, strict=True)][2:] == [
+        "linear_cross_entropy[mean]×1",
+        "a_long_name_of_a_file.py:31",
+    ]
