@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sloth.kernels.tiles import no_derivative
+from sloth.kernels.launch import no_derivative
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -123,7 +123,9 @@ torch.library.define(
 )
 
 
-def _check(packed: Tensor, scales: Tensor, blocksize: int, quant_type: str, shape: list[int]) -> None:
+def _check(packed, absmax, absmax_8bit, code8, offset, blocksize: int, quant_type: str, shape: list[int]) -> None:
+    no_derivative(packed, absmax, code8, offset)
+    scales = absmax if absmax_8bit is None else absmax_8bit
     if quant_type not in CODES:
         raise ValueError(f"quant_type must be one of {', '.join(CODES)}, got {quant_type!r}")
     size = packed.numel() * packed.element_size()
@@ -136,18 +138,16 @@ def _check(packed: Tensor, scales: Tensor, blocksize: int, quant_type: str, shap
 
 @torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")
 def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
-    _check(packed, absmax if absmax_8bit is None else absmax_8bit, blocksize, quant_type, shape)
+    _check(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape)
     compute = _triton if packed.is_cuda else _bitsandbytes
     return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
 
 
 @torch.library.register_fake("sloth::dequantize_4bit")
 def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
-    _check(packed, absmax if absmax_8bit is None else absmax_8bit, blocksize, quant_type, shape)
+    _check(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape)
     return packed.new_empty(shape, dtype=dtype)
 
-
-torch.library.register_autograd("sloth::dequantize_4bit", no_derivative)
 
 dequantize_4bit = torch.ops.sloth.dequantize_4bit.default
 """dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> W [N, K]"""

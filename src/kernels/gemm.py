@@ -12,7 +12,7 @@ dimensions (it copies first). The operator has no derivative: it is what backwar
 
 import torch
 
-from sloth.kernels.tiles import no_derivative
+from sloth.kernels.launch import no_derivative
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
@@ -21,6 +21,7 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> None:
+    no_derivative(*a, *b)
     torch._check(0 < len(a) == len(b) == len(alpha), lambda: "sum_of_products: as many factors on each side, and one at least")
 
 
@@ -49,8 +50,6 @@ def _(a, b, alpha, bias=None):
     _check(a, b, alpha)
     return a[0].new_empty(a[0].shape[0], b[0].shape[1])
 
-
-torch.library.register_autograd("sloth::sum_of_products", no_derivative)
 
 sum_of_products = torch.ops.sloth.sum_of_products.default
 """sum_of_products(a, b: lists of matrices, alpha: list of numbers, bias [N] or None) -> [M, N]"""

@@ -92,11 +92,6 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(0).sum(list(range(x.dim())))
 
 
-def no_derivative(ctx, *_):
-    """Backward formula of operators that have none: their gradients are refused, not silently lost."""
-    raise RuntimeError("this operator of sloth has no derivative: it is a part of others that have one")
-
-
 def once(ctx, *_):
     """Backward formula of backward operators: a second derivative is refused, not silently zero."""
     raise RuntimeError("sloth's operators can be differentiated once, not twice")

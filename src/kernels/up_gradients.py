@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sloth.kernels.gemm import sum_of_products
-from sloth.kernels.launch import use_triton
-from sloth.kernels.tiles import multiprocessors, no_derivative
+from sloth.kernels.launch import no_derivative, use_triton
+from sloth.kernels.tiles import multiprocessors
 
 MAX_RANK = 64
 
@@ -112,14 +112,14 @@ def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tens
         per_split,
         scale=scale,
         R=R,
-        RP=max(16, triton.next_power_of_2(R)),
+        RP=max(16, 1 << (R - 1).bit_length()),
         BM=BM,
         BN=BN,
         STAGES=SHARED // (BM * BN * g.element_size()),
         num_warps=NUM_WARPS,
     )
     out = b.new_empty(M, R), b.new_empty(N, R)
-    grid = (triton.cdiv(M * R, SUM_BLOCK) + triton.cdiv(N * R, SUM_BLOCK),)
+    grid = (-(-M * R // SUM_BLOCK) - (-N * R // SUM_BLOCK),)
     _sum_kernel[grid](u, db, *out, strips, splits, M * R, N * R, STEP=SUM_STEP, BLOCK=SUM_BLOCK, num_warps=4)
     return out
 
@@ -133,6 +133,7 @@ torch.library.define(
 
 @torch.library.impl("sloth::up_gradients", "CompositeExplicitAutograd")
 def _(g, b, t, scale):
+    no_derivative(g, b, t)
     if use_triton(g) and use_triton(b) and b.shape[1] <= MAX_RANK:
         return _triton(g, b, t, scale)
     g = g.to(b.dtype)
@@ -141,10 +142,9 @@ def _(g, b, t, scale):
 
 @torch.library.register_fake("sloth::up_gradients")
 def _(g, b, t, scale):
+    no_derivative(g, b, t)
     return b.new_empty(g.shape[0], b.shape[1]), torch.empty_like(b, memory_format=torch.contiguous_format)
 
-
-torch.library.register_autograd("sloth::up_gradients", no_derivative)
 
 up_gradients = torch.ops.sloth.up_gradients.default
 """up_gradients(g [M, N], b [N, R], t [M, R], scale) -> (u [M, R], dB [N, R]) in b's dtype. It has no derivative."""

@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from sloth.kernels.gemm import sum_of_products
 from sloth.kernels.lora import lora_linear
+from sloth.kernels.up_gradients import up_gradients
 
 PARTS = 5  # weight, bias, xl, a, b of each layer
 forward = torch.ops.sloth.lora_linear_forward.default
@@ -339,6 +340,17 @@ def test_opcheck_of_products():
     torch.library.opcheck(sum_of_products, (a, b, [2.0, 1.0], make((5,), torch.float32)))
     with pytest.raises(RuntimeError, match="as many factors on each side"):
         sum_of_products(a, b, [2.0])
+
+
+def test_parts_have_no_derivative():
+    """What asks for their gradient must be told; where none is asked for they are as good with parameters as without."""
+    a, b = make((4, 3), torch.float32).requires_grad_(), make((3, 5), torch.float32)
+    calls = lambda: sum_of_products([a], [b], [1.0]), lambda: up_gradients(b, make((5, 2), b.dtype), a[:3, :2], 1.0)
+    for call in calls:
+        with pytest.raises(RuntimeError, match="no derivative"):
+            call()
+        with torch.no_grad():
+            call()
 
 
 @cases
