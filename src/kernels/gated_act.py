@@ -17,6 +17,7 @@ with
 
 Saved    g and u (or packed x), which the matmuls before it produced anyway; only g where only u wants a gradient.
          h is not saved. The packed backward writes one packed dx, which is what the matmul before it consumes.
+         The other writes dg over a copy of dh, which Inductor lets go where dh has no other reader: one [N, I] less at the peak.
 Layout   outputs as the eager code: the dimension order of the inputs, dense.
 Bytes    forward 3 passes over [N, I] (read g, u; write h), backward 5 (read dh, g, u; write dg, du): the floor is
          8·N·I·itemsize over the copy rate.
@@ -170,8 +171,12 @@ def backward_triton(
     order = row_order(gate, up)
     dh, g, u = (ordered_rows(t, order) for t in (dh, gate, up))
     N, I = g.shape
-    dg = _empty(gate, N, I) if need_gate else None
     du = _empty(up, N, I) if need_up else None
+    dg = None
+    if need_gate and need_up and dh.dtype == gate.dtype:
+        dh = dg = dh.clone(memory_format=torch.contiguous_format)
+    elif need_gate:
+        dg = _empty(gate, N, I)
     grid, options = _grid(N, I), dict(ACT=act, BLOCK=BLOCK, num_warps=NUM_WARPS)
     if need_gate and need_up:
         launch(_backward_kernel)[grid](dh, g, u, dg, du, dh.stride(0), g.stride(0), u.stride(0), I, **options)
