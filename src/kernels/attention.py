@@ -1,26 +1,94 @@
-"""Attention by torch's own kernels (flash, cuDNN, …), told what the mask means instead of the mask.
+"""Attention, told what its mask means instead of the mask.
 
-    out = softmax(q kᵀ · scale + mask) v,    mask: j ≤ i ("causal") or nothing
+    out = softmax(q kᵀ · scale, over the keys that are seen) v
 
-Shapes   query [B, H, S, D], key and value [B, G, S, D] with H a multiple of G, each of which serves H / G heads in a row.
-Backward is that of torch's kernels. With a mask tensor they read and write S² values a head or leave their fast path altogether.
+    query i sees key j where   i − behind ≤ j ≤ i + ahead     (None: no bound; ahead = 0 is causal, behind a window of behind + 1)
+                               i and j lie in one run of each of `documents`       ids, constant over each run
+                               j is valid                                          by each of `valid`
+
+Shapes   query [B, H, S, D], key and value [B, G, S, D] with H a multiple of G, each of which serves H / G heads in a row;
+         documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere.
+By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing: a mask tensor keeps them off their fast path.
+         Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the same for all
+         layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64 and for heads wider than 256 by
+         torch's kernels with a mask made of the intervals.
+Backward is that of those. A query that sees nothing gives 0.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from sloth.kernels.interval_attention import interval_attention
+from sloth.kernels.launch import use_triton
+
+WIDEST = 256
 
 torch.library.define(
     "sloth::attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale=None) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
+    " float dropout_p=0.0, float? scale=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
+def runs(documents: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    """[B or 1, S] first and last position of the run, of ids that are equal in all documents, that each position lies in."""
+    S = at.shape[-1]
+    begins = at == 0
+    for ids in documents:
+        ids = ids.reshape(-1, S)
+        begins = begins | F.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
+    ends = F.pad(begins[:, 1:], (0, 1), value=True)
+    return torch.where(begins, at, 0).cummax(-1)[0], torch.where(ends, at, S).flip(-1).cummin(-1)[0].flip(-1)
+
+
+def intervals(documents: list[Tensor], valid: Tensor | None, ahead: int | None, behind: int | None, at: Tensor):
+    """lo, hi: the first and last key of each query; first, last: the first and last query of each key. All [B or 1, S], int32.
+
+    at = 0 … S − 1. A key that is not valid has no queries; bounds of queries are drawn in to valid keys, so that padding costs
+    nothing. A query of which nothing is left has lo > hi.
+    """
+    S = at.shape[-1]
+    begin, end = runs(documents, at) if documents else (torch.zeros_like(at), torch.full_like(at, S - 1))
+    lo, last = (begin, end) if behind is None else (torch.maximum(begin, at - behind), torch.minimum(end, at + behind))
+    hi, first = (end, begin) if ahead is None else (torch.minimum(end, at + ahead), torch.maximum(begin, at - ahead))
+    if valid is not None:
+        lo, hi, first, last = torch.broadcast_tensors(lo, hi, first, last, valid)[:4]
+        first, last = torch.where(valid, first, S), torch.where(valid, last, -1)
+        before, after = torch.where(valid, at, -1).cummax(-1)[0], torch.where(valid, at, S).flip(-1).cummin(-1)[0].flip(-1)
+        lo = torch.where(lo < S, after.expand_as(lo).gather(-1, lo.clamp(0, S - 1).long()), S)
+        hi = torch.where(hi >= 0, before.expand_as(hi).gather(-1, hi.clamp(0, S - 1).long()), -1)
+    return lo, hi, first, last
+
+
+def seen(lo: Tensor, hi: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
+    """[B or 1, 1, S, S] bool: the mask."""
+    mask = (lo[:, None, :, None] <= at) & (at <= hi[:, None, :, None])
+    return mask if valid is None else mask & valid[:, None, None]
+
+
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
-def _(query, key, value, attn_mask, dropout_p, is_causal, scale=None):
+def _(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None):
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+    if not documents and not valid and ahead in (0, None) and behind is None:
+        causal = ahead == 0
+        return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
+    S = query.shape[2]
+    at = torch.arange(S, dtype=torch.int32, device=query.device)[None]
+    usable = None
+    for v in valid:
+        usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
+    bounds = intervals(documents, usable, ahead, behind, at)
+    if not use_triton(query) or query.shape[-1] > WIDEST or dropout_p > 0:
+        mask = seen(*bounds[:2], usable, at)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return interval_attention(query, key, value, *(b.contiguous() for b in bounds), usable, scale)[0]
 
 
 attention = torch.ops.sloth.attention.default
-"""attention(query, key, value, attn_mask, dropout_p, is_causal, scale=None) -> [B, H, S, D]"""
+"""attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None) -> [B, H, S, D]"""

@@ -17,7 +17,7 @@ def is_masked(v: Value) -> bool:
 ATTENTION = Construct("attention", "attention mask", anchor=is_masked)
 DIMS = {"query": "B H S D", "key": "B H S D", "value": "B H S D", "attn_mask": "B 1 S S"}
 GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S D"}
-PROVEN = {"attn_mask": None, "is_causal": lambda match: meaning(match.attn_mask) == "causal"}
+PROVEN = {"documents": (), "valid": (), "ahead": lambda match: 0 if meaning(match.attn_mask) == "causal" else None}
 
 
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -87,8 +87,8 @@ class Variant:
         if missing := [t for t in self.tensors if t not in self.dims]:
             raise PatternError(f"pattern {self}: no dims given for {', '.join(missing)}")
         op, names = self.pattern.op, {a.name for a in self.pattern.op._schema.arguments}
-        numbers = () if any(map(callable, self.options.values())) else self.numbers  # else they are made into an argument
-        if unknown := [n for n in (*self.tensors, *numbers, *self.options) if n not in names]:
+        made = any(map(callable, self.options.values()))  # of bindings, which then need not be arguments themselves
+        if unknown := [n for n in (*(() if made else (*self.tensors, *self.numbers)), *self.options) if n not in names]:
             raise PatternError(f"pattern {self}: {op} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}")
         self._loose: Graph | None = None
 
