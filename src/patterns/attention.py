@@ -1,10 +1,10 @@
-"""Attention with a mask that is computed: where the mask is proven to be causal or empty, the kernels are told so."""
+"""Attention with a mask that is computed: kernels are told the interval of keys that it is proven to leave each query."""
 
 import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention import attention
-from sloth.patterns.mask_meaning import meaning
+from sloth.patterns.mask_meaning import Interval, meaning
 from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
@@ -17,7 +17,14 @@ def is_masked(v: Value) -> bool:
 ATTENTION = Construct("attention", "attention mask", anchor=is_masked)
 DIMS = {"query": "B H S D", "key": "B H S D", "value": "B H S D", "attn_mask": "B 1 S S"}
 GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S D"}
-PROVEN = {"documents": (), "valid": (), "ahead": lambda match: 0 if meaning(match.attn_mask) == "causal" else None}
+
+
+def proven(field):
+    """A field of what is proven of the mask, as an argument of the operator; nothing proven is refused by the check below."""
+    return lambda match: getattr(meaning(match.attn_mask) or Interval(), field)
+
+
+PROVEN = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")}
 
 
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -44,7 +51,9 @@ def _(query, key, value, attn_mask, *, dropout_p: float, scale: float):
 
 @plain.check
 def _(match):
-    match.require(meaning(match.attn_mask) is not None, "its mask is not proven to be causal")
+    told = meaning(match.attn_mask)
+    match.require(told is not None, "its mask is not proven to be an interval of keys for each query")
+    match.require(match.dropout_p == 0 or told in (Interval(), Interval(ahead=0)), "it has dropout, and its mask is not causal")
     rows, columns = match.query.meta.shape[-2], match.key.meta.shape[-2]
     match.require(same_literal(rows, columns), f"{rows} queries, {columns} keys")
     match.require(same_literal(match.query.meta.shape[-1], match.value.meta.shape[-1]), "keys and values differ in width")

@@ -53,6 +53,7 @@ class Value:
     users: list[Value] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)  # nodes of the traced graph whose value this is, in graph order
     origin: fx.Node | None = None  # the node during whose expansion it first appeared
+    facts: dict[str, Any] = field(default_factory=dict)  # what patterns found out about it, each asked once
     outer: Value | None = None  # of an input of a body: the value of the graph around it that is always passed there
 
     @property
@@ -142,6 +143,10 @@ class Shadow:
         if key is not None:
             self._by_key[key] = value
         return value
+
+    def owns(self, value: Value) -> bool:
+        """Is it a value of this shadow, and not of the graph around?"""
+        return value.id < len(self.values) and self.values[value.id] is value
 
     def __str__(self) -> str:
         return "\n".join(map(repr, self.values))

@@ -12,7 +12,7 @@ from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter.deferred import deferrable
-from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
+from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal, values_in
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import POINTWISE, VIEWS
 from sloth.rewriter.pattern import ARGUMENTS
@@ -56,7 +56,7 @@ def check(match: Match, graph: Ground) -> None:
 def memory(match: Match, graph: Ground) -> None:
     """Nothing it reads or computes is written in place anywhere; a result may be, by its readers, like the fresh tensor it is."""
     fresh = {r for r in match.roots if not any(u in match.values for u in r.users)}
-    for v in (*(h for t in match.tensors.values() for h in held(t)), *match.values):
+    for v in (*(h for t in operands_of(match) for h in held(t)), *match.values):
         if v.pinned and v not in fresh:
             raise Refused("mutation", f"{_name(v)} is written in place")
 
@@ -71,8 +71,8 @@ def regions(match: Match, graph: Ground) -> None:
 
 def operands(match: Match, graph: Ground) -> None:
     """Operands and results are values of the traced graph (operands also what can be written anew of some)."""
-    for v in match.tensors.values():
-        if hidden := [h for h in held(v) if not h.nodes]:
+    for v in operands_of(match):
+        if hidden := [h for h in ([v] if _around(v, graph) else held(v)) if not h.nodes]:
             raise Refused("hidden", f"operand {hidden[0].op} is computed inside one call")
     for v in match.roots:
         if not v.nodes:
@@ -99,6 +99,8 @@ def escapes(match: Match, graph: Ground) -> None:
 
 def gradients(match: Match, graph: Ground) -> None:
     """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it."""
+    if unbound := [v for v in operands_of(match)[len(match.tensors) :] if v.meta.requires_grad]:
+        raise Refused("gradient", f"{_name(unbound[0])} is no operand of the pattern, and needs a gradient")
     wanting = [name for name, v in match.tensors.items() if v.meta.requires_grad]
     if not wanting or not any(r.meta.requires_grad for r in match.roots):
         return
@@ -154,6 +156,11 @@ def match_arguments(match: Match) -> tuple:
     return tuple(given.get(a.name, a.default_value) for a in match.pattern.op._schema.arguments)
 
 
+def operands_of(match: Match) -> list[Value]:
+    """Its tensors, and other values of the graph that its options hand to the operator: what a tensor of it is computed from."""
+    return list(dict.fromkeys((*match.tensors.values(), *values_in(match_arguments(match)))))
+
+
 def call_arguments(matches: Sequence[Match], tensor: Callable[[Value], Any]) -> tuple:
     """The arguments of one call for these matches, its tensors made by `tensor`."""
     op = matches[0].pattern.op
@@ -168,7 +175,7 @@ def call_arguments(matches: Sequence[Match], tensor: Callable[[Value], Any]) -> 
 
 def operator_metas(match: Match, graph: Ground) -> list[Meta]:
     """What the operator gives for operands like these."""
-    leaves = list(match.tensors.values())
+    leaves = operands_of(match)
     arguments = call_arguments([match], lambda v: v.meta[:3])
     key = (match.pattern.op, literal_key(arguments), torch.is_autocast_enabled(leaves[0].meta.device.type))
     if key not in graph.tried:
@@ -184,6 +191,11 @@ def held(v: Value) -> list[Value]:
     if v.nodes or v.op not in EMIT or any(_symbolic(a) for a in v.args):
         return [v]
     return [h for x in v.inputs for h in held(x)]
+
+
+def _around(v: Value, graph: Ground) -> bool:
+    """Is it a value of the graph around this body, to be passed in?"""
+    return not graph.view.shadow.owns(v)
 
 
 def _alive(v: Value) -> bool:

@@ -11,7 +11,7 @@
 
 Positional parameters are tensors, keyword-only parameters numbers and dtypes found in the graph (annotated `float`, `int` or
 `torch.dtype`). A match calls `op` with the bound tensors and numbers by the names of its schema; what a variant passes
-(`offset=1.0`) goes to the operator too.
+(`offset=1.0`) goes to the operator too. It may be a function of the match, and give other values of the graph.
 """
 
 from __future__ import annotations

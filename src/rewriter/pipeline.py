@@ -14,7 +14,7 @@ from sloth.rewriter import legality
 from sloth.rewriter.deferred import defer
 from sloth.rewriter.match import Match, Matcher, Refused
 from sloth.rewriter.pattern import Construct, Pattern
-from sloth.rewriter.report import GraphReport
+from sloth.rewriter.report import MATCHED, GraphReport
 from sloth.rewriter.rewrite import Rewriter, choose, together
 from sloth.rewriter.shadow import View, shape_env_of, views
 from sloth.rewriter.sites import matched_site, missed_sites
@@ -37,6 +37,10 @@ def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Constru
         for view in shadows:
             report.opaque |= {f"{view.path}{n.name}": why for n, why in view.opaque.items()}
             rewrite_view(view, matcher, mode, constructs, report)
+        with _timed(report, "rewrite"):  # a body may have asked the graphs around it for more inputs
+            for body in bodies if any(s.status == MATCHED for s in report.sites) else ():
+                body.graph.lint()
+                body.recompile()
     except Exception as e:
         for body, graph in zip(bodies, backup, strict=False):
             body.graph = graph
@@ -78,8 +82,6 @@ def rewrite_view(view: View, matcher: Matcher, mode: FakeTensorMode, constructs:
             report.sites += sites
         if placed:
             report.deferred += defer(view, placed)
-            view.gm.graph.lint()
-            view.gm.recompile()
     with _timed(report, "report"):
         report.sites += missed_sites(view, matcher, placed, refused, constructs)
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sloth.rewriter.ir import Value, literal_key, values_in
-from sloth.rewriter.legality import EMIT, call_arguments, held, is_list, match_arguments, takes_many
+from sloth.rewriter.legality import EMIT, call_arguments, held, is_list, match_arguments, operands_of, takes_many
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import VIEWS
 from sloth.rewriter.shadow import View
@@ -80,10 +80,14 @@ class Rewriter:
     def place(self, matches: list[Match]) -> fx.Node:
         """The earliest node behind which all operands exist and the grad mode and autocast are those of the matches."""
         region = matches[0].roots[0].region
-        node = max((n for m in matches for v in m.tensors.values() for n in _sources(v)), key=self.order.__getitem__)
+        node = max((n for m in matches for n in self.sources(m)), key=self.order.__getitem__)
         while node.next.op == "placeholder" or self.view.regions[node.next] != region:
             node = node.next
         return node
+
+    def sources(self, match: Match) -> list[fx.Node]:
+        """The nodes of this graph that its operands are made of."""
+        return [h.nodes[0] for v in operands_of(match) if self.view.shadow.owns(v) for h in held(v)]
 
     def held_back(self, matches: list[Match], place: fx.Node) -> list[fx.Node]:
         """Nodes before `place` that read a result: they must move behind the call. None of them may be an operand (convexity)."""
@@ -92,7 +96,7 @@ class Rewriter:
             return []
         span = nx.DiGraph((a, n) for n in self.graph.nodes for a in n.all_input_nodes)
         behind = set().union(*(nx.descendants(span, n) for n in results if n in span)) - set(results)
-        if any(n in behind for m in matches for v in m.tensors.values() for n in _sources(v)):
+        if any(n in behind for m in matches for n in self.sources(m)):
             raise Refused("convexity", "an operand depends on a result")
         moved = [n for n in self.graph.nodes if n in behind and self.order[n] <= self.order[place]]
         region = matches[0].roots[0].region
@@ -110,6 +114,8 @@ class Rewriter:
 
         What was computed inside a call was not kept for the backward pass, and is not now: it is computed again.
         """
+        if not self.view.shadow.owns(v):
+            return passed(v, self.view)
         if v.nodes:
             return v.nodes[0]
         node = self.graph.call_function(EMIT[v.op], tuple(self.operand(a) if isinstance(a, Value) else a for a in v.args))
@@ -150,13 +156,25 @@ class Rewriter:
                         v.nodes.remove(n)
 
 
+def passed(v: Value, view: View) -> fx.Node:
+    """The node that holds `v` of the graph around this body, or further out: one more input, and argument of the call."""
+    inputs = view.gm.graph.find_nodes(op="placeholder")
+    if known := [n for n in inputs if isinstance(view.env[n], Value) and view.env[n].outer is v]:
+        return known[0]
+    source = v.nodes[0] if view.around.shadow.owns(v) else passed(v, view.around)
+    with view.gm.graph.inserting_after(inputs[-1]):
+        node = view.gm.graph.placeholder(f"{source.name}_passed")
+    node.meta.update({k: m for k, m in source.meta.items() if k in ("example_value", "stack_trace")})
+    view.call.args = (*view.call.args, source)
+    value = view.env[node] = view.shadow.add("input", (node.name,), v.meta, view.region, origin=node)
+    value.outer, value.nodes = v, [node]
+    view.regions[node] = view.region
+    return node
+
+
 def _computed(v: Value) -> list[fx.Node]:
     """The nodes that compute `v`. The others only copy one of these (contiguous, clone): views of their memory rely on them."""
     return [n for n in v.nodes if not any(a in v.nodes for a in n.all_input_nodes)]
-
-
-def _sources(v: Value) -> list[fx.Node]:
-    return [h.nodes[0] for h in held(v)]
 
 
 def _random(n: fx.Node) -> bool:

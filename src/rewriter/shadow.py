@@ -45,6 +45,8 @@ class View:
     env: dict[fx.Node, Any] = field(default_factory=dict)
     opaque: dict[fx.Node, str] = field(default_factory=dict)  # node → why it was not lowered
     regions: dict[fx.Node, Region] = field(default_factory=dict)
+    around: View | None = None  # of a body that is called once, in order: the view of the graph that calls it, and the call
+    call: fx.Node | None = None
 
 
 def views(gm: fx.GraphModule) -> list[View]:
@@ -52,13 +54,13 @@ def views(gm: fx.GraphModule) -> list[View]:
     shape_env = shape_env_of(gm)
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=False)
     out: list[View] = []
-    todo = [(gm, "", Region(grad=torch.is_grad_enabled()), [])]
+    todo: list[tuple] = [(gm, "", Region(grad=torch.is_grad_enabled()), [], None, None)]
     seen: dict[int, View] = {}
     with shape_env.suppress_guards() if shape_env else contextlib.nullcontext():
         while todo:
-            body, path, region, operands = todo.pop(0)
+            body, path, region, operands, around, call = todo.pop(0)
             if id(body) in seen:  # called from two places: its inputs are now these values, now those
-                _pass(seen[id(body)], [])
+                _pass(seen[id(body)], [], None, None)
                 continue
             builder = _Builder(View(body, path, region), mode)
             written = builder.run()
@@ -66,16 +68,18 @@ def views(gm: fx.GraphModule) -> list[View]:
                 builder = _Builder(View(body, path, region), mode, written)
                 builder.run()
             seen[id(body)] = builder.view
-            _pass(builder.view, operands)
+            _pass(builder.view, operands, around, call)
             out.append(builder.view)
-            todo += builder.bodies
+            todo += [(*told, builder.view, node) for *told, node in builder.bodies]
     return out
 
 
-def _pass(view: View, operands: list[Any]) -> None:
-    """Note for the inputs of a body which values they are; nothing where `operands` is empty."""
+def _pass(view: View, operands: list[Any], around: View | None, call: fx.Node | None) -> None:
+    """Note for a body which values its inputs are, and where they come from; nothing where `operands` is empty."""
     inputs = view.gm.graph.find_nodes(op="placeholder")
-    for node, outer in zip(inputs, operands if len(operands) == len(inputs) else [None] * len(inputs), strict=True):
+    known = len(operands) == len(inputs)
+    view.around, view.call = (around, call) if known and operands else (None, None)
+    for node, outer in zip(inputs, operands if known else [None] * len(inputs), strict=True):
         value = view.env[node]
         if isinstance(value, Value):
             value.outer = outer if isinstance(outer, Value) else None
@@ -99,7 +103,9 @@ class _Builder:
         self.normal = Normal(view.shadow)
         self.normal.region = view.region
         self.memo: dict[Any, Trace | Exception] = {}
-        self.bodies: list[tuple[fx.GraphModule, str, Region, list[Any]]] = []  # with the values passed to each
+        self.bodies: list[
+            tuple[fx.GraphModule, str, Region, list[Any], fx.Node]
+        ] = []  # with what is passed to each, and the call
         self.inference: list[bool] = []  # the grad mode outside of each open inference mode
         self.blocks = 0  # autocast blocks seen
         self.autocasts: list[tuple[torch.autocast, int]] = []  # open ones, and the region outside of each
@@ -197,7 +203,7 @@ class _Builder:
             if isinstance(body, fx.GraphModule):
                 plain = node.target.name() in PLAIN and body is self.view.env.get(node.args[0])
                 operands = [self._value(a) for a in node.args[1:]] if plain else []
-                self.bodies.append((body, f"{self.view.path}{arg.target}.", Region(grad=grad), operands))
+                self.bodies.append((body, f"{self.view.path}{arg.target}.", Region(grad=grad), operands, node))
 
     def opaque(self, node: fx.Node, example: Any, why: str) -> Any:
         """Values that stand for themselves, one for each tensor in the result."""

@@ -1,245 +1,278 @@
-"""Masks that are computed: what is proven of them, and that attention is eager's whatever is proven."""
+"""Attention with a mask that is computed is eager's, whatever is proven of the mask, in bodies of checkpoints too."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE
+from common import DEVICE, assert_no_worse
+from functorch.compile import min_cut_rematerialization_partition
+from test_mask_meaning import (
+    PADDING,
+    RESTART,
+    S,
+    causal,
+    causal_gathered,
+    chunked,
+    falling,
+    narrow_window,
+    packed_window,
+    padded,
+    strict,
+    written,
+)
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
-from sloth.patterns.mask_meaning import meaning
-from sloth.rewriter.backend import listening
+from sloth.rewriter.backend import listening, sloth
 from sloth.rewriter.report import MATCHED
-from sloth.rewriter.shadow import views
 
-S = 24
-
-
-def told(fn, *args, dynamic=False):
-    """What the mask that `fn(x, *args)` gives means, in the graph that Dynamo makes of it."""
-    found = []
-
-    def look(gm, _):
-        (view,) = views(gm)
-        found.append(meaning(view.env[gm.graph.output_node().args[0][0]]))
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(fn, backend=look, dynamic=dynamic)(torch.zeros(2, S, device=DEVICE), *args)
-    return found[0]
-
-
-def positions(x):
-    n = torch.arange(x.shape[1], device=x.device)
-    return n[None, None, :, None], n[None, None, None, :]
-
-
-def causal(x):
-    i, j = positions(x)
-    return j <= i
-
-
-def causal_turned(x):
-    i, j = positions(x)
-    return ~(j > i)
-
-
-def causal_shifted(x):
-    i, j = positions(x)
-    return (j + 3 < i + 4) & x.new_ones(x.shape[0], 1, 1, 1, dtype=torch.bool)
-
-
-def causal_gathered(x):
-    """As transformers does: positions by index, sequences told apart by positions that restart."""
-    b, p = (
-        torch.arange(x.shape[0], device=x.device)[:, None, None, None],
-        torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1),
-    )
-    packed = (torch.diff(p, prepend=p[:, :1] - 1, dim=-1) != 1).cumsum(-1)
-    i, j = positions(x)
-    return (packed[b, i] == packed[b, j]) & (p[b, j] <= p[b, i])
-
-
-def wide_window(x):
-    i, j = positions(x)
-    return (j <= i) & (j > i - S)
-
-
-def everything(x):
-    i, j = positions(x)
-    return (j <= i) | torch.ones_like(i, dtype=torch.bool)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("fn", [causal, causal_turned, causal_shifted, causal_gathered], ids=lambda f: f.__name__)
-def test_causal(fn, dynamic):
-    assert told(fn, dynamic=dynamic) == "causal"
-
-
-def test_a_window_wider_than_the_sequence_is_none():
-    assert told(wide_window) == "causal" and told(everything) == "full"
-
-
-def narrow_window(x):
-    i, j = positions(x)
-    return (j <= i) & (j > i - S + 1)
-
-
-def strict(x):
-    i, j = positions(x)
-    return j < i
-
-
-def exchanged(x):
-    i, j = positions(x)
-    return i <= j
-
-
-def shifted(x):
-    i, j = positions(x)
-    return j <= i + 1
-
-
-def restarting(x):
-    half = torch.arange(S // 2, device=x.device)
-    p = torch.cat((half, half))[None].expand(x.shape[0], -1)
-    b = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
-    i, j = positions(x)
-    return p[b, j] <= p[b, i]
-
-
-def backwards(x):
-    p = torch.arange(x.shape[1], device=x.device).flip(0)[None].expand(x.shape[0], -1)
-    b = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
-    i, j = positions(x)
-    return p[b, j] <= p[b, i]
-
-
-def from_the_end(x):
-    n = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
-    b = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
-    i, j = positions(x)
-    return (n[b, j - 1] <= n[b, i]) & (j <= i)
-
-
-def of_data(x):
-    i, j = positions(x)
-    return (j <= i) & (x[:, None, None, :] == 0)
-
-
-def written(x):
-    i, j = positions(x)
-    m = (j <= i).clone()
-    m[..., 0] = True
-    m[..., 1] = False
-    return m
-
-
-NOT = [narrow_window, strict, exchanged, shifted, restarting, backwards, from_the_end, of_data, written]
-
-
-@pytest.mark.parametrize("fn", NOT, ids=lambda f: f.__name__)
-def test_what_is_nearly_causal_is_not(fn):
-    assert told(fn) is None
+AOT = {"sloth.inner_backend": "aot_eager"}
 
 
 class Attention(nn.Module):
-    def __init__(self, mask, groups, dropout=0.0):
+    def __init__(self, mask, groups, native=False, dropout=0.0):
         super().__init__()
-        self.mask, self.groups, self.dropout = mask, groups, dropout
+        self.mask, self.groups, self.native, self.dropout = mask, groups, native, dropout
         self.w = nn.Linear(32, 32 + 2 * 8 * groups)
 
-    def forward(self, x):
+    def forward(self, x, *data):
         q, k, v = self.w(x).split([32, 8 * self.groups, 8 * self.groups], -1)
         q, k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
-        if self.groups < 4:
+        if self.groups < 4 and not self.native:
             k, v = (t.repeat_interleave(4 // self.groups, 1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, self.mask(x), self.dropout, scale=0.3)
+        mask = self.mask(x, *data)
+        return F.scaled_dot_product_attention(q, k, v, mask, self.dropout, scale=0.3, enable_gqa=self.native)
 
 
-@pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("mask", [causal_gathered, narrow_window, restarting, written], ids=lambda f: f.__name__)
-def test_attention_is_eager_s(mask, groups):
+def sites_of(reports):
+    return [s for r in reports for s in r.sites if s.construct == "attention"]
+
+
+MASKS = {
+    causal_gathered: (None, MATCHED), narrow_window: (None, MATCHED), chunked: (None, MATCHED), strict: (None, MATCHED),
+    padded: (PADDING.long(), MATCHED), packed_window: (RESTART, MATCHED), falling: (RESTART, "check"),
+    written: (RESTART, "mutation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("groups", "native"), [(4, False), (2, False), (1, False), (2, True)])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda f: f.__name__)
+def test_attention_is_eager_s(mask, groups, native):
+    data, status = MASKS[mask]
+    args = [] if data is None else [data]
     torch.manual_seed(0)
-    model, x = Attention(mask, groups).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
+    model, x = Attention(mask, groups, native).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
     torch._dynamo.reset()
     with listening() as reports:
-        out = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(x)
+        out = torch.compile(model, backend="sloth", options=AOT)(x, *args)
     (ours,) = torch.autograd.grad(out.square().sum(), [model.w.weight])
-    eager = model(x)
+    eager = model(x, *args)
     (theirs,) = torch.autograd.grad(eager.square().sum(), [model.w.weight])
     torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    sites = [s for r in reports for s in r.sites if s.construct == "attention"]
-    assert [s.status == MATCHED for s in sites] == [mask is causal_gathered]
-    assert sites[0].status in (MATCHED, "mutation" if mask is written else "check"), sites[0].reason
+    assert [s.status for s in sites_of(reports)] == [status], sites_of(reports)
 
+
+@pytest.mark.parametrize("mask", [causal, padded], ids=lambda f: f.__name__)
+def test_dropout(mask):
+    """By torch's kernels where they can be told what the mask means; otherwise it is left alone."""
+    data, _ = MASKS.get(mask, (None, None))
+    model, x = Attention(mask, 2, dropout=0.5).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
+    torch._dynamo.reset()
+    with listening() as reports:
+        torch.compile(model, backend="sloth", options={"sloth.inner_backend": "eager"})(x, *([] if data is None else [data]))
+    assert [s.status for s in sites_of(reports)] == [MATCHED if mask is causal else "check"]
+
+
+# ---------------------------------------------------------------- models
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64,
     "use_cache": False, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
 }  # fmt: skip
+GROUPED = {**SIZES, "num_key_value_heads": 2}
 MODELS = {
-    "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
-    "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=2 * S),
-    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8),
+    "llama": LlamaConfig(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=8),
+    "mistral_wide": MistralConfig(**GROUPED, sliding_window=2 * S),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
     "gpt_neox": GPTNeoXConfig(**SIZES),
-    "phi3": Phi3Config(**SIZES, num_key_value_heads=2),
+    "phi3": Phi3Config(**GROUPED),
+    "gemma3": Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+    ),
+    "llama4": Llama4TextConfig(
+        **GROUPED, head_dim=8, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=48, moe_layers=[],
+        layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
+    ),
+}  # fmt: skip
+BATCHES = {
+    "plain": {},
+    "all ones": {"attention_mask": torch.ones(2, S, dtype=torch.long, device=DEVICE)},
+    "right": {"attention_mask": PADDING.long()},
+    "left": {"attention_mask": PADDING.flip(-1).long()},
+    "packed": {"position_ids": RESTART},
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models(name):
-    """Causal without a mask; with padding, or positions that restart, left alone. Values and gradients are always eager's."""
+def model_of(name, dtype=torch.float32):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name]).to(DEVICE)
-    ids = torch.randint(3, 64, (2, S), device=DEVICE)
-    padding = torch.ones(2, S, dtype=torch.long, device=DEVICE)
-    padding[1, :7] = 0
-    restart = torch.cat((torch.arange(10), torch.arange(S - 10)))[None].expand(2, -1).contiguous().to(DEVICE)
-    for more, proven in (({}, True), ({"attention_mask": padding}, False), ({"position_ids": restart}, False)):
-        torch._dynamo.reset()
-        with listening() as reports:
-            loss = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(
-                input_ids=ids, labels=ids, **more
-            ).loss
-        ours = torch.autograd.grad(loss, list(model.parameters()))
-        eager = model(input_ids=ids, labels=ids, **more).loss
-        theirs = torch.autograd.grad(eager, list(model.parameters()))
-        torch.testing.assert_close(loss, eager, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-        sites = [s for r in reports for s in r.sites if s.construct == "attention"]
-        assert len(sites) == 2 and all((s.status == MATCHED) == proven for s in sites), more
+    return AutoModelForCausalLM.from_config(MODELS[name]).to(DEVICE, dtype).train()
 
 
-def test_a_mask_that_is_made_outside_of_checkpoints():
-    """Its meaning is followed through the inputs of the checkpointed layer."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS["llama"]).to(DEVICE).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(3, 64, (2, S), device=DEVICE)
+def step(model, run, more):
+    ids = torch.randint(3, 64, (2, S), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    labels = ids if "attention_mask" not in more else ids.where(more["attention_mask"] == 1, -100)
+    loss = run(input_ids=ids, labels=labels, **more).loss
+    return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+
+def checked(name, batch, checkpointed=False, dtype=torch.float32):
+    model = model_of(name, dtype)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    more = BATCHES[batch]
     torch._dynamo.reset()
     with listening() as reports:
-        torch.compile(model, backend="sloth", options={"sloth.inner_backend": "eager"})(input_ids=ids, labels=ids)
-    statuses = [s.status for r in reports for s in r.sites if s.construct == "attention"]
-    assert statuses == [MATCHED, MATCHED]
+        ours = step(model, torch.compile(model, backend="sloth", options=AOT), more)
+    theirs = step(model, model, more)
+    assert [s.status for s in sites_of(reports)] == [MATCHED, MATCHED], sites_of(reports)
+    return model, ours, theirs
+
+
+SOME = [(name, batch) for name in ("llama", "mistral", "gemma3", "llama4") for batch in BATCHES]
+SOME += [(name, batch) for name in MODELS for batch in ("plain", "left") if (name, batch) not in SOME]
+
+
+@pytest.mark.parametrize(("name", "batch"), SOME)
+def test_models(name, batch):
+    _, ours, theirs = checked(name, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_checkpointed_models(name, batch):
+    """The mask is made outside of the body; what it is made of is passed in."""
+    _, ours, theirs = checked(name, batch, checkpointed=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("batch", ["left", "packed"])
+def test_low_precision(batch, checkpointed):
+    model, ours, theirs = checked("mistral", batch, checkpointed, torch.bfloat16)
+    truth = step(model.double(), model, BATCHES[batch])
+    whole = (torch.cat([t.flatten() for t in side]) for side in (ours[1:], theirs[1:], truth[1:]))
+    assert_no_worse(*whole)
+
+
+def compiled_graphs(model, more):
+    """What AOTAutograd makes of the rewritten graphs: forward and backward."""
+    graphs = []
+
+    def keep(gm, _):
+        graphs.append(gm.graph)
+        return gm.forward
+
+    inner = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+
+    def backend(gm, inputs):
+        sloth(gm, inputs, options={"sloth.inner_backend": "eager"})
+        return inner(gm, inputs)
+
+    torch._dynamo.reset()
+    step(model, torch.compile(model, backend=backend), more)
+    return graphs
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there the mask is made of its meaning, for torch's kernels")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("batch", ["right", "packed"])
+def test_the_mask_is_never_made(batch, checkpointed):
+    model = model_of("mistral", torch.bfloat16)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shapes = [tuple(n.meta["val"].shape) for g in compiled_graphs(model, BATCHES[batch]) for n in g.nodes if _is_tensor(n)]
+    assert shapes and not [s for s in shapes if s[-2:] == (S, S)]
+
+
+def _is_tensor(n):
+    return isinstance(n.meta.get("val"), torch.Tensor)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_all_layers_share_what_is_made_of_the_mask(checkpointed):
+    model = model_of("llama")
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    forward, *_ = compiled_graphs(model, BATCHES["right"])
+    assert len([n for n in forward.nodes if n.target is torch.ops.aten.cummax.default]) == 1
+
+
+# ---------------------------------------------------------------- bodies of checkpoints
+
+
+def rewritten(fn, *args):
+    """The graph that `fn` becomes, with the sites in it; its result is compared with eager's."""
+    found = []
+
+    def backend(gm, inputs):
+        found.append(gm)
+        return sloth(gm, inputs, options={"sloth.inner_backend": "eager"})
+
+    torch._dynamo.reset()
+    with listening() as reports:
+        out = torch.compile(fn, backend=backend)(*args)
+    torch.testing.assert_close(out, fn(*args), rtol=1e-4, atol=1e-5, equal_nan=True)
+    return found[0], sites_of(reports)
+
+
+def layer_of():
+    return Attention(lambda x, mask: mask, 4).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
+
+
+def test_what_is_passed_into_a_body():
+    """One more input for each value, however often it is used; nothing in the body reads the mask any more."""
+    layer, x = layer_of()
+
+    def twice(x, mask):
+        return layer(x, mask) + layer(2 * x, mask)
+
+    gm, sites = rewritten(lambda x, p: checkpoint(twice, x, padded(x, p), use_reentrant=False), x, PADDING.long())
+    assert [s.status for s in sites] == [MATCHED, MATCHED]
+    body = next(m for m in gm.children() if isinstance(m, torch.fx.GraphModule))
+    inputs = body.graph.find_nodes(op="placeholder")
+    assert len([n for n in inputs if n.meta["example_value"].dtype == torch.bool]) == 2
+    assert [n.users == {} for n in inputs if n.meta["example_value"].shape[-2:] == (S, S)] == [True]
+
+
+def test_a_body_in_a_body():
+    layer, x = layer_of()
+
+    def inner(x, mask):
+        return checkpoint(layer, x, mask, use_reentrant=False) + 1
+
+    _, sites = rewritten(lambda x, p: checkpoint(inner, x, packed_window(x, p), use_reentrant=False), x, RESTART)
+    assert [s.status for s in sites] == [MATCHED]
 
 
 def test_a_body_that_is_called_with_different_masks():
-    """What its input is cannot be said: nothing is proven, and both results are eager's."""
-    from torch.utils.checkpoint import checkpoint
-
-    model, x = Attention(None, 4).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
-
-    def layer(x, mask):
-        model.mask = lambda _: mask
-        return model(x)
+    """What its input is cannot be said: nothing is proven."""
+    layer, x = layer_of()
 
     def fn(x):
-        return checkpoint(layer, x, causal(x), use_reentrant=False) + checkpoint(
-            layer, x, strict(x) | causal(x[:, :1]), use_reentrant=False
-        )
+        first = checkpoint(layer, x, causal(x), use_reentrant=False)
+        return first + checkpoint(layer, x, strict(x) | causal(x[:, :1]), use_reentrant=False)
 
-    torch._dynamo.reset()
-    out = torch.compile(fn, backend="sloth", options={"sloth.inner_backend": "eager"})(x)
-    torch.testing.assert_close(out, fn(x), rtol=1e-4, atol=1e-5, equal_nan=True)
+    rewritten(fn, x)
