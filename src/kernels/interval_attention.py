@@ -292,10 +292,11 @@ def _batch_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
-def _like(x: Tensor) -> Tensor:
-    """[B, heads, S, D] over memory in [B, S, heads, D] order, as the projections before and after want it."""
+def _like(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A buffer in [B, S, heads, D] order, as the projections before and after want it, which kernels write, and its view as x."""
     B, heads, S, D = x.shape
-    return x.new_empty(B, S, heads, D).transpose(1, 2)
+    buffer = torch.empty(B, S, heads, D, dtype=x.dtype, device=x.device)  # not new_empty: of equal ones AOTAutograd makes one
+    return buffer, buffer.transpose(1, 2)
 
 
 @triton_op("sloth::interval_attention", mutates_args={})
@@ -305,10 +306,10 @@ def _interval_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = map(_unit_stride, (query, key, value))
     B, H, S, _ = q.shape
-    out, lse = _like(q), q.new_empty(B, H, S, dtype=torch.float32)
+    (buffer, out), lse = _like(q), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     tile, seen = tile_of(FORWARD, q), lo if valid is None else valid
     launch(_forward_kernel)[(_blocks(S, tile.queries), B * H)](
-        q, k, v, out, lse, lo, hi, seen, S, k.shape[2], H, *_strides(q, k, v, out), _batch_stride(lo), _batch_stride(seen),
+        q, k, v, buffer, lse, lo, hi, seen, S, k.shape[2], H, *_strides(q, k, v, out), _batch_stride(lo), _batch_stride(seen),
         VALID=valid is not None, **_options(q, k, scale, tile),
     )  # fmt: skip
     return out, lse
@@ -321,10 +322,10 @@ def _interval_attention_dq(
 ) -> Tensor:  # fmt: skip
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, H, S, _ = q.shape
-    dq = _like(q)
+    buffer, dq = _like(q)
     tile, seen = tile_of(BACKWARD_Q, q), lo if valid is None else valid
     launch(_backward_q_kernel)[(_blocks(S, tile.queries), B * H)](
-        q, k, v, g, dq, lse, delta, lo, hi, seen, S, k.shape[2], H, *_strides(q, k, v, g, dq), _batch_stride(lo),
+        q, k, v, g, buffer, lse, delta, lo, hi, seen, S, k.shape[2], H, *_strides(q, k, v, g, dq), _batch_stride(lo),
         _batch_stride(seen), FACTOR=scale, VALID=valid is not None, **_options(q, k, scale, tile),
     )  # fmt: skip
     return dq
@@ -336,11 +337,11 @@ def _interval_attention_dkv(
 ) -> tuple[Tensor, Tensor]:
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, G, T, _ = k.shape
-    dk, dv = _like(k), _like(v)
+    (k_buffer, dk), (v_buffer, dv) = _like(k), _like(v)
     tile = tile_of(BACKWARD_KV, q)
     launch(_backward_kv_kernel)[(_blocks(T, tile.keys), B * G)](
-        q, k, v, g, dk, dv, lse, delta, first, last, q.shape[2], T, G, *_strides(q, k, v, g, dk, dv), _batch_stride(first),
-        FACTOR=scale, **_options(q, k, scale, tile),
+        q, k, v, g, k_buffer, v_buffer, lse, delta, first, last, q.shape[2], T, G, *_strides(q, k, v, g, dk, dv),
+        _batch_stride(first), FACTOR=scale, **_options(q, k, scale, tile),
     )  # fmt: skip
     return dk, dv
 
