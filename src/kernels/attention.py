@@ -10,8 +10,9 @@ Shapes   query [B, H, S, D], key and value [B, G, S, D] with H a multiple of G, 
          documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere.
 By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing: a mask tensor keeps them off their fast path.
          Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the same for all
-         layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64 and for heads wider than 256 by
-         torch's kernels with a mask made of the intervals.
+         layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than 256 and
+         for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by torch's
+         kernels with a mask made of the intervals.
 Backward is that of those. A query that sees nothing gives 0.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from sloth.kernels.interval_attention import interval_attention
 from sloth.kernels.launch import use_triton
 
-WIDEST = 256
+WIDEST, MULTIPLE = 256, 8  # channels of a head that the kernels take
 
 torch.library.define(
     "sloth::attention",
@@ -80,13 +81,14 @@ def _(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.
     for v in valid:
         usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
     bounds = intervals(documents, usable, ahead, behind, at)
-    if not use_triton(query) or query.shape[-1] > WIDEST or dropout_p > 0:
+    D = query.shape[-1]
+    if not use_triton(query) or D > WIDEST or D % MULTIPLE or dropout_p > 0:
         mask = seen(*bounds[:2], usable, at)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = D**-0.5 if scale is None else scale
     return interval_attention(query, key, value, *(b.contiguous() for b in bounds), usable, scale)[0]
 
 

@@ -40,7 +40,13 @@ def mask_of(S, documents=(), valid=(), ahead=None, behind=None):
 
 
 def eager(how, scale):
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask_of(q.shape[2], *how), scale=scale, enable_gqa=True)
+    """As models write it: torch's fused kernels take a mask, but not with fewer heads of keys."""
+
+    def function(q, k, v):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask_of(q.shape[2], *how), scale=scale)
+
+    return function
 
 
 def ours(how, scale):
@@ -86,7 +92,7 @@ def masks(draw, B, S):
 @given(st.data())
 def test_any_mask(data):
     B, G, per_group, S = (data.draw(st.integers(1, n)) for n in (2, 2, 3, 70))
-    D, dtype, seed = data.draw(st.integers(1, 40)), data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 999))
+    D, dtype, seed = 8 * data.draw(st.integers(1, 5)), data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 999))
     layout = data.draw(st.sampled_from(["contiguous", "permuted", "padded", "strided"]))
     q = make((B, G * per_group, S, D), dtype, layout, seed)
     k, v = (make((B, G, S, D), dtype, layout, seed + n) for n in (1000, 2000))
@@ -112,11 +118,11 @@ HOW = {
 @pytest.mark.parametrize("name", HOW)
 def test_masks(name, dtype):
     """Many tiles, whole and partial ones, odd sizes."""
-    q, (k, v) = make((2, 4, 150, 20), dtype), (make((2, 2, 150, 20), dtype, seed=n) for n in (1, 2))
+    q, (k, v) = make((2, 4, 150, 24), dtype), (make((2, 2, 150, 24), dtype, seed=n) for n in (1, 2))
     check(q, k, v, HOW[name], slack=1.0)
 
 
-@pytest.mark.parametrize("D", [12, 64, 80, 130, 256])
+@pytest.mark.parametrize("D", [8, 64, 80, 136, 256])
 def test_widths(D):
     q, k, v = (make((1, 4, 70, D), torch.float16, seed=n) for n in range(3))
     check(q, k, v, ([], [], 0, 30), D**-0.5)
@@ -214,7 +220,7 @@ def test_autocast():
 
 
 def test_differentiated_once():
-    q = make((1, 1, 8, 4), torch.float32).requires_grad_()
+    q = make((1, 1, 8, 8), torch.float32).requires_grad_()
     with interpret(module):
         (dq,) = torch.autograd.grad(ours(([], [], 0, 2), 0.3)(q, q, q).square().sum(), q, create_graph=True)
         with pytest.raises(RuntimeError):
