@@ -34,7 +34,7 @@ class Row:
     bytes_forward: int = 0
     bytes_both: int = 0
     check: bool = True  # compare with fp64 (too large otherwise)
-    in_place: tuple[str, ...] = ()  # peers that write over their inputs: timed, not compared
+    in_place: tuple[str, ...] = ()  # peers that write over their inputs, or compute something else: timed, not compared
 
 
 # ---------------------------------------------------------------- rows
@@ -117,6 +117,39 @@ def rope_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
     return [Row("rope", [q, k, cos, sin], transposed(eager), peers, 2 * once, 4 * once, in_place=("liger",))]
 
 
+def attention_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
+    """The mask is made in the function, as transformers does."""
+    q, k, v = randn(B, S, H, D), randn(B, S, G, D), randn(B, S, G, D)
+    lengths = torch.linspace(S, S // 4, B, device="cuda").long()[:, None]
+    at = torch.arange(S, device="cuda")[None]
+    positions, padding = (at % (S // 4)).expand(B, -1), at < lengths
+
+    def attend(q, k, v, mask, window=S):
+        at = torch.arange(S, device=q.device)
+        i, j = at[None, None, :, None], at[None, None, None, :]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        k, v = (t[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(B, H, S, D) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask & (j <= i) & (j > i - window), scale=D**-0.5).transpose(1, 2)
+
+    def windowed(q, k, v, p):
+        return attend(q, k, v, torch.ones(B, 1, 1, 1, dtype=torch.bool, device=q.device), S // 4)
+
+    def padded(q, k, v, valid):
+        return attend(q, k, v, valid[:, None, None, :])
+
+    def packed(q, k, v, p):
+        ids = (p == 0).cumsum(-1)
+        return attend(q, k, v, ids[:, None, :, None] == ids[:, None, None, :])
+
+    def causal(q, k, v, _):  # the whole triangle by torch's kernels: the time to stay under
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    peers, sizes = {"flash causal": causal}, (2 * (nbytes(q) + nbytes(k)), 7 * nbytes(q) + 6 * nbytes(k))
+    rows = ("window", windowed, positions), ("padding", padded, padding), ("packed", packed, positions)
+    return [Row(f"attention {name}", [q, k, v, data], fn, peers, *sizes, in_place=tuple(peers)) for name, fn, data in rows]
+
+
 def gated_rows(T: int, I: int) -> list[Row]:
     g, u = randn(T, I), randn(T, I)
     peers, geglu = {}, {}
@@ -165,6 +198,7 @@ def all_rows(tiny: bool) -> dict[str, Callable[[], list[Row]]]:
         "rms_norm": lambda: rms_norm_rows(T, D),
         "layer_norm": lambda: layer_norm_rows(T, D),
         "rope": lambda: rope_rows(B, S, 32, 8, 128),
+        "attention": lambda: attention_rows(B, S, 32, 8, 128),
         "gated_act": lambda: gated_rows(T, I),
         "cross_entropy": lambda: cross_entropy_rows(T, V),
     }
@@ -288,7 +322,7 @@ def show(r: dict[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument(
-        "--rows", default="", help="comma-separated groups: rms_norm, layer_norm, rope, gated_act, cross_entropy"
+        "--rows", default="", help="comma-separated groups: rms_norm, layer_norm, rope, attention, gated_act, cross_entropy"
     )
     options.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     args = parse(options)
