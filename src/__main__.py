@@ -57,6 +57,7 @@ def patterns(
 ) -> None:
     """The registered pattern entries: construct, entry, operator, variants."""
     from sloth.rewriter.normal_form import RULES
+    from sloth.rewriter.registry import deferrals
     from sloth.rewriter.registry import patterns as registered
 
     if rules:
@@ -80,6 +81,8 @@ def patterns(
     table = Table("construct", "entry", "operator", "variants", title="patterns")
     for p in entries:
         table.add_row(p.construct.title, p.name, str(p.op), Text(", ".join(v.name for v in p.variants)))
+    for d in deferrals():
+        table.add_row(d.construct.title, d.name, "none: computed when it is read", "")
     Console().print(table)
 
 

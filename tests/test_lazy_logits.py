@@ -1,6 +1,7 @@
 """Lazy logits are logits: what code can ask, what it computes of them, and their gradients."""
 
 import copy
+import functools
 import io
 import pickle
 from unittest import mock
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sloth import lazy_logits as module
+from sloth import lazy_tensor as module
 from sloth.lazy_logits import LazyLogits, lazy, read
 
 B, S, H, V = 2, 5, 8, 12
@@ -22,7 +23,7 @@ def pair(grad: bool = True, bias: bool = False):
     leaves = [torch.randn(*size, generator=generator) for size in ((B, S, H), (V, H), *([(V,)] if bias else []))]
     leaves = [t.requires_grad_(grad) for t in leaves]
     hidden = leaves[0] * 2
-    return lazy(hidden, tuple(leaves[1:]), F.linear, True), F.linear(hidden, *leaves[1:]), leaves
+    return lazy(hidden, *leaves[1:]), F.linear(hidden, *leaves[1:]), leaves
 
 
 def is_lazy(x) -> bool:
@@ -52,6 +53,7 @@ def test_what_code_can_ask(grad):
 
 POSITION = torch.tensor([1, 3])
 MASK = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
+log_softmax = functools.partial(F.log_softmax, dim=-1)
 LAZY = {
     "detach": lambda t: t.detach(),
     "float": lambda t: t.float(),
@@ -72,11 +74,23 @@ LAZY = {
     "reshape": lambda t: t.reshape(B * S, -1),
     "flatten": lambda t: t.flatten(0, 1),
     "squeeze": lambda t: t[:1].squeeze(0),
+    "exponential": lambda t: torch.exp(t - 1),
+    "product": lambda t: t.log_softmax(-1) * t.softmax(-1),
+    "1 - p": lambda t: 1 - t.softmax(-1),
     "chain": lambda t: t.float()[..., :-1, :].reshape(-1, V) / 2,
 }
 CHUNKED = {
     "logsumexp": lambda t: t.logsumexp(-1),
     "logsumexp, keepdim": lambda t: torch.logsumexp(t, dim=-1, keepdim=True),
+    "sum": lambda t: t.sum(),
+    "mean": lambda t: t.mean(),
+    "mean of each": lambda t: t.mean(-1, keepdim=True),
+    "max": lambda t: t.max(-1).values,
+    "where": lambda t: t.max(dim=-1, keepdim=True).indices,
+    "topk": lambda t: t.topk(3).values,
+    "entropy": lambda t: -(t.log_softmax(-1).exp() * t.log_softmax(-1)).sum(-1),
+    "entropy by parts": lambda t: torch.cat([-(p.exp() * p).sum(-1) for p in map(log_softmax, t.view(-1, V).split(4))]),
+    "along": lambda t: torch.take_along_dim(t.log_softmax(dim=-1), torch.arange(B * S).view(B, S, 1) % V, dim=2),
     "argmax": lambda t: t.argmax(-1),
     "argmax of some": lambda t: t[..., :-1, :].argmax(dim=-1),
     "gather": lambda t: t.gather(-1, torch.arange(B * S).view(B, S, 1) % V),
@@ -92,7 +106,6 @@ CHUNKED = {
     "cross entropy, none": lambda t: F.cross_entropy(t.view(-1, V) / 2, torch.arange(B * S) % V, reduction="none"),
 }
 REAL = {
-    "sum": lambda t: t.sum(),
     "times a tensor": lambda t: t * torch.ones(V),
     "part of the vocabulary": lambda t: t[..., :4],
     "one number of each": lambda t: t[..., 0],
@@ -101,7 +114,10 @@ REAL = {
     "softmax over positions": lambda t: t.softmax(1),
     "cat": lambda t: torch.cat([t, t]),
     "class weights": lambda t: F.cross_entropy(t.view(-1, V), torch.arange(B * S) % V, weight=torch.ones(V)),
-    "topk": lambda t: t.topk(3).values,
+    "sorted": lambda t: t.sort(-1).values,
+    "largest of all": lambda t: t.max(),
+    "sum over positions": lambda t: t.sum(1),
+    "other logits": lambda t: t[:, 1:] * t[:, :-1],
     "einsum": lambda t: torch.einsum("bsv,bsv->bs", t, t),
 }
 
@@ -141,7 +157,7 @@ def test_gradients_flow_through_functions_of_others():
 
 def test_read_twice_computed_once():
     x, real, _ = pair()
-    assert x.sum() == real.sum() and read(x) is read(x)
+    assert x.square().sum() == real.square().sum() and read(x) is read(x)
     assert x[0, 0, 0] == real[0, 0, 0] and x.tolist() == real.tolist()
 
 
@@ -169,7 +185,7 @@ def test_weights_that_have_changed_since_are_noticed(how):
 def test_autocast_is_that_of_the_call(device):
     """On a GPU it makes softmax fp32."""
     hidden, weight = torch.randn(3, H, device=device), torch.randn(V, H, device=device)
-    x, real = lazy(hidden, (weight,), F.linear), F.linear(hidden, weight)
+    x, real = lazy(hidden, weight), F.linear(hidden, weight)
     with torch.autocast(device, torch.bfloat16):
         ours, theirs = x.bfloat16().softmax(-1), real.bfloat16().softmax(-1)
     assert ours.dtype == theirs.dtype == read(ours).dtype

@@ -20,6 +20,26 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out = a b, rounded once."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> None:
+    """total += a b, in total's precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> None:
     no_derivative(*a, *b)
     torch._check(0 < len(a) == len(b) == len(alpha), lambda: "sum_of_products: as many factors on each side, and one at least")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, forward_aten, forward_triton
-from sloth.kernels.gemm import as_matrix
+from sloth.kernels.gemm import add_product, as_matrix, product
 from sloth.kernels.launch import compute_dtype, use_triton, without_autocast
 
 BUDGET = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # bytes of logits: enough rows to keep the matmuls fast, few enough for caches
@@ -37,16 +37,6 @@ def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
     step = next((s for s in STEPS if s <= most), most)
     chunks = -(-rows // (most // step * step))
     return -(-rows // (chunks * step)) * step
-
-
-def _add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """total += a b, in total's precision."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 torch.library.define(
@@ -73,16 +63,6 @@ def _check(hidden, weight, bias, target, items, reduction) -> None:
 def _kept(dtype: torch.dtype, budget: int) -> torch.dtype:
     """What gradients wait for the backward pass in."""
     return dtype if budget else torch.promote_types(dtype, torch.float32)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, rounded once."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif out.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 class _Rows:
@@ -156,9 +136,9 @@ def _by_rows(r: _Rows) -> Tensor:
             lse, low = r.statistics(z, rows)
             dz = r.gradient(z, rows, lse, low) if r.wanted else None
         if r.need_h:
-            _product(dz, r.weight, r.dh[rows])
+            product(dz, r.weight, r.dh[rows])
         if r.need_w:
-            (_add_product if start else _product)(dz.t(), r.h_NH[rows], dw)
+            (add_product if start else product)(dz.t(), r.h_NH[rows], dw)
         if r.need_b:
             r.db += dz.sum(0, dtype=r.wide)
     return dw
@@ -177,7 +157,7 @@ def _by_slabs(r: _Rows) -> Tensor:
         dz = r.gradient(r.logits(rows, slab, buffer), rows, lse, low, first)
         torch.mm(dz.t(), r.h_NH, out=dw[slab])
         if r.need_h:
-            (_add_product if first else _product)(dz, r.weight[slab], dh)
+            (add_product if first else product)(dz, r.weight[slab], dh)
         if r.need_b:
             r.db[slab] = dz.sum(0, dtype=r.wide)
     r.dh.copy_(dh)

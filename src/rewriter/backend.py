@@ -15,7 +15,7 @@ from sloth.rewriter.deferred import returning
 from sloth.rewriter.inner import compile_with, compiler
 from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.pipeline import rewrite
-from sloth.rewriter.registry import constructs, patterns
+from sloth.rewriter.registry import constructs, deferrals, patterns
 from sloth.rewriter.report import GraphReport
 
 log = logging.getLogger("sloth")
@@ -46,13 +46,14 @@ def sloth(
     inner = compiler(name, mode, rest)
     disabled = own.get("sloth.disable", ())
     disabled = {name.strip() for name in (disabled.split(",") if isinstance(disabled, str) else disabled)} - {""}
-    if strange := disabled - {p.name for p in patterns()} - {c.name for c in constructs()}:
-        raise ValueError(f"sloth.disable names {', '.join(sorted(strange))}; known are {', '.join(p.name for p in patterns())}")
-    entries = [p for p in patterns() if not {p.name, p.construct.name} & disabled]
+    known = (*patterns(), *deferrals())
+    if strange := disabled - {e.name for e in known} - {c.name for c in constructs()}:
+        raise ValueError(f"sloth.disable names {', '.join(sorted(strange))}; known are {', '.join(e.name for e in known)}")
+    entries, deferring = ([e for e in found if not {e.name, e.construct.name} & disabled] for found in (patterns(), deferrals()))
 
     token = ARGUMENTS.set(arguments)
     try:
-        report = rewrite(gm, entries, constructs())
+        report = rewrite(gm, entries, constructs(), deferring)
     finally:
         ARGUMENTS.reset(token)
     log.info("sloth: %s", report.line({c.name: c.title for c in constructs()}))

@@ -1,22 +1,25 @@
-"""Results that a graph gives out but does not compute: logits beside a loss, made when somebody reads them.
+"""Results that a graph gives out but does not compute: logits, made when somebody reads them.
 
-The loss of an accepted match needs no logits. Where its graph gives them out, it gives out the head's input in their place, and
-what compiled code returns there becomes a lazy tensor: the same nodes, run on the head's input and its weights.
+A graph that gives out what a linear layer computes row by row gives out the layer's input in its place, and what compiled code
+returns there becomes a lazy tensor: the same nodes, run on that input and the layer's weight. There are two such cases: an
+accepted match does without its logits (head + loss), and an entry without an operator wants the layer (`Deferral`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch.amp.autocast_mode import _enter_autocast
 
-from sloth.rewriter.ir import Value
+from sloth.rewriter.ir import Value, uncast
 from sloth.rewriter.match import Match
 from sloth.rewriter.normal_form import POINTWISE
+from sloth.rewriter.pattern import Deferral
+from sloth.rewriter.report import MATCHED, Site, source
 from sloth.rewriter.shadow import View
 
 ROW_BY_ROW = POINTWISE | {"linear", "cast"}
@@ -24,46 +27,60 @@ ROW_BY_ROW = POINTWISE | {"linear", "cast"}
 
 @dataclass(frozen=True)
 class Deferred:
-    """One output: where it is, its head as a function of hidden states and weights, and which inputs those weights are."""
+    """One output: where it is, what makes it of the layer's input, and which inputs of the graph are the layer's weights."""
 
     index: int
-    make: Callable[..., torch.Tensor]  # Pattern.deferred
-    head: Callable[..., torch.Tensor]
-    weights: tuple[int, ...]
-    plain: bool
+    make: Callable[..., torch.Tensor]  # Pattern.deferred, Deferral.make
+    weights: tuple[int | None, int | None]
+    step: Callable[[torch.Tensor], torch.Tensor] | None  # what follows the layer
+    autocast: tuple[str, torch.dtype, bool]
+    plain: bool  # that is nothing, or casts
+    grad: bool  # the grad mode that the graph switches to, if any, allows a gradient
+
+
+class Chain(NamedTuple):
+    """The nodes from a linear layer to an output, and what the layer is computed of: `weights` are inputs of the graph."""
+
+    nodes: list[fx.Node]
+    hidden: fx.Node
+    weights: list[fx.Node | None]  # weight, bias
 
 
 def deferrable(match: Match, v: Value, view: View) -> bool:
     """Can `v`, which the match computes on the way, be computed of the match's operands later, row by row?"""
     if view.path or match.pattern.deferred is None:
         return False
-    return all(_recipe(match, n, view) is not None for n in v.nodes if any(u.op == "output" for u in n.users))
+    chains = [_chain(n, view) for n in v.nodes if any(u.op == "output" for u in n.users)]
+    return all(c is not None and view.env[c.nodes[0]] in match.values for c in chains)
 
 
-def defer(view: View, matches: list[Match]) -> list[Deferred]:
-    """Let the graph give out the heads' inputs."""
-    inside = {v: m for m in matches if m.pattern.deferred is not None for v in m.values - set(m.roots)}
+def defer(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> tuple[list[Deferred], list[Site]]:
+    """Let the graph give out the inputs of layers. Also a site for each layer that a deferral wants."""
+    if view.path:
+        return [], []
+    makers = {v: m.pattern.deferred for m in matches if m.pattern.deferred is not None for v in m.values}
+    wanted, sites = _wanted(view, matches, deferrals), {}
+    for v, entry in wanted.items():
+        sites[v] = _site(v, entry, "escape", "the graph uses its result")
     output = view.gm.graph.output_node()
-    given, found = list(output.args[0]), []
-    inputs = [n for n in view.gm.graph.nodes if n.op == "placeholder"]
+    given, found, nodes = list(output.args[0]), [], set()
     for i, node in enumerate(given):
-        match = inside.get(view.env.get(node)) if isinstance(node, fx.Node) else None
-        recipe = match and _recipe(match, node, view)
-        if recipe:
-            nodes, hidden, weights = recipe
-            autocast = _autocast(match, view)
-            head = _function(nodes, (hidden, *weights), autocast)
-            _, _, casts = autocast
-            plain = not casts and all(view.env[n].op in ("linear", "cast") for n in nodes)
-            given[i] = hidden
-            at = tuple(map(inputs.index, weights))
-            found.append(Deferred(i, match.pattern.deferred, head, at, plain))
-    if found:
-        output.args = (tuple(given),)
-        for n in reversed(view.gm.graph.nodes):
-            if not n.users and view.env.get(n) in inside and n.op not in ("placeholder", "output"):
-                view.gm.graph.erase_node(n)
-    return found
+        chain = _chain(node, view) if isinstance(node, fx.Node) else None
+        layer = chain and view.env[chain.nodes[0]]
+        make = makers.get(layer)
+        if layer in wanted:
+            why = _kept(chain, view)
+            sites[layer] = _site(layer, wanted[layer], "escape" if why else MATCHED, why)
+            make = None if why else wanted[layer].make
+        if make is not None:
+            given[i] = chain.hidden
+            nodes.update(chain.nodes)
+            found.append(_deferred(i, make, chain, view))
+    output.args = (tuple(given),)
+    for n in reversed(view.gm.graph.nodes):
+        if n in nodes and not n.users:
+            view.gm.graph.erase_node(n)
+    return found, list(sites.values())
 
 
 def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Callable[..., Any]:
@@ -72,56 +89,95 @@ def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Cal
     def run(*args: Any) -> tuple:
         out = list(compiled(*args))
         for d in deferred:
-            out[d.index] = d.make(out[d.index], tuple(args[i] for i in d.weights), d.head, d.plain)
+            weights = [None if i is None else args[i] for i in d.weights]
+            with torch.set_grad_enabled(d.grad):
+                out[d.index] = d.make(out[d.index], *weights, d.step, d.autocast, d.plain)
         return tuple(out)
 
     return run if deferred else compiled
 
 
-def _recipe(match: Match, node: fx.Node, view: View) -> tuple[list[fx.Node], fx.Node, list[fx.Node]] | None:
-    """The nodes that compute `node` of the match's operands, in order; the head's input; its weights, inputs of the graph."""
-    nodes: dict[fx.Node, None] = {}
-    leaves: dict[fx.Node, None] = {}
+def _wanted(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> dict[Value, Deferral]:
+    """Layers outside of matches that somebody reads and a deferral wants."""
+    covered = {v for m in matches for v in m.values}
+    layers = [v for v in view.shadow.values if v.op == "linear" and v not in covered and any(n.users for n in v.nodes)]
+    return {v: d for d in deferrals for v in layers if d.wanted(v)}
 
-    def visit(n: fx.Node) -> None:
-        if view.env.get(n) not in match.values:
-            leaves[n] = None
-        elif n not in nodes:
-            for a in n.all_input_nodes:
-                visit(a)
-            nodes[n] = None
 
-    visit(node)
-    linear = [n for n in nodes if view.env[n].op == "linear"]
-    if len(linear) != 1 or any(view.env[n].op not in ROW_BY_ROW for n in nodes):
+def _chain(node: fx.Node, view: View) -> Chain | None:
+    """From the layer that `node` is computed of, row by row; None where it is not, or not of inputs of the graph."""
+    nodes = [node]
+    while not _is_layer(node, view):
+        if not isinstance(v := view.env.get(node), Value) or v.op not in ROW_BY_ROW or len(node.all_input_nodes) != 1:
+            return None
+        (node,) = node.all_input_nodes
+        nodes.insert(0, node)
+    hidden, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
+    tensors = [n for n in (hidden, weight, bias) if n is not None]
+    values = [view.env[n] for n in (*tensors, *nodes)]
+    if any(n.op != "placeholder" for n in tensors[1:]) or any(v.pinned for v in values):
         return None
-    hidden = linear[0].args[0] if linear[0].args else None
-    weights = [n for n in leaves if n is not hidden]
-    if hidden not in leaves or any(n.op != "placeholder" for n in weights):
+    if len({view.env[n].region for n in nodes}) > 1 or view.env[node].region.transforms:
         return None
-    if not all(isinstance(n.meta.get("example_value"), torch.Tensor) for n in leaves):
+    if not all(isinstance(n.meta.get("example_value"), torch.Tensor) for n in tensors):
         return None
-    return list(nodes), hidden, weights
+    return Chain(nodes, hidden, [weight, bias])
 
 
-def _autocast(match: Match, view: View) -> tuple:
-    """(device type, dtype, enabled) of the autocast that the match stands in."""
-    device = match.roots[0].meta.device.type
-    if block := match.roots[0].region.autocast:
+def _is_layer(node: fx.Node, view: View) -> bool:
+    """Is it the call of a linear layer itself, not a copy of its result?"""
+    v = view.env.get(node)
+    if not isinstance(v, Value) or v.op != "linear" or not 2 <= len(node.args) + len(node.kwargs) <= 3:
+        return False
+    hidden = view.env.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    return isinstance(hidden, Value) and uncast(hidden) is uncast(v.args[0])
+
+
+def _kept(chain: Chain, view: View) -> str:
+    """Why the graph must compute the layer all the same; empty where nothing but its caller reads the result."""
+    reason = getattr(view.gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        return "compiled code after a break of the graph may read its result"
+    for node, following in zip(chain.nodes, (*chain.nodes[1:], view.gm.graph.output_node()), strict=True):
+        if others := set(node.users) - {following}:
+            return f"`{next(iter(others)).name}` in the graph reads it"
+    return ""
+
+
+def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view: View) -> Deferred:
+    inputs = [n for n in view.gm.graph.nodes if n.op == "placeholder"]
+    layer, *following = chain.nodes
+    value = view.env[layer]
+    autocast = _autocast(value, view)
+    plain = not autocast[2] and all(view.env[n].op in ("linear", "cast") for n in following)
+    step = _function(following, layer, autocast) if following else None
+    weights = tuple(None if n is None else inputs.index(n) for n in chain.weights)
+    return Deferred(index, make, weights, step, autocast, plain, value.region.grad)
+
+
+def _autocast(value: Value, view: View) -> tuple:
+    """(device type, dtype, enabled) of the autocast that it stands in."""
+    device = value.meta.device.type
+    if block := value.region.autocast:
         return tuple([n for n in view.gm.graph.nodes if n.target is _enter_autocast][block - 1].args[:3])
     return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
 
-def _function(nodes: list[fx.Node], leaves: tuple[fx.Node, ...], autocast: tuple) -> Callable[..., torch.Tensor]:
+def _function(nodes: list[fx.Node], of: fx.Node, autocast: tuple) -> Callable[[torch.Tensor], torch.Tensor]:
+    """These nodes, one after the other, as a function of the first one's operand."""
     graph = fx.Graph()
-    env = {leaf: graph.placeholder(f"x{i}") for i, leaf in enumerate(leaves)}
+    env = {of: graph.placeholder("x")}
     for n in nodes:
         env[n] = graph.node_copy(n, env.__getitem__)
     graph.output(env[nodes[-1]])
     run = fx.GraphModule(torch.nn.Module(), graph).forward
 
-    def head(*tensors: torch.Tensor) -> torch.Tensor:
+    def step(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(*autocast):
-            return run(*tensors)
+            return run(x)
 
-    return head
+    return step
+
+
+def _site(layer: Value, entry: Deferral, status: str, reason: str) -> Site:
+    return Site(entry.construct.name, entry.name, status, *source(layer.nodes[0]), reason)

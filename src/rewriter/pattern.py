@@ -156,6 +156,16 @@ class Pattern:
         return fn
 
 
+@dataclass(frozen=True)
+class Deferral:
+    """An entry without an operator: linear layers that it wants, whose results the graph only gives out, are left to `make`."""
+
+    name: str
+    construct: Construct
+    wanted: Callable[[Value], bool]
+    make: Callable[..., torch.Tensor]
+
+
 KINDS = {int: (int, "int"), torch.dtype: (torch.dtype, "torch.dtype")}  # of keyword-only parameters, by annotation; others: float
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import fx
@@ -13,14 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sloth.rewriter import legality
 from sloth.rewriter.deferred import defer
 from sloth.rewriter.match import Match, Matcher, Refused
-from sloth.rewriter.pattern import Construct, Pattern
+from sloth.rewriter.pattern import Construct, Deferral, Pattern
 from sloth.rewriter.report import MATCHED, GraphReport
 from sloth.rewriter.rewrite import Rewriter, choose, together
 from sloth.rewriter.shadow import View, shape_env_of, views
 from sloth.rewriter.sites import matched_site, missed_sites
 
 
-def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Construct]) -> GraphReport:
+def rewrite(
+    gm: fx.GraphModule, entries: list[Pattern], constructs: list[Construct], deferrals: Sequence[Deferral] = ()
+) -> GraphReport:
     """Rewrite `gm` and its bodies in place. Whatever goes wrong, the graph is then as it was, and the report says why.
     Outputs that `report.deferred` names are for `deferred.returning` to make of what the graph gives out in their place.
     """
@@ -36,9 +38,9 @@ def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Constru
         matcher = Matcher(entries, mode)
         for view in shadows:
             report.opaque |= {f"{view.path}{n.name}": why for n, why in view.opaque.items()}
-            rewrite_view(view, matcher, mode, constructs, report)
+            rewrite_view(view, matcher, mode, constructs, deferrals, report)
         with _timed(report, "rewrite"):  # a body may have asked the graphs around it for more inputs
-            for body in bodies if any(s.status == MATCHED for s in report.sites) else ():
+            for body in bodies if report.deferred or any(s.status == MATCHED for s in report.sites) else ():
                 body.graph.lint()
                 body.recompile()
     except Exception as e:
@@ -50,7 +52,14 @@ def rewrite(gm: fx.GraphModule, entries: list[Pattern], constructs: list[Constru
     return report
 
 
-def rewrite_view(view: View, matcher: Matcher, mode: FakeTensorMode, constructs: list[Construct], report: GraphReport) -> None:
+def rewrite_view(
+    view: View,
+    matcher: Matcher,
+    mode: FakeTensorMode,
+    constructs: list[Construct],
+    deferrals: Sequence[Deferral],
+    report: GraphReport,
+) -> None:
     legal: list[Match] = []
     refused: list[tuple[Match, Refused]] = []
     with _timed(report, "match"):
@@ -80,8 +89,9 @@ def rewrite_view(view: View, matcher: Matcher, mode: FakeTensorMode, constructs:
                 continue
             placed += matches
             report.sites += sites
-        if placed:
-            report.deferred += defer(view, placed)
+        deferred, sites = defer(view, placed, deferrals)
+        report.deferred += deferred
+        report.sites += sites
     with _timed(report, "report"):
         report.sites += missed_sites(view, matcher, placed, refused, constructs)
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from sloth.rewriter.pattern import Construct, Pattern, PatternError
+from sloth.rewriter.ir import Value
+from sloth.rewriter.pattern import Construct, Deferral, Pattern, PatternError
 
 log = logging.getLogger("sloth")
 _patterns: dict[str, Pattern] = {}
+_deferrals: dict[str, Deferral] = {}
 _loaded = False
 
 
@@ -39,8 +41,9 @@ def pattern(
     no_grad: tensors that the operator gives no gradient to; where one of them needs it, the match is refused.
     recompute: its result is large and cheap: computed again in the backward pass by whoever needs it there, not kept.
     cheap: tensors of which a dropout or cast is computed again too, where the backward pass wants it, instead of keeping it.
-    deferred: what it computes row by row on the way and the graph gives out (logits) is left to `deferred(hidden, weights, head,
-        plain)`, which returns a tensor for head(hidden, *weights); plain: the head is a linear layer and casts.
+    deferred: what a linear layer computes row by row on the way and the graph gives out (logits) is left to `deferred(hidden,
+        weight, bias, step, autocast, plain)`, which returns a tensor for step(linear(hidden, weight, bias)), the layer under
+        autocast(device type, dtype, enabled); the step may be None; plain: there is none, or casts alone, and no autocast.
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """
 
@@ -48,10 +51,27 @@ def pattern(
         entry = Pattern(
             name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred
         )
-        if entry.name in _patterns:
+        if entry.name in _deferrals.keys() | _patterns.keys():
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")
         entry.variant(variant, **options)(reference)
         _patterns[entry.name] = entry
+        return entry
+
+    return enter
+
+
+def deferral(
+    construct: Construct, *, make: Callable[..., torch.Tensor], name: str | None = None
+) -> Callable[[Callable[[Value], bool]], Deferral]:
+    """Register `wanted(layer)`: linear layers whose result is left to `make` (as `deferred` of a pattern) where a graph gives it
+    out and does not use it. The layer is described by its Value. Raises PatternError where the name is taken.
+    """
+
+    def enter(wanted: Callable[[Value], bool]) -> Deferral:
+        entry = Deferral(name or wanted.__name__, construct, wanted, make)
+        if entry.name in _deferrals.keys() | _patterns.keys():
+            raise PatternError(f"an entry named {entry.name!r} is registered already; give another name=")
+        _deferrals[entry.name] = entry
         return entry
 
     return enter
@@ -76,9 +96,15 @@ def patterns() -> list[Pattern]:
     return list(_patterns.values())
 
 
+def deferrals() -> list[Deferral]:
+    """All entries that defer; loaded with the patterns."""
+    patterns()
+    return list(_deferrals.values())
+
+
 def constructs() -> list[Construct]:
     """The constructs that have entries, in the order of registration."""
-    return list({p.construct.name: p.construct for p in patterns()}.values())
+    return list({e.construct.name: e.construct for e in (*patterns(), *deferrals())}.values())
 
 
 def _overload(op: Any) -> torch._ops.OpOverload:

@@ -1,0 +1,326 @@
+"""Logits that are computed when somebody reads them: a tensor to all code that asks; hidden states and a head until then.
+
+    logits [..., V] = steps(hidden [..., H] Wᵀ + b)        steps: a softcap, a scale, casts, and what readers have asked for
+
+A graph gives out hidden states where its model gave out logits. Here they become a tensor of the logits' shape, dtype and device
+that takes part in autograd. What acts on each position alone stays lazy (casts, softmax, picking positions); what makes a few
+numbers of each row is computed some rows at a time, forward and backward; all else is given the logits themselves, which are
+computed once and kept. Weights that an optimizer has changed since would make other logits: reading is refused then.
+
+Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through steps and result,  and
+    dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32
+In low precision each of several results would round its part of dW, and autograd their sum. So parts are handed to autograd in
+fp32, as gradients of a stand-in (`_Wide`), and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_map_only
+
+from sloth.kernels.gemm import add_product, as_matrix, product
+from sloth.kernels.launch import compute_dtype, without_autocast
+
+CHUNK = 64 * 2**20  # bytes of logits at a time
+
+# By function: what it gives for lazy logits as its first argument; NotImplemented to have them read. `lazy_logits.py` fills it.
+STAYS_LAZY: dict[Callable, Callable] = {}
+Step = Callable[[Tensor], Tensor]  # [..., V] -> [..., V], each row by itself
+
+_GETTERS = (
+    "shape", "dtype", "device", "requires_grad", "ndim", "layout", "itemsize", "nbytes", "grad_fn", "grad", "retains_grad",
+    "output_nr", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_mkldnn", "is_sparse", "is_quantized",
+    "is_nested",
+)  # fmt: skip
+_ASKS = (
+    "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point",
+    "is_complex", "is_signed", "get_device", "storage_offset", "__len__", "__hash__",
+)  # fmt: skip
+METADATA = {getattr(Tensor, name).__get__ for name in _GETTERS} | {getattr(Tensor, name) for name in _ASKS}
+METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
+
+
+@dataclass(eq=False)
+class Head:
+    """A linear layer, shared by all that is made of its logits. autocast: (device type, dtype, enabled) that it stood in."""
+
+    weight: Tensor
+    bias: Tensor | None
+    autocast: tuple[str, torch.dtype, bool]
+
+    def __post_init__(self) -> None:
+        self.gates = [_gate(t) for t in (self.weight, self.bias)]  # where gradients go
+        self.versions = versions(self.weight, self.bias)
+        self.stale = False  # an optimizer has changed the weights since
+        if any(t is not None and t.requires_grad for t in (self.weight, self.bias)):
+            _trained_heads.add(self)
+
+    def operands(self, hidden: Tensor) -> list[Tensor | None]:
+        """Hidden states, weight and bias, as autocast gives them to the layer."""
+        _, dtype, enabled = self.autocast
+        cast = lambda t: t if t is None or not enabled or t.dtype == torch.float64 else t.to(dtype)  # noqa: E731
+        return [cast(t) for t in (hidden, self.weight, self.bias)]
+
+    def check(self, hidden: Tensor, version: tuple[int, ...]) -> None:
+        """Raise where the tensors that the logits are made of are not what they were."""
+        gone = not self.weight.untyped_storage().size()
+        if self.stale or gone or (versions(self.weight, self.bias), versions(hidden)) != (self.versions, version):
+            raise RuntimeError(
+                "sloth: the weights of the head (or hidden states) have changed since these logits were given out, and nothing "
+                "had read them before. Read what you want of `outputs.logits` before the optimizer's step, or keep real logits "
+                'with torch.compile(…, backend="sloth", options={"sloth.disable": "head,linear_cross_entropy"}).'
+            )
+
+
+def versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+
+
+_trained_heads: WeakSet[Head] = WeakSet()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Fused optimizers do not count up the versions of what they write."""
+    if _trained_heads:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for head in list(_trained_heads):
+            head.stale = head.stale or id(head.weight) in stepped or id(head.bias) in stepped
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
+class LazyLogits(Tensor):
+    """[..., V] = steps(head(hidden)). Made by `lazy`."""
+
+    head: Head
+    hidden: Tensor
+    version: tuple[int, ...]  # of hidden states when the logits were to be computed
+    gate: Tensor | None  # where the gradient of hidden states goes
+    steps: tuple[Step, ...]
+    plain: bool  # the steps are casts
+    connected: bool  # its gradient goes into hidden states and weights
+    known: Tensor | None  # the logits, once they were read
+
+    def __repr__(self) -> str:
+        return repr(read(self))
+
+    @classmethod
+    @torch._dynamo.disable  # compiled code that is given such a tensor breaks its graph where it uses it
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in STAYS_LAZY and isinstance(args[0], LazyLogits) and is_lazy(args[0]):
+            found = STAYS_LAZY[func](func, *args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        return func(*tree_map_only(LazyLogits, read, args), **tree_map_only(LazyLogits, read, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Below autograd, which has seen this tensor as it is: only the values are wanted."""
+        values = lambda t: read(t).detach()  # noqa: E731
+        return func(*tree_map_only(LazyLogits, values, args), **tree_map_only(LazyLogits, values, kwargs or {}))
+
+
+def lazy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    step: Step | None = None,
+    autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False),
+    plain: bool = True,
+) -> Tensor:
+    """step(linear(hidden, weight, bias)), not computed yet; plain: the step is none, or a cast."""
+    head = Head(weight, bias, autocast)
+    like = torch.empty(0, weight.shape[0], dtype=head.operands(hidden[:0])[0].dtype, device=hidden.device)
+    like = like if step is None else step(like)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    return made(head, hidden, versions(hidden), _gate(hidden), (step,) if step else (), plain, like, grad)
+
+
+def made(
+    head: Head,
+    hidden: Tensor,
+    version: tuple[int, ...],
+    gate: Tensor | None,
+    steps: tuple[Step, ...],
+    plain: bool,
+    like: Tensor,
+    grad: bool,
+) -> Tensor:
+    if grad:
+        x = _Connected.apply((head, steps), like, hidden.detach(), gate, *head.gates)
+    else:
+        x = _wrapper(like, hidden)
+        hidden = hidden.detach() if hidden.requires_grad else hidden  # the same object for all of the same rows
+    x.head, x.hidden, x.version, x.gate = head, hidden, version, gate
+    x.steps, x.plain, x.connected, x.known = steps, plain, grad, None
+    return x
+
+
+def _wrapper(like: Tensor, hidden: Tensor) -> LazyLogits:
+    size = (*hidden.shape[:-1], like.shape[-1])
+    return Tensor._make_wrapper_subclass(LazyLogits, size, dtype=like.dtype, device=hidden.device)
+
+
+def read(logits: Any) -> Any:
+    """The logits themselves."""
+    if not isinstance(logits, LazyLogits):
+        return logits
+    if logits.known is None:
+        with torch.set_grad_enabled(logits.requires_grad):
+            direct = logits.connected or not logits.requires_grad
+            logits.known = _values(logits) if direct else _Values.apply(logits)
+    return logits.known
+
+
+def _values(x: LazyLogits) -> Tensor:
+    x.head.check(x.hidden, x.version)
+    with without_autocast(x.hidden):
+        z = F.linear(*x.head.operands(x.hidden))
+    return stepped(x.steps, z)
+
+
+def stepped(steps: tuple[Step, ...], z: Tensor) -> Tensor:
+    for step in steps:
+        z = step(z)
+    return z
+
+
+def is_lazy(x: LazyLogits) -> bool:
+    return x.known is None and (x.connected or not x.requires_grad)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+class _Wide(torch.autograd.Function):
+    """A stand-in for a tensor in low precision: no values, but gradients that are added up in fp32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        return x.new_zeros((), dtype=dtype).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad.to(ctx.dtype), None
+
+
+def _gate(x: Tensor | None) -> Tensor | None:
+    """What the gradient of `x` is given to; None where it wants none."""
+    if x is None or not x.requires_grad or not torch.is_grad_enabled():
+        return None
+    return x if compute_dtype(x) == x.dtype else _Wide.apply(x, compute_dtype(x))
+
+
+class _ByRows(torch.autograd.Function):
+    """fn(logits of some rows [n, V], *beside of these rows) for all rows, one result or several."""
+
+    @staticmethod
+    def forward(ctx: Any, how: tuple, fn: Callable, beside: tuple[Tensor, ...], hidden: Tensor, *gates: Any) -> tuple:
+        head, steps = how
+        h_NH, weight, bias = head.operands(as_matrix(hidden))
+        found = []
+        for rows in _chunks(h_NH, weight):
+            with without_autocast(h_NH):
+                z = F.linear(h_NH[rows], weight, bias)
+            one = fn(stepped(steps, z), *(b[rows] for b in beside))
+            found.append(one if isinstance(one, tuple) else (one,))
+        found = tuple(map(torch.cat, zip(*found, strict=True)))
+        ctx.how, ctx.version = (head, steps, fn, beside), versions(hidden)
+        ctx.save_for_backward(hidden)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in found if not t.is_floating_point()))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        (hidden,) = ctx.saved_tensors
+        ctx.how[0].check(hidden, ctx.version)
+        return None, None, None, None, *_gradients(*ctx.how, hidden, grads, ctx.needs_input_grad[4:])
+
+
+class _Connected(torch.autograd.Function):
+    """A lazy tensor as autograd sees it where code takes it as it is (an autograd function of somebody's, C++)."""
+
+    @staticmethod
+    def forward(ctx: Any, how: tuple, like: Tensor, hidden: Tensor, *gates: Any) -> Tensor:
+        ctx.how, ctx.version = how, versions(hidden)
+        ctx.save_for_backward(hidden)
+        return _wrapper(like, hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (hidden,) = ctx.saved_tensors
+        ctx.how[0].check(hidden, ctx.version)
+        grad = as_matrix(read(grad))
+        return None, None, None, *_gradients(*ctx.how, lambda z: z, (), hidden, (grad,), ctx.needs_input_grad[3:])
+
+
+class _Values(torch.autograd.Function):
+    """The logits of a lazy tensor that somebody's autograd function has returned: what belongs before it is its own affair."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: LazyLogits) -> Tensor:
+        return _values(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _chunks(h_NH: Tensor, weight: Tensor) -> list[slice]:
+    n = max(1, CHUNK // (len(weight) * weight.element_size()))
+    return [slice(i, i + n) for i in range(0, max(len(h_NH), 1), n)]
+
+
+def _gradients(
+    head: Head, steps: tuple, fn: Callable, beside: tuple, hidden: Tensor, grads: tuple, need: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """dh, dW and db in fp32 (or fp64), computed some rows at a time; None for what is not needed."""
+    h_NH, weight, bias = head.operands(as_matrix(hidden))
+    wide, (N, H) = compute_dtype(hidden), h_NH.shape
+    if all(g is None for g in grads):
+        return [None] * 3
+    dh = hidden.new_empty((N, H), dtype=wide) if need[0] else None
+    dw = hidden.new_empty(weight.shape, dtype=wide) if need[1] else None
+    db = hidden.new_zeros(len(weight), dtype=wide) if need[2] else None
+    for rows in _chunks(h_NH, weight):
+        with without_autocast(h_NH):
+            z = F.linear(h_NH[rows], weight, bias).requires_grad_()
+        with torch.enable_grad():
+            one = fn(stepped(steps, z), *(b[rows] for b in beside))
+        pairs = zip(one if isinstance(one, tuple) else (one,), grads, strict=True)
+        wanted, given = zip(*((o, g[rows]) for o, g in pairs if g is not None), strict=True)
+        (dz,) = torch.autograd.grad(wanted, z, given)
+        if dh is not None:
+            product(dz, weight, dh[rows])
+        if dw is not None:
+            (add_product if rows.start else product)(dz.t(), h_NH[rows], dw)
+        if db is not None:
+            db += dz.sum(0, dtype=wide)
+    return [None if dh is None else dh.view(hidden.shape), dw, db]
+
+
+def by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
+    """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
+    x.head.check(x.hidden, x.version)
+    gates = [x.gate, *x.head.gates] if torch.is_grad_enabled() and x.requires_grad else [None] * 3
+    found = _ByRows.apply((x.head, x.steps), fn, beside, x.hidden.detach(), *gates)
+    found = [t.view(*x.shape[:-1], *t.shape[1:]) for t in found]
+    return found[0] if len(found) == 1 else tuple(found)

@@ -1,0 +1,227 @@
+"""Logits of graphs without a loss: lazy where they are many and only given out, real everywhere else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from common import DEVICE
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sloth import lazy_tensor
+from sloth.lazy_logits import LazyLogits
+from sloth.rewriter.backend import listening
+from sloth.rewriter.report import MATCHED
+
+V = 30_000
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": V,
+    "use_cache": False, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "llama": (transformers.LlamaConfig, {}),
+    "tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "gemma2": (transformers.Gemma2Config, {"head_dim": 8, "num_key_value_heads": 2}),  # a softcap
+    "cohere": (transformers.CohereConfig, {}),  # a scale
+    "granite": (transformers.GraniteConfig, {"logits_scaling": 8.0}),  # a divisor
+    "phi": (transformers.PhiConfig, {}),  # a bias
+}
+OPTIONS = {"sloth.inner_backend": "aot_eager"}
+
+
+@pytest.fixture(autouse=True)
+def little_at_a_time(monkeypatch):
+    """8 rows of fp32, so that few rows are many."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(lazy_tensor, "CHUNK", 8 * V * 4)
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config, more = MODELS[name]
+    return AutoModelForCausalLM.from_config(config(**SIZES, **more)).to(DEVICE).train()
+
+
+def tokens(length: int = 12) -> torch.Tensor:
+    return torch.randint(3, V, (2, length), generator=torch.Generator().manual_seed(length)).to(DEVICE)
+
+
+def run(fn, *args, options=OPTIONS, dynamic=None, **kwargs):
+    """What compiled code gives, and the sites of the head."""
+    with listening() as reports:
+        out = torch.compile(fn, backend="sloth", options=options, dynamic=dynamic)(*args, **kwargs)
+    assert not any(r.untouched for r in reports)
+    return out, [s for r in reports for s in r.sites if s.construct == "head"]
+
+
+def is_lazy(x) -> bool:
+    return isinstance(x, LazyLogits) and x.known is None
+
+
+def next_token_loss(logits, ids):
+    return -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean()
+
+
+CASES = [*((name, "static") for name in MODELS), *(("llama", how) for how in ("dynamic", "autocast", "checkpoint"))]
+
+
+@pytest.mark.parametrize(("name", "how"), [*CASES, ("gemma2", "autocast")])
+def test_models(name, how):
+    """Gradients of what is computed by rows, and of what has all of the logits read."""
+    model, ids = model_of(name), tokens()
+    if how == "checkpoint":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tolerance = {"rtol": 3e-2, "atol": 3e-2} if how == "autocast" else {"rtol": 1e-4, "atol": 1e-6}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    compiled = torch.compile(model, backend="sloth", options=OPTIONS, dynamic=how == "dynamic")
+    for loss in (next_token_loss, lambda logits, ids: logits.float().square().mean()):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=how == "autocast"):
+            ours, eager = compiled(input_ids=ids), model(input_ids=ids)
+        assert is_lazy(ours.logits)
+        assert (ours.logits.shape, ours.logits.dtype) == (eager.logits.shape, eager.logits.dtype) and ours.logits.requires_grad
+        losses = [loss(out.logits, ids) for out in (ours, eager)]
+        assert is_lazy(ours.logits)
+        torch.testing.assert_close(*losses, **tolerance)
+        torch.testing.assert_close(*(torch.autograd.grad(x, parameters) for x in losses), **tolerance)
+        torch.testing.assert_close(ours.logits + torch.zeros_like(eager.logits), eager.logits, **tolerance)
+
+
+def test_numbers_that_are_inputs_of_the_graph():
+    """As those of modules with dynamic=True: the logits are real."""
+    layer, x = Wide(16, V, lambda x, w: F.linear(x, w) * scale), torch.randn(64, 16, device=DEVICE)
+    scale = 1.5
+    ours, sites = run(layer, x, dynamic=True)
+    assert [s.status for s in sites] == ["escape"] and not isinstance(ours, LazyLogits)
+
+
+def test_with_labels_they_belong_to_the_loss():
+    model, ids = model_of("llama"), tokens()
+    ours, sites = run(model, input_ids=ids, labels=ids)
+    assert is_lazy(ours.logits) and not sites
+
+
+def test_several_calls_before_the_backward():
+    model, chosen, rejected = model_of("llama"), tokens(12), tokens(10)
+    compiled = torch.compile(model, backend="sloth", options=OPTIONS)
+    found = []
+    for call in (compiled, model):
+        both = [next_token_loss(call(input_ids=ids).logits, ids) for ids in (chosen, rejected)]
+        with torch.no_grad():
+            reference = [next_token_loss(call(input_ids=ids).logits, ids) for ids in (chosen, rejected)]
+        loss = -F.logsigmoid(both[1] - both[0] - 0.5 * (reference[1] - reference[0]))
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+class Looks(nn.Module):
+    """A model, and what somebody does with its logits in the same graph."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.model, self.look = model_of("llama"), look
+
+    def forward(self, ids):
+        return self.look(self.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda z: z.argmax(-1),
+        lambda z: (z, z.sum()),
+        lambda z: z.transpose(1, 2),
+        lambda z: (z, z.float() * 2),
+        lambda z: z.detach(),
+    ],
+    ids=["argmax", "sum", "view", "twice", "detach"],
+)
+def test_a_graph_that_uses_the_logits_keeps_them(look):
+    model, ids = Looks(look), tokens()
+    ours, sites = run(model, ids)
+    assert [s.status for s in sites] == ["escape"] and sites[0].reason
+    leaves = [t if isinstance(t, tuple) else (t,) for t in (ours, model(ids))]
+    for a, b in zip(*leaves, strict=True):
+        assert not isinstance(a, LazyLogits) and a.requires_grad == b.requires_grad
+        torch.testing.assert_close(a, b)
+
+
+def test_logits_that_were_not_to_have_a_gradient_have_none():
+    def fn(ids):
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    model, ids = model_of("llama"), tokens()
+    ours, sites = run(fn, ids)
+    assert [s.status for s in sites] == [MATCHED] and is_lazy(ours) and not ours.requires_grad
+    assert torch.equal(ours.argmax(-1), fn(ids).argmax(-1))
+
+
+def test_compiled_code_after_a_break_of_the_graph_gets_real_logits():
+    def fn(ids):
+        logits = model(input_ids=ids).logits
+        torch._dynamo.graph_break()
+        return logits.tanh().sum()
+
+    model, ids = model_of("llama"), tokens()
+    ours, sites = run(fn, ids)
+    assert [s.status for s in sites] == ["escape"] and "break" in sites[0].reason
+    torch.testing.assert_close(ours, fn(ids))
+
+
+class Wide(nn.Module):
+    def __init__(self, inputs, outputs, head=F.linear):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(outputs, inputs, device=DEVICE) / inputs), head
+
+    def forward(self, x):
+        return self.head(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rows", "head"),
+    [
+        (16, V - 1, 64, F.linear),
+        (V // 4, V, 9, F.linear),
+        (16, V, 8, F.linear),
+        (16, V, 64, lambda x, w: F.linear(x, w * 2)),
+        (16, V, 64, lambda x, w: F.linear(x, w).view(8, 8, -1)),
+        (16, V, 64, lambda x, w: x @ w.t()),
+    ],
+    ids=["few words", "hardly wider", "few rows", "computed weight", "other shape", "no layer"],
+)
+def test_what_is_no_head(inputs, outputs, rows, head):
+    layer, x = Wide(inputs, outputs, head), torch.randn(rows, inputs, device=DEVICE)
+    ours, sites = run(layer, x)
+    assert not isinstance(ours, LazyLogits) and all(s.status == "escape" for s in sites)
+    torch.testing.assert_close(ours, layer(x))
+
+
+def test_it_can_be_switched_off():
+    ours, sites = run(model_of("llama"), input_ids=tokens(), options={**OPTIONS, "sloth.disable": "head"})
+    assert not isinstance(ours.logits, LazyLogits) and not sites
+
+
+def test_hidden_states_that_have_changed_are_noticed():
+    layer, x = Wide(16, V), torch.randn(64, 16, device=DEVICE)
+    ours, _ = run(layer, x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="hidden states"):
+        ours.sum()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_generation(mode, monkeypatch):
+    monkeypatch.setattr(lazy_tensor, "CHUNK", 1)  # a single row is many
+    model, ids = model_of("llama").eval(), tokens(6)
+    texts = []
+    for compiled in (True, False):
+        if compiled:
+            monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="sloth", options=OPTIONS))
+        torch.manual_seed(3)
+        with mode(), listening() as reports:
+            greedy = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
+            texts.append((greedy, model.generate(ids, max_new_tokens=3, do_sample=True, top_k=5, use_cache=True)))
+        if compiled:
+            assert all(s.status == MATCHED for r in reports for s in r.sites if s.construct == "head") and reports
+        monkeypatch.undo()
+    torch.testing.assert_close(*texts)
