@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sloth.kernels.gemm import as_matrix
-from sloth.kernels.launch import compute_dtype
-from sloth.kernels.linear_cross_entropy import linear_cross_entropy
-from sloth.lazy_tensor import STAYS_LAZY, LazyLogits, Step, by_rows, is_lazy, lazy, made, read, stepped, versions
+from sloth.kernels.launch import compute_dtype, without_autocast
+from sloth.kernels.linear_cross_entropy import linear_cross_entropy_forward
+from sloth.lazy_tensor import STAYS_LAZY, Head, LazyLogits, Step, by_rows, gates, is_lazy, lazy, made, read, stepped, versions
 
 __all__ = ["LazyLogits", "lazy", "read"]
 
@@ -188,6 +189,26 @@ def _take_along_dim(func: Callable, x: LazyLogits, index: Tensor, dim: int | Non
     return _gather(func, x, dim, index) if isinstance(dim, int) else NotImplemented
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """The operator for head and loss, with its gradients handed to autograd in fp32, like those of other results."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Head, target: Tensor, how: tuple, hidden: Tensor, *gates: Any) -> Tensor:
+        ctx.need = ctx.needs_input_grad[4:]
+        with without_autocast(hidden):
+            loss, _, *kept = linear_cross_entropy_forward(
+                hidden, head.weight, head.bias, target, None, *how, None, 1.0, *ctx.need, 0
+            )
+        ctx.save_for_backward(*kept)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        unit, *kept = ctx.saved_tensors
+        return None, None, None, None, *(d * (grad / unit) if need else None for d, need in zip(kept, ctx.need, strict=True))
+
+
 def _cross_entropy(
     func: Callable,
     x: LazyLogits,
@@ -205,8 +226,7 @@ def _cross_entropy(
     x.head.check(x.hidden, x.version)
     _, _, casts = x.head.autocast
     if x.plain and not casts and reduction != "none" and not label_smoothing:
-        loss, _ = linear_cross_entropy(x.hidden, x.head.weight, target, x.head.bias, None, ignore_index, reduction)
-        return loss.to(x.dtype)
+        return _CrossEntropy.apply(x.head, target, (ignore_index, reduction), x.hidden.detach(), *gates(x)).to(x.dtype)
     nll = _by_rows(
         x, lambda z, t: func(z, t, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing), target
     )

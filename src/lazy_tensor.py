@@ -317,10 +317,14 @@ def _gradients(
     return [None if dh is None else dh.view(hidden.shape), dw, db]
 
 
+def gates(x: LazyLogits) -> list[Tensor | None]:
+    """What the gradients of hidden states, weight and bias are given to, in fp32."""
+    return [x.gate, *x.head.gates] if torch.is_grad_enabled() and x.requires_grad else [None] * 3
+
+
 def by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
     """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
     x.head.check(x.hidden, x.version)
-    gates = [x.gate, *x.head.gates] if torch.is_grad_enabled() and x.requires_grad else [None] * 3
-    found = _ByRows.apply((x.head, x.steps), fn, beside, x.hidden.detach(), *gates)
+    found = _ByRows.apply((x.head, x.steps), fn, beside, x.hidden.detach(), *gates(x))
     found = [t.view(*x.shape[:-1], *t.shape[1:]) for t in found]
     return found[0] if len(found) == 1 else tuple(found)

@@ -202,6 +202,9 @@ def _backward(ctx, dloss, *_):
 
 torch.library.register_autograd("sloth::linear_cross_entropy_forward", _backward, setup_context=_setup)
 
+linear_cross_entropy_forward = torch.ops.sloth.linear_cross_entropy_forward.default
+"""The loss, and what its backward pass needs: `unit` times the gradients that were asked for, in fp32 where budget is 0."""
+
 torch.library.define(
     "sloth::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? items=None, int ignore_index=-100,"
@@ -215,7 +218,7 @@ def _(hidden, weight, target, bias=None, items=None, ignore_index=-100, reductio
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     with without_autocast(hidden):
-        return torch.ops.sloth.linear_cross_entropy_forward.default(
+        return linear_cross_entropy_forward(
             hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, *need, budget
         )[:2]
 

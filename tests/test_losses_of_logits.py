@@ -1,0 +1,135 @@
+"""Losses that people compute of logits outside of the compiled model: as exact as with real logits, and never all logits at once.
+
+TRL's own functions, as its trainers call them: DPO, GRPO, ORPO; and distillation.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import DEVICE, DTYPES, compare, make
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.kernels import selective_log_softmax_and_entropy as trl_kernel
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
+
+from sloth import lazy_tensor
+from sloth.kernels import linear_cross_entropy
+from sloth.lazy_logits import LazyLogits, lazy
+
+B, S, H, V = 4, 24, 16, 512
+IDS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+MASK = (torch.arange(S, device=DEVICE) % 5 != 2).expand(B, S)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def little_at_a_time(monkeypatch):
+    """The logits of 10 positions, of 96, in fp32."""
+    monkeypatch.setattr(lazy_tensor, "CHUNK", 10 * V * 4)
+    monkeypatch.setitem(linear_cross_entropy.BUDGET, DEVICE, 10 * V * 4)
+
+
+def dpo(logits):
+    """Log-probabilities of completions, chosen ones in the first half of the batch."""
+    logps = selective_log_softmax(logits[:, :-1], IDS[:, 1:], row_mask=MASK[:, 1:].int()).sum(-1)
+    chosen, rejected = logps.chunk(2)
+    return logps, -F.logsigmoid(0.1 * (chosen - rejected))
+
+
+def grpo(logits):
+    """The last positions at a temperature, and their entropy for the logs."""
+    logits = logits[:, :-1, :][:, -12:] / 0.9
+    logps, entropy = selective_log_softmax_and_entropy(logits, IDS[:, -12:], entropy_requires_grad=False)
+    ratio = torch.exp(logps - logps.detach() - 0.1)
+    return torch.minimum(ratio, ratio.clamp(0.8, 1.2)).mean(-1), entropy
+
+
+def orpo(logits):
+    shifted = logits[..., :-1, :].contiguous()
+    nll = F.cross_entropy(shifted.view(-1, V), IDS[..., 1:].reshape(-1))
+    return nll[None], selective_log_softmax(logits[:2, :-1], IDS[:2, 1:]).mean(-1), logits[:2].detach().mean()[None]
+
+
+def with_entropy(logits):
+    """A bonus for entropy: its gradient counts."""
+    return (entropy_from_logits(logits[MASK], chunk_size=7),)
+
+
+def distillation(logits):
+    """To the best words of a teacher."""
+    values, where = logits.topk(4, dim=-1)
+    return logits.logsumexp(-1), values, logits.log_softmax(-1).gather(-1, where.flip(-1)), logits.max(-1).values
+
+
+LOSSES = [dpo, grpo, orpo, with_entropy, distillation]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+
+
+@each_loss
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_exact_as_with_real_logits(loss, trained, dtype):
+    tensors = [make((B, S, H), dtype, seed=1), make((V, H), dtype, seed=2, scale=H**-0.5)]
+    few = 200 if dtype != torch.float32 else 0
+    compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, [True, trained], few=few, strides=False)
+
+
+def test_results_of_a_trained_head_are_rounded_once_together():
+    """Many results of one forward pass in bf16: each would round its part of the head's gradient."""
+    tensors = [make((B, 16 * S, H), torch.bfloat16, seed=1), make((V, H), torch.bfloat16, seed=2, scale=H**-0.5)]
+    loss = lambda logits: torch.cat([part.logsumexp(-1) for part in logits.split(4, dim=1)], 1)  # noqa: E731
+    compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, slack=0, strides=False)
+
+
+def test_kernels_that_read_all_logits():
+    """TRL's on a GPU, an autograd function that takes the tensor as it is."""
+    tensors = [make((B, S, H), torch.float32, seed=1), make((V, H), torch.float32, seed=2, scale=H**-0.5)]
+    loss = lambda logits: trl_kernel(logits, IDS, temperature=0.7, row_mask=MASK.int())  # noqa: E731
+    real = lambda h, w: selective_log_softmax_and_entropy(F.linear(h, w).cpu(), IDS.cpu(), True, 0.7, MASK.int().cpu())  # noqa: E731
+    compare(lambda h, w: [t.cpu() for t in loss(lazy(h, w))], real, tensors, slack=64, strides=False)
+
+
+def largest(fn: Callable[[], object]) -> int:
+    """Bytes of the largest allocation that it makes."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fn()
+    return max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+@each_loss
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU TRL runs a kernel that reads all logits")
+def test_never_all_logits_at_once(loss):
+    tensors = [make((B, S, H), torch.float32, seed=1), make((V, H), torch.float32, seed=2)]
+
+    def step(logits_of):
+        out = loss(logits_of(*(t.detach().requires_grad_() for t in tensors)))
+        sum(t.sum() for t in out if t.requires_grad).backward()
+
+    everything, weight = B * S * V * 4, V * H * 4
+    assert largest(lambda: step(F.linear)) >= everything / 2  # of GRPO half of the positions
+    assert largest(lambda: step(lazy)) <= max(2 * lazy_tensor.CHUNK, weight) < everything / 4
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU TRL runs a kernel that reads all logits")
+def test_never_all_logits_of_a_model(monkeypatch):
+    """Policy and reference of DPO, forward and backward: the largest tensor is the head."""
+    words = 30_000
+    monkeypatch.setattr(lazy_tensor, "CHUNK", words * 4)
+    config = LlamaConfig(
+        vocab_size=words, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, use_cache=False
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+
+    def step(call, expected):
+        with torch.no_grad():
+            reference, _ = dpo(call(input_ids=IDS).logits)
+        logits = call(input_ids=IDS).logits
+        assert isinstance(logits, LazyLogits) == expected
+        (dpo(logits)[0] - reference).square().sum().backward()
+
+    step(compiled, True)  # compiles
+    assert largest(lambda: step(compiled, True)) == words * 8 * 4 < largest(lambda: step(model, False)) / 8
