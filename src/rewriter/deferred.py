@@ -135,8 +135,8 @@ def _is_layer(node: fx.Node, view: View) -> bool:
 
 def _kept(chain: Chain, view: View) -> str:
     """Why the graph must compute the layer all the same; empty where nothing but its caller reads the result."""
-    reason = getattr(view.gm, "compile_subgraph_reason", None)
-    if reason is not None and reason.graph_break:
+    reason = getattr(view.gm, "compile_subgraph_reason", None)  # DDPOptimizer splits between parameters, no code of the model's
+    if reason is not None and reason.graph_break and not reason.reason.startswith("DDPOptimizer"):
         return "compiled code after a break of the graph may read its result"
     for node, following in zip(chain.nodes, (*chain.nodes[1:], view.gm.graph.output_node()), strict=True):
         if others := set(node.users) - {following}:

@@ -1,0 +1,77 @@
+"""Two processes: DistributedDataParallel around compiled code and inside of it gives eager's gradients, whoever reads logits."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sloth import lazy_tensor
+from sloth.lazy_logits import LazyLogits
+from sloth.rewriter.backend import listening
+
+V = 40_000  # embedding and head are a bucket each
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(V, 8), nn.Linear(8, 8), nn.Linear(8, V, bias=False)
+
+    def forward(self, ids, labels=None):
+        logits = self.head(self.layer(self.embedding(ids)).tanh())
+        loss = None if labels is None else F.cross_entropy(logits.float().view(-1, V), labels.view(-1))
+        return {"loss": loss, "logits": logits}
+
+
+def compiled(module):
+    return torch.compile(module, backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+
+
+def nobody(out):
+    return out["loss"]
+
+
+def everybody(out):
+    """By rows, and all of them."""
+    return out["logits"].logsumexp(-1).mean() + out["logits"].square().mean()
+
+
+CASES = {  # who reads the logits, and how the model is wrapped
+    "around": (everybody, lambda model: DistributedDataParallel(compiled(model))),
+    "inside": (everybody, lambda model: compiled(DistributedDataParallel(model))),
+    # Unused parameters are looked for in the autograd graph of what the model returns.
+    "unused": (nobody, lambda model: DistributedDataParallel(compiled(model), find_unused_parameters=True)),
+}
+
+
+def gradients(wrap, loss, ids):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Model()
+    wrapped = wrap(model)  # it averages gradients as long as it lives
+    out = wrapped(ids, ids if loss is nobody else None)
+    loss(out).backward()
+    return [p.grad for p in model.parameters()], isinstance(out["logits"], LazyLogits)
+
+
+def work(rank: int, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    lazy_tensor.CHUNK = 4 * V * 4
+    ids = torch.randint(0, V, (2, 12), generator=torch.Generator().manual_seed(rank))
+    for name, (loss, wrap) in CASES.items():
+        expected, _ = gradients(DistributedDataParallel, loss, ids)
+        with listening() as reports:
+            found, lazy = gradients(wrap, loss, ids)
+        assert lazy and len(reports) == 2, name  # Dynamo splits graphs between buckets of parameters
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    everyone = [torch.empty_like(found[-1]) for _ in range(2)]
+    dist.all_gather(everyone, found[-1])
+    assert torch.equal(*everyone) and everyone[0].any()  # they were averaged
+    dist.destroy_process_group()
+
+
+def test_gradients_of_two_processes(tmp_path):
+    mp.spawn(work, args=(str(tmp_path / "meeting"),), nprocs=2)
