@@ -252,7 +252,7 @@ STAYS_LAZY |= {
     Tensor.__getitem__: _index,
     **dict.fromkeys(_functions("view", "reshape"), _view),
     **dict.fromkeys(_functions("flatten", "unbind", "split", "chunk", "squeeze", "unsqueeze"), _of_positions),
-    Tensor.__iter__: lambda func, x: iter(_of_positions(Tensor.unbind, x)),
+    Tensor.__iter__: lambda func, x: iter(x.unbind()),
     **dict.fromkeys(_functions("argmax", "logsumexp", "amax"), _reduced),
     **dict.fromkeys(_functions("sum", "mean"), _summed),
     **dict.fromkeys(_functions("max"), _max),

@@ -110,6 +110,8 @@ class LazyLogits(Tensor):
     plain: bool  # the steps are casts
     connected: bool  # its gradient goes into hidden states and weights
     known: Tensor | None  # the logits, once they were read
+    origin: tuple | None  # of lazy logits: (function, its arguments, which of its results)
+    written: bool  # somebody has written to it in place
 
     def __repr__(self) -> str:
         return repr(read(self))
@@ -124,7 +126,9 @@ class LazyLogits(Tensor):
         if func in STAYS_LAZY and isinstance(args[0], LazyLogits) and is_lazy(args[0]):
             found = STAYS_LAZY[func](func, *args, **kwargs)
             if found is not NotImplemented:
-                return found
+                return _noted(found, func, args, kwargs)
+        if _writes(func) and isinstance(args[0], LazyLogits):
+            _share(args[0])
         return func(*tree_map_only(LazyLogits, read, args), **tree_map_only(LazyLogits, read, kwargs))
 
     @classmethod
@@ -167,6 +171,7 @@ def made(
         hidden = hidden.detach() if hidden.requires_grad else hidden  # the same object for all of the same rows
     x.head, x.hidden, x.version, x.gate = head, hidden, version, gate
     x.steps, x.plain, x.connected, x.known = steps, plain, grad, None
+    x.origin, x.written = None, False
     return x
 
 
@@ -179,6 +184,8 @@ def read(logits: Any) -> Any:
     """The logits themselves."""
     if not isinstance(logits, LazyLogits):
         return logits
+    if logits.known is None and _overwritten(logits):
+        logits.known = _of_origin(logits)
     if logits.known is None:
         with torch.set_grad_enabled(logits.requires_grad):
             direct = logits.connected or not logits.requires_grad
@@ -200,7 +207,55 @@ def stepped(steps: tuple[Step, ...], z: Tensor) -> Tensor:
 
 
 def is_lazy(x: LazyLogits) -> bool:
-    return x.known is None and (x.connected or not x.requires_grad)
+    return x.known is None and (x.connected or not x.requires_grad) and not _overwritten(x)
+
+
+# ---------------------------------------------------------------- writing in place, which views show
+
+
+def _noted(found: Any, func: Callable, args: tuple, kwargs: dict) -> Any:
+    """Note for what stays lazy where it comes from."""
+    for i, t in enumerate(found if isinstance(found, tuple) else (found,)):
+        if isinstance(t, LazyLogits):
+            t.origin = func, args, kwargs, i if isinstance(found, tuple) else None
+    return found
+
+
+def _writes(func: Callable) -> bool:
+    name = func.__name__
+    return (
+        name.endswith("_")
+        and not name.endswith("__")
+        or name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+    )
+
+
+def _share(x: LazyLogits) -> None:
+    """It is about to be written: if it is a view, of the memory that others see."""
+    x.written = True
+    if _is_view(x):
+        _share(x.origin[1][0])
+        x.known = _of_origin(x)
+
+
+def _overwritten(x: LazyLogits) -> bool:
+    """Is it a view of what somebody has written since?"""
+    parent = x.origin and x.origin[1][0]
+    return parent is not None and (parent.written or _overwritten(parent)) and _is_view(x)
+
+
+def _is_view(x: LazyLogits) -> bool:
+    if x.origin is None:
+        return False
+    parent = torch.empty(x.origin[1][0].shape, dtype=x.origin[1][0].dtype, device="meta")
+    return _of_origin(x, parent).untyped_storage()._cdata == parent.untyped_storage()._cdata
+
+
+def _of_origin(x: LazyLogits, parent: Tensor | None = None) -> Tensor:
+    """What the function that made it gives for the logits themselves."""
+    func, (origin, *args), kwargs, i = x.origin
+    found = func(read(origin) if parent is None else parent, *tree_map_only(LazyLogits, read, args), **kwargs)
+    return found if i is None else found[i]
 
 
 # ---------------------------------------------------------------- gradients

@@ -161,6 +161,49 @@ def test_read_twice_computed_once():
     assert x[0, 0, 0] == real[0, 0, 0] and x.tolist() == real.tolist()
 
 
+def write_to_part(t):
+    t[:, -1].mul_(2)
+    return t
+
+
+def write_to_view_of_view(t):
+    t.detach()[0][1:3] = 1.0
+    return t
+
+
+def write_and_look_at_view(t):
+    part, copied = t[:, :-1], t.double()
+    t[:, 0] = 0.5
+    return part.logsumexp(-1) + copied[:, 1:].logsumexp(-1)
+
+
+def write_to_what_was_read(t):
+    part, other = t[:, 1:], t.view(-1, V)
+    part = part if part.square().sum() > 0 else None
+    part += 1
+    return other.softmax(-1)
+
+
+def write_to_rows(t):
+    for row in t:
+        row.div_(2)
+    return t[MASK].clone().add_(1) - t[MASK]
+
+
+WRITERS = [write_to_part, write_to_view_of_view, write_and_look_at_view, write_to_what_was_read]
+
+
+@pytest.mark.parametrize(
+    ("fn", "grad"),
+    [*((fn, grad) for fn in WRITERS for grad in (True, False)), (write_to_rows, False)],  # torch refuses the last with gradients
+)
+def test_views_show_what_is_written_in_place(fn, grad):
+    x, real, leaves = pair(grad)
+    ours, theirs = fn(x), fn(real * 1)
+    torch.testing.assert_close(read(ours), theirs)
+    same_gradients(read(ours), theirs, leaves)
+
+
 def test_what_was_read_and_what_was_not_add_up():
     x, real, leaves = pair()
     ours, theirs = (t.logsumexp(-1).sum() + t.square().sum() + t.argmax(-1).sum() for t in (x, real))
