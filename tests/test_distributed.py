@@ -1,14 +1,17 @@
 """Two processes: DistributedDataParallel around compiled code and inside of it gives eager's gradients, whoever reads logits."""
 
+import os
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sloth import lazy_tensor
-from sloth.lazy_logits import LazyLogits
+from sloth.lazy_logits import LazyLogits, lazy
 from sloth.rewriter.backend import listening
 
 V = 40_000  # embedding and head are a bucket each
@@ -56,17 +59,35 @@ def gradients(wrap, loss, ids):
     return [p.grad for p in model.parameters()], isinstance(out["logits"], LazyLogits)
 
 
+def gathered(rank: int) -> None:
+    """What Trainer's evaluation does with logits of batches that differ in length, in both processes."""
+    accelerator = Accelerator(cpu=True)
+    h, w = torch.randn(2, 3 + rank, 4, requires_grad=True), torch.randn(10, 4)
+    ours, real = (accelerator.gather(accelerator.pad_across_processes(z, dim=1)) for z in (lazy(h, w), F.linear(h, w)))
+    assert type(ours) is torch.Tensor and ours.shape == (4, 4, 10)
+    torch.testing.assert_close(ours, real)
+
+
 def work(rank: int, file: str) -> None:
     torch.set_num_threads(1)
+    told = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 0,
+    }  # what accelerate asks
+    os.environ |= {name: str(value) for name, value in told.items()}
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     lazy_tensor.CHUNK = 4 * V * 4
     ids = torch.randint(0, V, (2, 12), generator=torch.Generator().manual_seed(rank))
     for name, (loss, wrap) in CASES.items():
         expected, _ = gradients(DistributedDataParallel, loss, ids)
         with listening() as reports:
-            found, lazy = gradients(wrap, loss, ids)
-        assert lazy and len(reports) == 2, name  # Dynamo splits graphs between buckets of parameters
+            found, is_lazy = gradients(wrap, loss, ids)
+        assert is_lazy and len(reports) == 2, name  # Dynamo splits graphs between buckets of parameters
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    gathered(rank)
     everyone = [torch.empty_like(found[-1]) for _ in range(2)]
     dist.all_gather(everyone, found[-1])
     assert torch.equal(*everyone) and everyone[0].any()  # they were averaged

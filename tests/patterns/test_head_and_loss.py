@@ -174,3 +174,32 @@ def test_prediction_with_the_trainer(tmp_path):
     torch.testing.assert_close(torch.tensor(ours.predictions), torch.tensor(eager.predictions), rtol=1e-4, atol=1e-5)
     for name in ("test_loss", "test_accuracy"):
         assert ours.metrics[name] == pytest.approx(eager.metrics[name], rel=1e-4)
+
+
+def test_evaluation_with_the_trainer_keeps_what_is_asked_for(tmp_path):
+    """preprocess_logits_for_metrics sees lazy logits; what it makes of them is gathered. All that is asked of them is by rows."""
+    rows = [{"input_ids": r, "labels": r} for r in torch.randint(3, 70, (5, 12), generator=torch.Generator().manual_seed(1))]
+    found, seen = {}, []
+
+    def keep(logits, labels):
+        seen.append(logits)
+        return logits.argmax(-1), logits.logsumexp(-1)
+
+    def metrics(prediction):
+        words, norms = prediction.predictions
+        return {"accuracy": (words[:, :-1] == prediction.label_ids[:, 1:]).mean(), "norm": norms.mean()}
+
+    for backend in (None, "sloth"):
+        torch._dynamo.reset()
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=DEVICE == "cpu", per_device_eval_batch_size=2, report_to="none",
+            torch_compile=backend is not None, torch_compile_backend=backend,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model_of("llama"), arguments, eval_dataset=rows, compute_metrics=metrics, preprocess_logits_for_metrics=keep
+        )
+        torch.backends.cuda.matmul.allow_tf32 = False  # accelerate turns it on for compiled models alone
+        found[backend] = trainer.evaluate()
+    assert list(map(is_lazy, seen)) == [False] * 3 + [True] * 3
+    for name in ("eval_loss", "eval_accuracy", "eval_norm"):
+        assert found["sloth"][name] == pytest.approx(found[None][name], rel=1e-4)
