@@ -12,6 +12,7 @@ from sloth.patterns import (
     lora,
     rms_norm,
     rope,
+    rows_of_logits,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "lora",
     "rms_norm",
     "rope",
+    "rows_of_logits",
 ]

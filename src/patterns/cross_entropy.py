@@ -3,6 +3,8 @@
 The shift of the labels and the division by `num_items_in_batch` stay outside: integers and one scalar.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +12,7 @@ from sloth.kernels.cross_entropy import cross_entropy
 from sloth.rewriter.ir import Value
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
+from sloth.when_imported import when_imported
 
 
 def is_loss(v: Value) -> bool:
@@ -23,6 +26,14 @@ def _calls(module: torch.nn.Module, arguments: dict) -> int:
 
 
 CROSS_ENTROPY = Construct("cross_entropy", "cross-entropy", anchor=is_loss, module=_calls)
+
+
+def _skip_warnings(_) -> None:
+    """transformers warns once that GPT-2, BERT … have no type of loss: that would break the graph between head and loss."""
+    torch._dynamo.config.ignore_logging_functions.add(logging.Logger.warning_once)
+
+
+when_imported("transformers.utils.logging", _skip_warnings)
 
 
 def same(logits):

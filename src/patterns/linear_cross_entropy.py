@@ -14,7 +14,7 @@ from sloth.lazy_logits import lazy
 from sloth.patterns.cross_entropy import CROSS_ENTROPY, loss, same
 from sloth.rewriter.registry import pattern
 
-DIMS = {"hidden": "B S H", "weight": "V H", "bias": "V", "target": "B*S int64", "items": "int64"}
+DIMS = {"hidden": "B*S H", "weight": "V H", "bias": "V", "target": "B*S int64", "items": "int64"}  # flat: rows_of_logits.py
 
 
 def headed(of_logits: Callable, more: tuple[str, ...]) -> Callable:
@@ -39,13 +39,13 @@ entry = pattern(
     name="linear_cross_entropy",
     variant="mean",
     reduction="mean",
-)(headed(loss(same, "mean", True)["plain"], ()))
+)(headed(loss(same, "mean", False)["plain"], ()))
 
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
     for _prepare in (same, torch.Tensor.float):
-        for _name, _reference in loss(_prepare, _reduction, True).items():
+        for _name, _reference in loss(_prepare, _reduction, False).items():
             for _bias in ((), ("bias",)):
-                if _name == "plain" and (_prepare is not same or (_reduction, _bias) == ("mean", ())):
+                if _name == "plain" and (_prepare is not same or (_reduction, _bias, _more) == ("mean", (), ())):
                     continue  # the upcast is there already; the entry's first variant
                 if _bias and _name != "plain" or _more and _prepare is not same:
                     continue  # no model does both
@@ -54,10 +54,6 @@ for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
                 entry.variant("_".join(filter(None, _parts)), reduction=_reduction, **_options)(
                     headed(_reference, (*_bias, *_more))
                 )
-
-for _reduction in ("mean", "sum"):
-    _flat = {"hidden": "N H", "target": "N int64"}
-    entry.variant(f"{_reduction}_flat", _flat, reduction=_reduction)(headed(loss(same, _reduction, False)["plain"], ()))
 
 
 @entry.check

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.amp.autocast_mode import _enter_autocast
 
-from sloth.rewriter.ir import Value, uncast
+from sloth.rewriter.ir import Symbol, Value, uncast
 from sloth.rewriter.match import Match
 from sloth.rewriter.normal_form import POINTWISE
 from sloth.rewriter.pattern import Deferral
@@ -108,7 +108,9 @@ def _chain(node: fx.Node, view: View) -> Chain | None:
     """From the layer that `node` is computed of, row by row; None where it is not, or not of inputs of the graph."""
     nodes = [node]
     while not _is_layer(node, view):
-        if not isinstance(v := view.env.get(node), Value) or v.op not in ROW_BY_ROW or len(node.all_input_nodes) != 1:
+        if not isinstance(v := view.env.get(node), Value) or len(node.all_input_nodes) != 1:
+            return None
+        if v.op not in ROW_BY_ROW and not _words(node, view):
             return None
         (node,) = node.all_input_nodes
         nodes.insert(0, node)
@@ -150,9 +152,17 @@ def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view:
     value = view.env[layer]
     autocast = _autocast(value, view)
     plain = not autocast[2] and all(view.env[n].op in ("linear", "cast") for n in following)
-    step = _function(following, layer, autocast) if following else None
+    step = _function(following, layer, autocast, view) if following else None
     weights = tuple(None if n is None else inputs.index(n) for n in chain.weights)
     return Deferred(index, make, weights, step, autocast, plain, value.region.grad)
+
+
+def _words(node: fx.Node, view: View) -> tuple | None:
+    """The bounds where the node takes a slice of the last dimension, of whole rows."""
+    v = view.env[node]
+    if v.op != "slice" or v.args[1] != len(v.meta.shape) - 1 or view.env.get(node.args[0]) is not v.args[0]:
+        return None
+    return v.args[2:] if not any(isinstance(a, Symbol) for a in v.args[2:]) else None
 
 
 def _autocast(value: Value, view: View) -> tuple:
@@ -163,12 +173,15 @@ def _autocast(value: Value, view: View) -> tuple:
     return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
 
-def _function(nodes: list[fx.Node], of: fx.Node, autocast: tuple) -> Callable[[torch.Tensor], torch.Tensor]:
+def _function(nodes: list[fx.Node], of: fx.Node, autocast: tuple, view: View) -> Callable[[torch.Tensor], torch.Tensor]:
     """These nodes, one after the other, as a function of the first one's operand."""
     graph = fx.Graph()
     env = {of: graph.placeholder("x")}
     for n in nodes:
-        env[n] = graph.node_copy(n, env.__getitem__)
+        if words := _words(n, view):
+            env[n] = graph.call_function(torch.ops.aten.slice.Tensor, (env[n.args[0]], -1, *words))
+        else:
+            env[n] = graph.node_copy(n, env.__getitem__)
     graph.output(env[nodes[-1]])
     run = fx.GraphModule(torch.nn.Module(), graph).forward
 

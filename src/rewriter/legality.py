@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sloth.rewriter.deferred import deferrable
 from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal, values_in
 from sloth.rewriter.match import Match, Refused
-from sloth.rewriter.normal_form import POINTWISE, VIEWS
+from sloth.rewriter.normal_form import INT_MAX, POINTWISE, VIEWS
 from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.shadow import View
 from sloth.rewriter.trace import fakes, rebuilt
@@ -188,7 +188,9 @@ def operator_metas(match: Match, graph: Ground) -> list[Meta]:
 
 def held(v: Value) -> list[Value]:
     """The values of the traced graph that an operand is made of: itself, or what it is a view, a cast … of."""
-    if v.nodes or v.op not in EMIT or any(_symbolic(a) for a in v.args):
+    if not v.nodes and v.spelled:
+        return held(v.spelled[0])
+    if v.nodes or v.op not in EMIT or any(map(_symbolic, written(v))):
         return [v]
     return [h for x in v.inputs for h in held(x)]
 
@@ -196,6 +198,30 @@ def held(v: Value) -> list[Value]:
 def _around(v: Value, graph: Ground) -> bool:
     """Is it a value of the graph around this body, to be passed in?"""
     return not graph.view.shadow.owns(v)
+
+
+def written(v: Value) -> tuple:
+    """The arguments that `v` is written with. A graph holds no symbols: bounds of a slice are counted from the end instead, one
+    size of a view is left open.
+    """
+    if v.op == "view":
+        sizes = tuple(map(_number, v.args[1]))
+        return v.args[0], tuple(-1 if isinstance(s, Symbol) else s for s in sizes) if sum(map(_symbolic, sizes)) == 1 else sizes
+    if v.op == "slice":
+        x, dim, *bounds, step = v.args
+        return x, dim, *(_from_end(i, x.meta.shape[dim]) if isinstance(i, Symbol) else i for i in bounds), step
+    return v.args
+
+
+def _from_end(i: Symbol, size: Any) -> Any:
+    behind = _number(i - size)
+    return i if isinstance(behind, Symbol) else behind or INT_MAX
+
+
+def _number(a: Any) -> Any:
+    """A symbol that is known to be one number as that."""
+    known = a.node.maybe_as_int() if isinstance(a, Symbol) else a
+    return a if known is None else known
 
 
 def _alive(v: Value) -> bool:

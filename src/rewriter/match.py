@@ -268,8 +268,13 @@ class Matcher:
         if not states:
             return None, unifier.best._replace(depth=depth)
         leaves = set(tensors.values())
-        values = frozenset(v for v in states[0].values() if v not in leaves)
-        return Match(variant, tensors, numbers, roots, values), unifier.best
+        values = set(states[0].values()) - leaves
+        todo = [*values]
+        while todo:  # what a rule put these in place of is computed by the match too
+            new = set(todo.pop().spelled) - values - leaves
+            values |= new
+            todo += new
+        return Match(variant, tensors, numbers, roots, frozenset(values)), unifier.best
 
 
 def _candidates(root: Value, b: Bindings, near: Value) -> list[Value]:

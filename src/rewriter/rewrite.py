@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sloth.rewriter.ir import Value, literal_key, values_in
-from sloth.rewriter.legality import EMIT, call_arguments, held, is_list, match_arguments, operands_of, takes_many
+from sloth.rewriter.legality import EMIT, call_arguments, held, is_list, match_arguments, operands_of, takes_many, written
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.normal_form import VIEWS
 from sloth.rewriter.shadow import View
@@ -118,7 +118,9 @@ class Rewriter:
             return passed(v, self.view)
         if v.nodes:
             return v.nodes[0]
-        node = self.graph.call_function(EMIT[v.op], tuple(self.operand(a) if isinstance(a, Value) else a for a in v.args))
+        if v.spelled:
+            return self.operand(v.spelled[0])
+        node = self.graph.call_function(EMIT[v.op], tuple(self.operand(a) if isinstance(a, Value) else a for a in written(v)))
         node.meta.update({k: m for k, m in v.origin.meta.items() if k != "example_value"})
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         v.nodes.append(node)

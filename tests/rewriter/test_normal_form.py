@@ -461,6 +461,35 @@ CASES = [
         ),
     ),
     Case(
+        "loss of some tokens",
+        (
+            lambda x, m, i: F.cross_entropy(F.linear(x[0][:, :1].reshape(3, 6), m).float(), i.clamp(0, 1)),
+            lambda x, m, i: F.cross_entropy(F.linear(x[0][:, :1], m).squeeze(1), i.clamp(0, 1)),
+            lambda x, m, i: F.cross_entropy(F.linear(x[0], m)[:, :-3].contiguous().view(3, 4), i.clamp(0, 1)),
+            lambda x, m, i: F.cross_entropy(F.linear(x[0], m).float().narrow(1, 0, 1).flatten(0, 1), i.clamp(0, 1)),
+            lambda x, m, i: F.cross_entropy(F.linear(x[0], m)[:, 0], i.clamp(0, 1)),
+        ),
+        (
+            lambda x, m, i: F.cross_entropy(F.linear(x[0], m)[:, 1], i.clamp(0, 1)),
+            lambda x, m, i: F.cross_entropy(F.linear(x[0], m)[:, 0], i.clamp(0, 1), reduction="sum"),
+            lambda x, m, i: F.cross_entropy(F.linear(x[0], m).softmax(1)[:, 0], i.clamp(0, 1)),
+            lambda x, m, i: F.cross_entropy(F.linear(x[0], m).flip(1)[:, 0], i.clamp(0, 1)),
+        ),
+    ),
+    Case(
+        "loss of some words",
+        (
+            lambda m, i: F.cross_entropy(F.linear(m[:3], m[:2], m[:, 0][:2]), i.clamp(0, 1)),
+            lambda m, i: F.cross_entropy(F.linear(m[:3], m, m[:, 0])[:, :2], i.clamp(0, 1)),
+            lambda m, i: F.cross_entropy(F.linear(m, m, m[:, 0])[:3, :-2], i.clamp(0, 1)),
+        ),
+        (
+            lambda m, i: F.cross_entropy(F.linear(m[:3], m[:2], m[:, 0][1:3]), i.clamp(0, 1)),
+            lambda m, i: F.cross_entropy(F.linear(m[:3], m, m[:, 0])[:, 2:], i.clamp(0, 1)),
+            lambda m, i: F.cross_entropy(F.linear(m[:3], m, m[:, 0]).softmax(1)[:, :2], i.clamp(0, 1)),
+        ),
+    ),
+    Case(
         "repeat_interleave that stays",
         (lambda x: x.repeat_interleave(2),) * 2,
         (lambda x: x.repeat_interleave(2, 0), lambda x: x.view(-1)),
