@@ -196,9 +196,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, head: Head, target: Tensor, how: tuple, hidden: Tensor, *gates: Any) -> Tensor:
         ctx.need = ctx.needs_input_grad[4:]
         with without_autocast(hidden):
-            loss, _, *kept = linear_cross_entropy_forward(
-                hidden, head.weight, head.bias, target, None, *how, None, 1.0, *ctx.need, 0
-            )
+            loss, _, *kept = linear_cross_entropy_forward(hidden, head.weight, head.bias, target, None, *how, *ctx.need, 0)
         ctx.save_for_backward(*kept)
         return loss
 
@@ -220,17 +218,20 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    strange = weight is not None or size_average is not None or reduce is not None or x.dim() != 2
+    strange = size_average is not None or reduce is not None or x.dim() != 2 or weight is not None and weight.requires_grad
     if strange or target.dim() != 1 or reduction not in ("mean", "sum", "none"):
         return NotImplemented
     x.head.check(x.hidden, x.version)
     _, _, casts = x.head.autocast
-    if x.plain and not casts and reduction != "none" and not label_smoothing:
-        return _CrossEntropy.apply(x.head, target, (ignore_index, reduction), x.hidden.detach(), *gates(x)).to(x.dtype)
-    nll = _by_rows(
-        x, lambda z, t: func(z, t, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing), target
-    )
-    return nll if reduction == "none" else nll.sum() if reduction == "sum" else nll.sum() / (target != ignore_index).sum()
+    if x.plain and not casts and reduction != "none":
+        how = ignore_index, reduction, None, 1.0, weight, label_smoothing, 0.0
+        return _CrossEntropy.apply(x.head, target, how, x.hidden.detach(), *gates(x)).to(x.dtype)
+    how = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
+    nll = _by_rows(x, lambda z, t: func(z, t, **how), target)
+    if reduction != "mean":
+        return nll if reduction == "none" else nll.sum()
+    counts = target != ignore_index
+    return nll.sum() / (counts.sum() if weight is None else torch.where(counts, weight[torch.where(counts, target, 0)], 0).sum())
 
 
 # ---------------------------------------------------------------- tables

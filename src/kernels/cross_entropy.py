@@ -90,11 +90,13 @@ def _capped(x, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, target_ptr, nll_ptr, lse_ptr, low_ptr, x_stride, V,
-    IGNORE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
+    x_ptr, target_ptr, weight_ptr, nll_ptr, lse_ptr, low_ptr, spread_ptr, x_stride, V,
+    IGNORE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SPREAD: tl.constexpr, WEIGHTED: tl.constexpr,
+    EVERY: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row: nll, lse and lse_low; all 0 and the logits not read where it is ignored."""
+    """One row: nll, lse and lse_low; all 0 and the logits not read where it is ignored. EVERY: its lse even then.
+    SPREAD: also Σ_j w_j (z_j − z_target), w_j = 1 unless WEIGHTED.
+    """
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * x_stride
     target = tl.load(target_ptr + row)
@@ -102,7 +104,11 @@ def _forward_kernel(
     offset = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     peak = tl.full((LANES,), -3.4028234663852886e38, tl.float32)  # finite: −∞ − (−∞) would be nan
     total = tl.zeros((LANES,), tl.float32)
-    if target != IGNORE:
+    spread = tl.zeros((LANES,), tl.float32)
+    inside = (target >= 0) & (target < V)
+    z_t, _ = _capped(tl.load(x_row + target, inside, other=0.0), SCALE, SOFTCAP, EXACT)
+    wanted = (target != IGNORE) | EVERY
+    if wanted:
         for start in tl.range(0, V, UNROLL * LANES, num_stages=STAGES):
             col = start + offset
             z, _ = _capped(tl.load(x_row + col, col < V, other=float("-inf")), SCALE, SOFTCAP, EXACT)
@@ -111,16 +117,21 @@ def _forward_kernel(
             higher = tl.maximum(peak, tl.max(z, 0))
             total = total * _exp(peak - higher, EXACT) + tl.sum(_exp(z - higher[None, :], EXACT), 0)
             peak = higher
+            if SPREAD:
+                distance = tl.where(col < V, z - z_t, 0.0)
+                if WEIGHTED:
+                    distance *= tl.load(weight_ptr + col, col < V, other=0.0).to(tl.float32)
+                spread += tl.sum(distance, 0)
     ignored = target == IGNORE
     m = tl.max(peak, 0)
     log_l = tl.log(tl.sum(total * _exp(peak - m, EXACT), 0))
     lse = m + log_l
-    inside = (target >= 0) & (target < V)
-    z_t, _ = _capped(tl.load(x_row + target, inside, other=0.0), SCALE, SOFTCAP, EXACT)
     nll = tl.where(inside, log_l + (m - z_t), float("nan"))
     tl.store(nll_ptr + row, tl.where(ignored, 0.0, nll))
-    tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
-    tl.store(low_ptr + row, tl.where(ignored, 0.0, (m - lse) + log_l))
+    tl.store(lse_ptr + row, tl.where(wanted, lse, 0.0))
+    tl.store(low_ptr + row, tl.where(wanted, (m - lse) + log_l, 0.0))
+    if SPREAD:
+        tl.store(spread_ptr + row, tl.where(ignored, 0.0, tl.sum(spread, 0)))
 
 
 @triton.jit
@@ -148,16 +159,22 @@ def _backward_kernel(
     tl.store(dx_ptr + row * V + col, dx.to(dx_ptr.dtype.element_ty), mask)
 
 
-def forward_triton(logits, target, ignore_index: int, softcap: float | None, scale: float):
-    """nll, lse, lse_low, each [N] fp32, 0 for ignored rows."""
+def forward_triton(
+    logits, target, ignore_index: int, softcap, scale: float,
+    spread: bool = False, weight: Tensor | None = None, every: bool = False,
+):  # fmt: skip
+    """nll, lse, lse_low, each [N] fp32, 0 for ignored rows. For loss_terms.py: `spread`, then the last result
+    is Σ_j w_j (z_j − z_target) of `weight`, or of ones; `every`: lse and lse_low of ignored rows too.
+    """
     x_NV, target_N = rows(logits), target.reshape(-1).contiguous()
     N, V = x_NV.shape
-    nll, lse, low = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(3))
+    nll, lse, low, *more = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(3 + spread))
     launch(_forward_kernel)[(N,)](
-        x_NV, target_N, nll, lse, low, x_NV.stride(0), V, IGNORE=ignore_index, SCALE=scale, SOFTCAP=softcap,
+        x_NV, target_N, x_NV if weight is None else weight, nll, lse, low, more[0] if spread else nll, x_NV.stride(0), V,
+        IGNORE=ignore_index, SCALE=scale, SOFTCAP=softcap, SPREAD=spread, WEIGHTED=weight is not None, EVERY=every,
         LANES=FORWARD_LANES, UNROLL=FORWARD_UNROLL, STAGES=FORWARD_STAGES, num_warps=FORWARD_WARPS,
     )  # fmt: skip
-    return nll, lse, low
+    return nll, lse, low, *more
 
 
 def backward_triton(
@@ -187,7 +204,20 @@ def _capped_aten(logits: Tensor, softcap: float | None, scale: float) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def forward_aten(logits, target, ignore_index: int, softcap: float | None, scale: float):
+def capped_with_slope(logits: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor | float]:
+    """z and ∂z/∂logit."""
+    z = _capped_aten(logits, softcap, scale)
+    if softcap is None:
+        return z, scale
+    e = torch.exp(logits.to(z.dtype).abs() * (-2 * abs(scale) / softcap))
+    r = 1 / (1 + e)
+    return z, 4 * scale * e * r * r
+
+
+def forward_aten(
+    logits, target, ignore_index: int, softcap, scale: float,
+    spread: bool = False, weight: Tensor | None = None, every: bool = False,
+):  # fmt: skip
     """As forward_triton."""
     z_NV = _capped_aten(logits.reshape(-1, logits.shape[-1]), softcap, scale)
     target_N = target.reshape(-1)
@@ -196,22 +226,26 @@ def forward_aten(logits, target, ignore_index: int, softcap: float | None, scale
     log_l = (z_NV - m.unsqueeze(-1)).exp().sum(-1).log()
     z_t = z_NV.gather(-1, torch.where(counts, target_N, 0).unsqueeze(-1)).squeeze(-1)
     lse = m + log_l
-    return tuple(torch.where(counts, t, 0.0) for t in (log_l + (m - z_t), lse, (m - lse) + log_l))
+    statistics, low = [log_l + (m - z_t)], (m - lse) + log_l
+    if spread:
+        distance = z_NV - z_t.unsqueeze(-1)
+        statistics.append((distance if weight is None else distance * weight.to(distance.dtype)).sum(-1))
+    nll, *more = (torch.where(counts, t, 0.0) for t in statistics)
+    if not every:
+        lse, low = (torch.where(counts, t, 0.0) for t in (lse, low))
+    return nll, lse, low, *more
 
 
 def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float, first: int = 0):
     """As backward_triton."""
     V = logits.shape[-1]
-    z_NV, target_N1 = _capped_aten(logits.reshape(-1, V), softcap, scale), target.reshape(-1, 1)
+    z_NV, slope = capped_with_slope(logits.reshape(-1, V), softcap, scale)
+    target_N1 = target.reshape(-1, 1)
     G = dloss.to(z_NV.dtype)
-    G = (G / count if mean else G) * scale
+    G = G / count if mean else G
     p = torch.exp((z_NV - lse.unsqueeze(-1)) - low.unsqueeze(-1))
     dz = p - (torch.arange(first, first + V, device=logits.device) == target_N1).to(p.dtype)
-    if softcap is not None:
-        e = torch.exp(logits.reshape(-1, V).to(p.dtype).abs() * (-2 * abs(scale) / softcap))
-        r = 1 / (1 + e)
-        dz = dz * (4 * e * r * r)
-    return torch.where(target_N1 != ignore_index, G * dz, 0.0).to(logits.dtype).reshape(logits.shape)
+    return torch.where(target_N1 != ignore_index, (G * slope) * dz, 0.0).to(logits.dtype).reshape(logits.shape)
 
 
 # ---------------------------------------------------------------- operators
@@ -291,10 +325,17 @@ cross_entropy = torch.ops.sloth.cross_entropy.default
 
 
 def _compile_case(kernel, softcap: float | None, warps: int):
-    types = dict(target_ptr="*i64", count_ptr="*i64", x_ptr="*bf16", dx_ptr="*bf16")
+    types = dict(target_ptr="*i64", count_ptr="*i64", x_ptr="*bf16", dx_ptr="*bf16", weight_ptr="*bf16")
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name.endswith("_ptr")}
     constants = dict(IGNORE=-100, SCALE=1.0, SOFTCAP=softcap, MEAN=True, BLOCK=BACKWARD_BLOCK)
-    constants |= dict(LANES=FORWARD_LANES, UNROLL=FORWARD_UNROLL, STAGES=FORWARD_STAGES)
+    constants |= dict(
+        SPREAD=softcap is not None,
+        WEIGHTED=softcap is not None,
+        EVERY=False,
+        LANES=FORWARD_LANES,
+        UNROLL=FORWARD_UNROLL,
+        STAGES=FORWARD_STAGES,
+    )
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     sizes = [name for name in ("x_stride", "V", "first", "vocabulary") if name in kernel.arg_names]
     return kernel, signature | dict.fromkeys(sizes, "i32"), constants, {"num_warps": warps}

@@ -1,6 +1,7 @@
 """Head and cross-entropy in one: the loss of logits that never exist all at once.
 
-    logits = h Wᵀ + b      loss = cross_entropy(scale or cap of logits)      (kernels/cross_entropy.py has its formulas)
+    logits = h Wᵀ + b      loss = cross_entropy(scale or cap of logits)      (kernels/cross_entropy.py has its formulas, and
+                                                                              loss_terms.py those of what may be added to it)
 
 Shapes   h [..., H], W [V, H], b [V] or None, target [...] int64 with as many elements as h has rows (N).
 Method   rows are taken in chunks whose logits fill `budget` bytes (Hsu et al., "Liger Kernel", 2024, chunk so too, by V/H). Each
@@ -20,9 +21,11 @@ Saved    dh [N, H], and dW [V, H], db [V] only if they are wanted: 4·N·H bytes
 import torch
 from torch import Tensor
 
+from sloth.kernels import loss_terms
 from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, forward_aten, forward_triton
 from sloth.kernels.gemm import add_product, as_matrix, product
 from sloth.kernels.launch import compute_dtype, use_triton, without_autocast
+from sloth.kernels.loss_terms import Terms
 
 BUDGET = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # bytes of logits: enough rows to keep the matmuls fast, few enough for caches
 STEPS = (1024, 64)  # chunks are a multiple of the first of these that fits: on an H200 1408 rows are 8 % slower than 1024
@@ -42,13 +45,14 @@ def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
 torch.library.define(
     "sloth::linear_cross_entropy_forward",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? items, int ignore_index, str reduction,"
-    " float? softcap, float scale, bool need_hidden, bool need_weight, bool need_bias, int budget)"
+    " float? softcap, float scale, Tensor? class_weight, float label_smoothing, float z_loss,"
+    " bool need_hidden, bool need_weight, bool need_bias, int budget)"
     " -> (Tensor loss, Tensor count, Tensor unit, Tensor dhidden, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _check(hidden, weight, bias, target, items, reduction) -> None:
+def _check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     told = f"linear_cross_entropy: hidden {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} {list(weight.shape)}"
@@ -56,6 +60,8 @@ def _check(hidden, weight, bias, target, items, reduction) -> None:
     torch._check(fits, lambda: told)
     torch._check(bias is None or bias.dtype == weight.dtype and bias.shape == weight.shape[:1], lambda: f"{told}, and a bias")
     torch._check(items is None or reduction == "sum" and items.numel() == 1, lambda: "items: one number, for a sum")
+    torch._check(class_weight is None or class_weight.shape == weight.shape[:1], lambda: f"{told}, and weights of other classes")
+    torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must be in [0, 1], got {label_smoothing}")
     rows = hidden.numel() // hidden.shape[-1]
     torch._check(target.numel() == rows, lambda: f"{rows} rows of hidden states, but {target.numel()} targets")
 
@@ -68,10 +74,11 @@ def _kept(dtype: torch.dtype, budget: int) -> torch.dtype:
 class _Rows:
     """What both orders of the work share: the operands as matrices, how the loss is taken of logits, and where results go."""
 
-    def __init__(self, hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need, budget):
+    def __init__(self, hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, terms, need, budget):
         self.h_NH, self.target_N = as_matrix(hidden), target.reshape(-1)
         self.weight, self.bias = weight, bias
         self.how, self.wide, self.kernels = (ignore_index, softcap, scale), compute_dtype(hidden), use_triton(hidden)
+        self.terms, self.w_N = terms, terms.weight_of(self.target_N, ignore_index, self.wide)
         (N, H), V = self.h_NH.shape, weight.shape[0]
         self.need_h, self.need_w, self.need_b = need
         self.wanted = any(need)
@@ -79,10 +86,11 @@ class _Rows:
         if self.need_w and not budget:
             self.budget = max(self.budget, int(TRAINED * weight.nbytes))
         self.count = (self.target_N != ignore_index).sum()
-        over = self.count if reduction == "mean" else self.count.new_ones(()) if items is None else items
+        mean = self.w_N.sum() if terms.weight is not None else self.count
+        over = mean if reduction == "mean" else self.count.new_ones(()) if items is None else items
         self.over = over.to(self.wide)
         self.unit = torch.exp2(self.over.abs().log2().ceil()).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).clamp(min=2.0**-60)
-        self.loss = hidden.new_zeros((), dtype=self.wide)
+        self.loss, self.squares = (hidden.new_zeros((), dtype=self.wide) for _ in range(2))
         self.dh = hidden.new_empty(N if self.need_h else 0, H, dtype=_kept(hidden.dtype, budget))
         self.db = hidden.new_zeros(V if self.need_b else 0, dtype=self.wide)
 
@@ -95,18 +103,37 @@ class _Rows:
 
     def statistics(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The loss of these rows is added up; lse and its rounding error are returned."""
-        ignore_index, softcap, scale = self.how
-        nll, *lse = (forward_triton if self.kernels else forward_aten)(z, self.target_N[rows], ignore_index, softcap, scale)
-        self.loss += nll.sum()
-        return lse
+        forward, terms = forward_triton if self.kernels else forward_aten, self.terms
+        if terms.plain:
+            nll, *lse = forward(z, self.target_N[rows], *self.how)
+            self.loss += nll.sum()
+            return lse
+        every = terms.z != 0
+        nll, lse, low, *spread = forward(z, self.target_N[rows], *self.how, terms.smoothing != 0, terms.weight, every)
+        self.loss += terms.rows(nll, *(spread or [None]), self.w_N[rows], z.shape[1]).sum()
+        if every:
+            self.squares += lse.square().sum()
+        return lse, low
 
     def gradient(self, z: Tensor, rows: slice, lse: Tensor, low: Tensor, first: int = 0) -> Tensor:
         """unit · ∂loss/∂logits, in place where kernels do it; columns are those from `first` on."""
         ignore_index, softcap, scale = self.how
-        how = self.unit, z, self.target_N[rows], lse, low, self.over, ignore_index, True, softcap, scale
+        target, V, terms = self.target_N[rows], len(self.weight), self.terms
+        if not terms.plain:
+            G = self.unit / self.over, self.unit / len(self.target_N)
+            numbers = terms.coefficients(*G, lse, self.w_N[rows], target != ignore_index, V)
+            weight = None if terms.weight is None else terms.weight[first : first + z.shape[1]]
+            backward = loss_terms.backward_triton if self.kernels else loss_terms.backward_aten
+            return backward(numbers, z, target, weight, lse, low, *self.how, first, V)
+        how = self.unit, z, target, lse, low, self.over, ignore_index, True, softcap, scale
         if self.kernels:
-            return backward_triton(*how, out=z, first=first, vocabulary=self.weight.shape[0])
+            return backward_triton(*how, out=z, first=first, vocabulary=V)
         return backward_aten(*how, first=first)
+
+    def total(self) -> Tensor:
+        """The loss of all rows."""
+        loss = self.loss / self.over
+        return loss + self.terms.z * self.squares / len(self.target_N) if self.terms.z else loss
 
     def by_log_softmax(self, z: Tensor, rows: slice) -> Tensor | None:
         """Both of the above where logits are taken as they are: in ATen that is fewer passes over them. As eager computes it."""
@@ -130,7 +157,7 @@ def _by_rows(r: _Rows) -> Tensor:
     for start in range(0, N, C):
         rows = slice(start, start + C)
         z = r.logits(rows, all_columns, buffer)
-        if not r.kernels and r.how[1:] == (None, 1.0):
+        if not r.kernels and r.how[1:] == (None, 1.0) and r.terms.plain:
             dz = r.by_log_softmax(z, rows)
         else:
             lse, low = r.statistics(z, rows)
@@ -165,18 +192,21 @@ def _by_slabs(r: _Rows) -> Tensor:
 
 
 @torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
-def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
-    _check(hidden, weight, bias, target, items, reduction)
-    need = need_h, need_w, need_b
-    r = _Rows(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need, budget)
+def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing, z_loss, *more):
+    _check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
+    *need, budget = more
+    terms = Terms(label_smoothing, class_weight, z_loss)
+    r = _Rows(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, terms, need, budget)
+    need_h, need_w, _ = need
     dw = (_by_slabs if budget and need_w and len(r.h_NH) else _by_rows)(r)
     kept = _kept(weight.dtype, budget)
-    return r.loss / r.over, r.count, r.unit, r.dh.view(hidden.shape) if need_h else r.dh, dw.to(kept), r.db.to(kept)
+    return r.total(), r.count, r.unit, r.dh.view(hidden.shape) if need_h else r.dh, dw.to(kept), r.db.to(kept)
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_forward")
-def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, need_h, need_w, need_b, budget):
-    _check(hidden, weight, bias, target, items, reduction)
+def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing, z_loss, *more):
+    _check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
+    need_h, need_w, need_b, budget = more
     wide, kept = compute_dtype(hidden), _kept(hidden.dtype, budget)
     (V, H), scalar = weight.shape, hidden.new_empty((), dtype=wide)
     dh = hidden.new_empty(hidden.shape if need_h else (0, H), dtype=kept)
@@ -185,7 +215,7 @@ def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, sca
 
 
 def _setup(ctx, inputs, output):
-    ctx.need, ctx.dtype = inputs[9:12], inputs[0].dtype
+    ctx.need, ctx.dtype = inputs[12:15], inputs[0].dtype
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -193,11 +223,11 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 13
+        return (None,) * 16
     unit, *kept = ctx.saved_tensors
     factor = dloss / unit
     dh, dw, db = ((d * factor).to(ctx.dtype) if need else None for d, need in zip(kept, ctx.need, strict=True))
-    return dh, dw, db, *[None] * 10
+    return dh, dw, db, *[None] * 13
 
 
 torch.library.register_autograd("sloth::linear_cross_entropy_forward", _backward, setup_context=_setup)
@@ -208,22 +238,28 @@ linear_cross_entropy_forward = torch.ops.sloth.linear_cross_entropy_forward.defa
 torch.library.define(
     "sloth::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? items=None, int ignore_index=-100,"
-    ' str reduction="mean", float? softcap=None, float scale=1.0, int budget=0) -> (Tensor loss, Tensor count)',
+    ' str reduction="mean", float? softcap=None, float scale=1.0, int budget=0, Tensor? class_weight=None,'
+    " float label_smoothing=0.0, float z_loss=0.0) -> (Tensor loss, Tensor count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl("sloth::linear_cross_entropy", "CompositeImplicitAutograd")
-def _(hidden, weight, target, bias=None, items=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, budget=0):
+def _(
+    hidden, weight, target, bias=None, items=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, budget=0,
+    class_weight=None, label_smoothing=0.0, z_loss=0.0,
+):  # fmt: skip
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     with without_autocast(hidden):
         return linear_cross_entropy_forward(
-            hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, *need, budget
-        )[:2]
+            hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale,
+            class_weight, label_smoothing, z_loss, *need, budget,
+        )[:2]  # fmt: skip
 
 
 linear_cross_entropy = torch.ops.sloth.linear_cross_entropy.default
 """linear_cross_entropy(hidden [..., H], weight [V, H], target [...] int64, bias=None, items=None, ignore_index=-100,
-reduction="mean", softcap=None, scale=1.0, budget=0) -> (loss [], count [] int64). items: what a sum is divided by, a tensor
-of one number. budget: bytes of logits at a time, 0 for a good number."""
+reduction="mean", softcap=None, scale=1.0, budget=0, class_weight [V]=None, label_smoothing=0.0, z_loss=0.0)
+-> (loss [], count [] int64). items: what a sum is divided by, a tensor of one number. budget: bytes of logits at a time, 0 for a
+good number. The last three: loss_terms.py; class_weight gets no gradient."""
