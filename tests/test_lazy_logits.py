@@ -103,6 +103,12 @@ CHUNKED = {
     "cross entropy, smooth": lambda t: F.cross_entropy(
         t.view(-1, V), torch.arange(B * S) % V, label_smoothing=0.1, ignore_index=3
     ),
+    "cross entropy, class weights": lambda t: F.cross_entropy(
+        t.view(-1, V), torch.arange(B * S) % V, torch.arange(1.0, V + 1), ignore_index=2, label_smoothing=0.1
+    ),
+    "cross entropy, class weights of other logits": lambda t: F.cross_entropy(
+        t.view(-1, V) / 2, torch.arange(B * S) % V, torch.arange(1.0, V + 1), ignore_index=2
+    ),
     "cross entropy, none": lambda t: F.cross_entropy(t.view(-1, V) / 2, torch.arange(B * S) % V, reduction="none"),
 }
 REAL = {
@@ -113,7 +119,6 @@ REAL = {
     "flat": lambda t: t.reshape(-1),
     "softmax over positions": lambda t: t.softmax(1),
     "cat": lambda t: torch.cat([t, t]),
-    "class weights": lambda t: F.cross_entropy(t.view(-1, V), torch.arange(B * S) % V, weight=torch.ones(V)),
     "sorted": lambda t: t.sort(-1).values,
     "largest of all": lambda t: t.max(),
     "sum over positions": lambda t: t.sum(1),

@@ -170,9 +170,9 @@ def forward_triton(
     N, V = x_NV.shape
     nll, lse, low, *more = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(3 + spread))
     launch(_forward_kernel)[(N,)](
-        x_NV, target_N, x_NV if weight is None else weight, nll, lse, low, more[0] if spread else nll, x_NV.stride(0), V,
-        IGNORE=ignore_index, SCALE=scale, SOFTCAP=softcap, SPREAD=spread, WEIGHTED=weight is not None, EVERY=every,
-        LANES=FORWARD_LANES, UNROLL=FORWARD_UNROLL, STAGES=FORWARD_STAGES, num_warps=FORWARD_WARPS,
+        x_NV, target_N, x_NV if weight is None else weight.contiguous(), nll, lse, low, more[0] if spread else nll,
+        x_NV.stride(0), V, IGNORE=ignore_index, SCALE=scale, SOFTCAP=softcap, SPREAD=spread, WEIGHTED=weight is not None,
+        EVERY=every, LANES=FORWARD_LANES, UNROLL=FORWARD_UNROLL, STAGES=FORWARD_STAGES, num_warps=FORWARD_WARPS,
     )  # fmt: skip
     return nll, lse, low, *more
 

@@ -52,7 +52,7 @@ torch.library.define(
 )
 
 
-def _check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing) -> None:
+def check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     told = f"linear_cross_entropy: hidden {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} {list(weight.shape)}"
@@ -69,6 +69,12 @@ def _check(hidden, weight, bias, target, items, reduction, class_weight, label_s
 def _kept(dtype: torch.dtype, budget: int) -> torch.dtype:
     """What gradients wait for the backward pass in."""
     return dtype if budget else torch.promote_types(dtype, torch.float32)
+
+
+def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """h Wᵀ + b, at the beginning of the buffer."""
+    z = buffer[: len(h) * len(weight)].view(len(h), len(weight))
+    return torch.mm(h, weight.t(), out=z) if bias is None else torch.addmm(bias, h, weight.t(), out=z)
 
 
 class _Rows:
@@ -95,11 +101,7 @@ class _Rows:
         self.db = hidden.new_zeros(V if self.need_b else 0, dtype=self.wide)
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        h, w = self.h_NH[rows], self.weight[columns]
-        z = out[: len(h) * len(w)].view(len(h), len(w))
-        if self.bias is None:
-            return torch.mm(h, w.t(), out=z)
-        return torch.addmm(self.bias[columns], h, w.t(), out=z)
+        return logits_of(self.h_NH[rows], self.weight[columns], None if self.bias is None else self.bias[columns], out)
 
     def statistics(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The loss of these rows is added up; lse and its rounding error are returned."""
@@ -193,7 +195,7 @@ def _by_slabs(r: _Rows) -> Tensor:
 
 @torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
 def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing, z_loss, *more):
-    _check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
+    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
     *need, budget = more
     terms = Terms(label_smoothing, class_weight, z_loss)
     r = _Rows(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, terms, need, budget)
@@ -205,7 +207,7 @@ def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, sca
 
 @torch.library.register_fake("sloth::linear_cross_entropy_forward")
 def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing, z_loss, *more):
-    _check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
+    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
     need_h, need_w, need_b, budget = more
     wide, kept = compute_dtype(hidden), _kept(hidden.dtype, budget)
     (V, H), scalar = weight.shape, hidden.new_empty((), dtype=wide)

@@ -92,7 +92,7 @@ def backward_triton(coefficients, logits, target, weight, lse, low, ignore_index
     """dlogits, in place of the logits [N, V], which are the columns from `first` on; `weight`: of these."""
     N, V = logits.shape
     launch(_backward_kernel)[(N * ((V + BACKWARD_BLOCK - 1) // BACKWARD_BLOCK),)](
-        coefficients, logits, target, logits if weight is None else weight, lse, low, logits,
+        coefficients, logits, target, logits if weight is None else weight.contiguous(), lse, low, logits,
         logits.stride(0), N, V, first, vocabulary, IGNORE=ignore_index, SCALE=scale, SOFTCAP=softcap,
         WEIGHTED=weight is not None, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
