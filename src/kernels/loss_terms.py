@@ -82,9 +82,10 @@ def _backward_kernel(
     if (a != 0) | (b != 0) | (u != 0):  # of an ignored row nothing is read
         z, slope = _capped(tl.load(x_ptr + row * x_stride + col, mask, other=0.0), SCALE, SOFTCAP, EXACT)
         p = _exp((z - tl.load(lse_ptr + row)) - tl.load(low_ptr + row), EXACT)
+        share = u
         if WEIGHTED:
-            u = u * tl.load(weight_ptr + col, mask, other=0.0).to(tl.float32)
-        dx = slope * (a * p - tl.where(first + col == target, b + u, u))
+            share = u * tl.load(weight_ptr + col, mask, other=0.0).to(tl.float32)
+        dx = slope * (a * p - tl.where(first + col == target, b + share, share))
     tl.store(dx_ptr + row * V + col, dx.to(dx_ptr.dtype.element_ty), mask)
 
 

@@ -10,19 +10,28 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy
+from sloth.kernels.linear_cross_entropy_rows import linear_cross_entropy_rows
 from sloth.lazy_logits import lazy
 from sloth.patterns.cross_entropy import CROSS_ENTROPY, loss, same
 from sloth.rewriter.registry import pattern
 
-DIMS = {"hidden": "B*S H", "weight": "V H", "bias": "V", "target": "B*S int64", "items": "int64"}  # flat: rows_of_logits.py
+DIMS = {
+    "hidden": "B*S H",
+    "weight": "V H",
+    "bias": "V",
+    "target": "B*S int64",
+    "items": "int64",
+    "class_weight": "V",
+}  # flat: rows_of_logits.py
 
 
 def headed(of_logits: Callable, more: tuple[str, ...]) -> Callable:
-    """`of_logits(logits, target, *, …)` of hidden states and weight, and of `more`: a bias, the items a sum is divided by."""
+    """`of_logits(logits, target, *, …)` of hidden states and weight, and of `more`: a bias, class weights, items to divide by."""
 
     def reference(hidden, weight, target, *rest, **numbers):
         given = dict(zip(more, rest, strict=True))
-        found = of_logits(F.linear(hidden, weight, given.get("bias")), target, **numbers)
+        classes = [given["class_weight"]] if "class_weight" in given else []
+        found = of_logits(F.linear(hidden, weight, given.get("bias")), target, *classes, **numbers)
         return found / given["items"] if "items" in given else found
 
     tensors = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("hidden", "weight", "target", *more)]
@@ -31,10 +40,41 @@ def headed(of_logits: Callable, more: tuple[str, ...]) -> Callable:
     return reference
 
 
+def smooth(reduction: str) -> Callable:
+    def of_logits(logits, target, *, ignore_index: int, label_smoothing: float):
+        how = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        return F.cross_entropy(logits.float(), target, **how)
+
+    return of_logits
+
+
+def weighted(reduction: str) -> Callable:
+    def of_logits(logits, target, class_weight, *, ignore_index: int, label_smoothing: float):
+        how = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        return F.cross_entropy(logits.float(), target, class_weight.float(), **how)
+
+    return of_logits
+
+
+def with_z_loss(hidden, weight, target, *, ignore_index: int, z_loss: float):
+    """Bamba: of all tokens, in the logits' dtype."""
+    logits = F.linear(hidden, weight)
+    loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), target, ignore_index=ignore_index)
+    return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
+
+
+def with_z_loss_items(hidden, weight, target, items, *, ignore_index: int, z_loss: float):
+    logits = F.linear(hidden, weight)
+    flat = logits.float().view(-1, logits.shape[-1])
+    loss = F.cross_entropy(flat, target, ignore_index=ignore_index, reduction="sum") / items
+    return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
+
+
 entry = pattern(
     CROSS_ENTROPY,
     op=linear_cross_entropy,
     dims=DIMS,
+    no_grad=("class_weight",),
     deferred=lazy,
     name="linear_cross_entropy",
     variant="mean",
@@ -55,8 +95,36 @@ for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
                     headed(_reference, (*_bias, *_more))
                 )
 
+for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
+    for _bias in ((), ("bias",)):
+        for _terms, _own in ((smooth, ()), (weighted, ("class_weight",))):
+            _name = "_".join((_reduction, _terms.__name__, *_bias, *_more))
+            entry.variant(_name, reduction=_reduction)(headed(_terms(_reduction), (*_bias, *_own, *_more)))
 
+ALL = {"hidden": "B S H"}
+entry.variant("mean_z_loss", ALL, reduction="mean")(with_z_loss)
+entry.variant("sum_z_loss_items", ALL, reduction="sum")(with_z_loss_items)
+
+rows = pattern(
+    CROSS_ENTROPY,
+    op=linear_cross_entropy_rows,
+    dims=DIMS,
+    no_grad=("class_weight",),
+    deferred=lazy,
+    name="linear_cross_entropy_rows",
+    variant="plain",
+)(headed(loss(same, "none", False)["plain"], ()))
+
+rows.variant("bias")(headed(loss(same, "none", False)["plain"], ("bias",)))
+rows.variant("smooth")(headed(smooth("none"), ()))
+rows.variant("weighted")(headed(weighted("none"), ("class_weight",)))
+for _name in ("softcap", "scale"):
+    rows.variant(_name)(headed(loss(same, "none", False)[_name], ()))
+    rows.variant(f"{_name}_fp32")(headed(loss(torch.Tensor.float, "none", False)[_name], ()))
+
+
+@rows.check
 @entry.check
-def _(match):
+def of_one_dtype(match):
     match.require(match.hidden.meta.dtype == match.weight.meta.dtype, "hidden states and weight differ in dtype")
     match.require(match.weight.op != "weight_4bit", "its weight is in 4 bits")

@@ -21,7 +21,7 @@ from sloth.rewriter.pattern import Pattern, Variant
 from sloth.rewriter.registry import patterns
 from sloth.rewriter.report import MATCHED, GraphReport, Site
 
-NUMBERS = {"eps": 1e-5, "ignore_index": -100}  # by name; others get a value that fits any scale or cap
+NUMBERS = {"eps": 1e-5, "ignore_index": -100, "label_smoothing": 0.1}  # by name; others get a value that fits any scale or cap
 # What must be computed in the graph is no input that could be drawn: a 4-bit weight, a mask. They have test files of their own.
 ENTRIES = [entry for entry in patterns() if entry.name not in ("linear_4bit", "attention")]
 VARIANTS = [variant for entry in ENTRIES for variant in entry.variants]
@@ -33,10 +33,14 @@ def numbers(variant: Variant, dtype: torch.dtype = torch.float32) -> dict[str, A
     return {n: NUMBERS.get(n, values[t](i)) for i, (n, t) in enumerate(variant.numbers.items())}
 
 
-def random_tensor(meta: Meta, variant: Variant, seed: int, layout: str = "contiguous", below: int = 2) -> torch.Tensor:
+POSITIVE = {"class_weight"}  # a sum of them is divided by
+
+
+def random_tensor(name: str, meta: Meta, variant: Variant, seed: int, layout: str = "contiguous", below: int = 2) -> torch.Tensor:
     """A tensor like `meta`; integers lie in [0, below), and every third is what the variant is told to ignore."""
     if meta.dtype.is_floating_point:
-        return make(meta.shape, meta.dtype, layout, seed)
+        drawn = make(meta.shape, meta.dtype, layout, seed)
+        return drawn.abs() + 0.1 if name in POSITIVE else drawn
     if not meta.shape:
         return torch.tensor(below + 1)  # a number of items, never 0
     drawn = torch.randint(0, below, meta.shape, generator=torch.Generator().manual_seed(seed))
@@ -46,7 +50,8 @@ def random_tensor(meta: Meta, variant: Variant, seed: int, layout: str = "contig
 
 def sample(variant: Variant, dtype: torch.dtype, grad: bool = True) -> list[torch.Tensor]:
     """Leaf tensors from the variant's description; those the operator gives no gradient to need none."""
-    out = [random_tensor(m, variant, 64 * i + 1) for i, m in enumerate(variant.sample_metas(dtype))]
+    metas = zip(variant.tensors, variant.sample_metas(dtype), strict=True)
+    out = [random_tensor(name, m, variant, 64 * i + 1) for i, (name, m) in enumerate(metas)]
     for name, t in zip(variant.tensors, out, strict=True):
         t.requires_grad_(grad and t.is_floating_point() and name not in variant.pattern.no_grad)
     return out

@@ -213,7 +213,7 @@ def test_operator_computes_the_reference(variant, data):
         meta = variant.meta(name, sizes, data.draw(st.sampled_from(dtypes)))
         layout = data.draw(st.sampled_from(LAYOUTS if len(meta.shape) > 1 else ["contiguous"]))
         below = min(sizes.values())
-        tensors.append(random_tensor(meta, variant, 64 * data.draw(st.integers(0, 999)) + i, layout, below))
+        tensors.append(random_tensor(name, meta, variant, 64 * data.draw(st.integers(0, 999)) + i, layout, below))
         grads.append(name not in variant.pattern.no_grad and meta.dtype.is_floating_point and data.draw(st.booleans()))
     try:
         with torch.no_grad():
@@ -229,7 +229,7 @@ def test_operator_computes_the_reference(variant, data):
 
 def exact_sample(variant):
     sizes = {c: variant.pattern.sizes.get(c, 2) for spec in variant.dims.values() for c in spec if c.isupper()}
-    return [random_tensor(variant.meta(t, sizes, torch.float64), variant, 64 * i + 3) for i, t in enumerate(variant.tensors)]
+    return [random_tensor(t, variant.meta(t, sizes, torch.float64), variant, 64 * i + 3) for i, t in enumerate(variant.tensors)]
 
 
 @each_variant
