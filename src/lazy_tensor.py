@@ -10,7 +10,8 @@ computed once and kept. Weights that an optimizer has changed since would make o
 Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through steps and result,  and
     dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32
 In low precision each of several results would round its part of dW, and autograd their sum. So parts are handed to autograd in
-fp32, as gradients of a stand-in (`_Wide`), and rounded once.
+fp32, as gradients of a stand-in (`_Wide`), and rounded once. What is still rounded for each result is its part of dz: where several
+results of the same rows have gradients in low precision, dh and dW may be some percent less exact than those of real logits.
 """
 
 from __future__ import annotations
@@ -339,8 +340,10 @@ class _Values(torch.autograd.Function):
         return grad
 
 
-def _chunks(h_NH: Tensor, weight: Tensor) -> list[slice]:
-    n = max(1, CHUNK // (len(weight) * weight.element_size()))
+def _chunks(h_NH: Tensor, weight: Tensor, trained: bool = False) -> list[slice]:
+    """Rows at a time. Each chunk adds to all of dW: where that is wanted, they are as large as the weight."""
+    budget = max(CHUNK, weight.nbytes) if trained else CHUNK
+    n = max(1, budget // (len(weight) * weight.element_size()))
     return [slice(i, i + n) for i in range(0, max(len(h_NH), 1), n)]
 
 
@@ -355,7 +358,7 @@ def _gradients(
     dh = hidden.new_empty((N, H), dtype=wide) if need[0] else None
     dw = hidden.new_empty(weight.shape, dtype=wide) if need[1] else None
     db = hidden.new_zeros(len(weight), dtype=wide) if need[2] else None
-    for rows in _chunks(h_NH, weight):
+    for rows in _chunks(h_NH, weight, need[1]):
         with without_autocast(h_NH):
             z = F.linear(h_NH[rows], weight, bias).requires_grad_()
         with torch.enable_grad():
@@ -381,5 +384,5 @@ def by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
     """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
     x.head.check(x.hidden, x.version)
     found = _ByRows.apply((x.head, x.steps), fn, beside, x.hidden.detach(), *gates(x))
-    found = [t.view(*x.shape[:-1], *t.shape[1:]) for t in found]
+    found = [t.view((*x.shape[:-1], *t.shape[1:])) for t in found]
     return found[0] if len(found) == 1 else tuple(found)

@@ -92,6 +92,7 @@ CHUNKED = {
     "entropy by parts": lambda t: torch.cat([-(p.exp() * p).sum(-1) for p in map(log_softmax, t.view(-1, V).split(4))]),
     "along": lambda t: torch.take_along_dim(t.log_softmax(dim=-1), torch.arange(B * S).view(B, S, 1) % V, dim=2),
     "argmax": lambda t: t.argmax(-1),
+    "one position": lambda t: t[0, -1].argmax(-1) + t[1, 2].logsumexp(0),
     "argmax of some": lambda t: t[..., :-1, :].argmax(dim=-1),
     "gather": lambda t: t.gather(-1, torch.arange(B * S).view(B, S, 1) % V),
     "selective log softmax": lambda t: torch.gather(t.log_softmax(-1), -1, torch.arange(B * S).view(B, S, 1) % V).squeeze(-1),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, DTYPES, compare, make
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 from trl.kernels import selective_log_softmax_and_entropy as trl_kernel
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 
@@ -80,6 +81,14 @@ def test_results_of_a_trained_head_are_rounded_once_together():
     tensors = [make((B, 16 * S, H), torch.bfloat16, seed=1), make((V, H), torch.bfloat16, seed=2, scale=H**-0.5)]
     loss = lambda logits: torch.cat([part.logsumexp(-1) for part in logits.split(4, dim=1)], 1)  # noqa: E731
     compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, slack=0, strides=False)
+
+
+def test_label_smoothing_of_the_trainer():
+    """transformers' writes in place to what it has computed of the logits."""
+    tensors = [make((B, S, H), torch.float32, seed=1), make((V, H), torch.float32, seed=2, scale=H**-0.5)]
+    labels = torch.where(MASK, IDS, -100)
+    loss = lambda logits: LabelSmoother(0.1)({"logits": logits}, labels.clone(), shift_labels=True)[None]  # noqa: E731
+    compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, slack=16)
 
 
 def test_kernels_that_read_all_logits():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch.amp.autocast_mode import _enter_autocast
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sloth.rewriter.ir import Symbol, Value, uncast
 from sloth.rewriter.match import Match
@@ -121,7 +122,10 @@ def _chain(node: fx.Node, view: View) -> Chain | None:
         return None
     if len({view.env[n].region for n in nodes}) > 1 or view.env[node].region.transforms:
         return None
-    if not all(isinstance(n.meta.get("example_value"), torch.Tensor) for n in tensors):
+    examples = [n.meta.get("example_value") for n in tensors]
+    if not all(
+        isinstance(t, torch.Tensor) and not is_traceable_wrapper_subclass(t) for t in examples
+    ):  # DTensor: no plain matrix
         return None
     return Chain(nodes, hidden, [weight, bias])
 
