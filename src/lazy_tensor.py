@@ -10,8 +10,8 @@ computed once and kept. Weights that an optimizer has changed since would make o
 Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through steps and result,  and
     dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32
 In low precision each of several results would round its part of dW, and autograd their sum. So parts are handed to autograd in
-fp32, as gradients of a stand-in (`_Wide`), and rounded once. What is still rounded for each result is its part of dz: where several
-results of the same rows have gradients in low precision, dh and dW may be some percent less exact than those of real logits.
+fp32, as gradients of a stand-in (`_Wide`), and rounded once. Each result's part of dz still is rounded: where several results of
+the same rows have gradients in low precision, dh and dW may be some percent less exact than those of real logits.
 """
 
 from __future__ import annotations
