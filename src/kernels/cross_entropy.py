@@ -106,7 +106,7 @@ def _forward_kernel(
     total = tl.zeros((LANES,), tl.float32)
     spread = tl.zeros((LANES,), tl.float32)
     inside = (target >= 0) & (target < V)
-    z_t, slope_t = _capped(tl.load(x_row + target, inside, other=0.0), SCALE, SOFTCAP, EXACT)  # a name is of one type
+    z_t, _slope_t = _capped(tl.load(x_row + target, inside, other=0.0), SCALE, SOFTCAP, EXACT)  # a name is of one type
     wanted = (target != IGNORE) | EVERY
     if wanted:
         for start in tl.range(0, V, UNROLL * LANES, num_stages=STAGES):

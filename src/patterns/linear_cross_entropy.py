@@ -15,14 +15,10 @@ from sloth.lazy_logits import lazy
 from sloth.patterns.cross_entropy import CROSS_ENTROPY, loss, same
 from sloth.rewriter.registry import pattern
 
-DIMS = {
-    "hidden": "B*S H",
-    "weight": "V H",
-    "bias": "V",
-    "target": "B*S int64",
-    "items": "int64",
-    "class_weight": "V",
-}  # flat: rows_of_logits.py
+DIMS = {  # flat: rows_of_logits.py
+    "hidden": "B*S H", "weight": "V H", "target": "B*S int64", "bias": "V", "items": "int64", "class_weight": "V",
+}  # fmt: skip
+WHOLE = {"hidden": "B S H"}
 
 
 def headed(of_logits: Callable, more: tuple[str, ...]) -> Callable:
@@ -70,16 +66,10 @@ def with_z_loss_items(hidden, weight, target, items, *, ignore_index: int, z_los
     return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
 
 
-entry = pattern(
-    CROSS_ENTROPY,
-    op=linear_cross_entropy,
-    dims=DIMS,
-    no_grad=("class_weight",),
-    deferred=lazy,
-    name="linear_cross_entropy",
-    variant="mean",
-    reduction="mean",
-)(headed(loss(same, "mean", False)["plain"], ()))
+HOW = {"dims": DIMS, "no_grad": ("class_weight",), "deferred": lazy}
+entry = pattern(CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy", variant="mean", reduction="mean")(
+    headed(loss(same, "mean", False)["plain"], ())
+)
 
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
     for _prepare in (same, torch.Tensor.float):
@@ -95,25 +85,21 @@ for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
                     headed(_reference, (*_bias, *_more))
                 )
 
+terms = pattern(
+    CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy_terms", variant="mean_smooth", reduction="mean"
+)(headed(smooth("mean"), ()))
+terms.variant("mean_z_loss", WHOLE, reduction="mean")(with_z_loss)
+terms.variant("sum_z_loss_items", WHOLE, reduction="sum")(with_z_loss_items)
+
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
-    for _bias in ((), ("bias",)):
-        for _terms, _own in ((smooth, ()), (weighted, ("class_weight",))):
-            _name = "_".join((_reduction, _terms.__name__, *_bias, *_more))
-            entry.variant(_name, reduction=_reduction)(headed(_terms(_reduction), (*_bias, *_own, *_more)))
+    for _terms, _own in ((smooth, ()), (smooth, ("bias",)), (weighted, ("class_weight",))):
+        if (_reduction, _own) != ("mean", ()):  # the first one
+            _name = "_".join((_reduction, _terms.__name__, *(n for n in _own if n == "bias"), *_more))
+            terms.variant(_name, reduction=_reduction)(headed(_terms(_reduction), (*_own, *_more)))
 
-ALL = {"hidden": "B S H"}
-entry.variant("mean_z_loss", ALL, reduction="mean")(with_z_loss)
-entry.variant("sum_z_loss_items", ALL, reduction="sum")(with_z_loss_items)
-
-rows = pattern(
-    CROSS_ENTROPY,
-    op=linear_cross_entropy_rows,
-    dims=DIMS,
-    no_grad=("class_weight",),
-    deferred=lazy,
-    name="linear_cross_entropy_rows",
-    variant="plain",
-)(headed(loss(same, "none", False)["plain"], ()))
+rows = pattern(CROSS_ENTROPY, op=linear_cross_entropy_rows, **HOW, name="linear_cross_entropy_rows", variant="plain")(
+    headed(loss(same, "none", False)["plain"], ())
+)
 
 rows.variant("bias")(headed(loss(same, "none", False)["plain"], ("bias",)))
 rows.variant("smooth")(headed(smooth("none"), ()))
@@ -124,7 +110,14 @@ for _name in ("softcap", "scale"):
 
 
 @rows.check
+@terms.check
 @entry.check
 def of_one_dtype(match):
     match.require(match.hidden.meta.dtype == match.weight.meta.dtype, "hidden states and weight differ in dtype")
     match.require(match.weight.op != "weight_4bit", "its weight is in 4 bits")
+
+
+@terms.check
+def _(match):
+    there = match.numbers.get("label_smoothing") != 0 or "class_weight" in match.tensors
+    match.require(there, "nothing is smoothed or weighted")

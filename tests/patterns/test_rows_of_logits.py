@@ -145,3 +145,22 @@ def test_a_label_beyond_the_words_is_refused():
             run(h, w)
     else:
         assert run(h, w).isnan()
+
+
+CLASSES = torch.linspace(0.1, 2, V, device=DEVICE)
+TERMS = {
+    "smooth": lambda z: F.cross_entropy(wide(z)[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1), label_smoothing=0.1),
+    "classes": lambda z: F.cross_entropy(wide(z)[:, :-1].flatten(0, 1), NEXT[:, 1:].flatten(), CLASSES.to(wide(z).dtype)),
+    "each token": lambda z: F.cross_entropy(wide(z)[:, :-1].flatten(0, 1), NEXT[:, 1:].flatten(), reduction="none").sum() / 7,
+    "z-loss": lambda z: mean(z.view(-1, V), NEXT.view(-1)) + 0.01 * wide(z.logsumexp(-1)).pow(2).mean(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name, entry", zip(TERMS, ("terms", "terms", "rows", "terms"), strict=True))
+def test_what_is_added_to_a_loss(name, entry, dtype):
+    fn = lambda h, w: TERMS[name](F.linear(h, w))  # noqa: E731
+    run, variants = compiled(fn)
+    slack = 8 if dtype == torch.float32 else 2**12
+    compare(run, fn, tensors(dtype, bias=False), None, [torch.tensor(1.0, device=DEVICE)], slack=slack, few=64)
+    assert [v.split("[")[0] for v in variants] == [f"linear_cross_entropy_{entry}"]
