@@ -110,6 +110,7 @@ CHUNKED = {
     "cross entropy, class weights of other logits": lambda t: F.cross_entropy(
         t.view(-1, V) / 2, torch.arange(B * S) % V, torch.arange(1.0, V + 1), ignore_index=2
     ),
+    "cross entropy of each": lambda t: F.cross_entropy(t.view(-1, V), torch.arange(B * S) % V, reduction="none"),
     "cross entropy, none": lambda t: F.cross_entropy(t.view(-1, V) / 2, torch.arange(B * S) % V, reduction="none"),
 }
 REAL = {
