@@ -114,7 +114,6 @@ for _name in ("softcap", "scale"):
 @entry.check
 def of_one_dtype(match):
     match.require(match.hidden.meta.dtype == match.weight.meta.dtype, "hidden states and weight differ in dtype")
-    match.require(match.weight.op != "weight_4bit", "its weight is in 4 bits")
 
 
 @terms.check

@@ -197,6 +197,28 @@ def test_an_adapter_on_the_head_is_not_forgotten():
     assert all(g.any() for g in expected)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["loss", "logits too"])
+def test_a_head_in_4_bits(given):
+    """Dequantised for the loss alone; logits that are given out are computed as bitsandbytes does."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = model_of("llama")
+    model.lm_head = bnb.nn.LinearNF4(32, 70, bias=False, compute_dtype=torch.float32)
+    model.lm_head.load_state_dict({"weight": torch.randn(70, 32, generator=torch.Generator().manual_seed(3)) / 4})
+    model.to(DEVICE)
+
+    def fn(**batch):
+        out = model(**batch)
+        return (out.loss, out.logits) if given else (out.loss,)
+
+    ours, sites = run(fn)
+    assert [s.variant.split("[")[0] for s in sites] == ["cross_entropy" if given else "linear_cross_entropy"]
+    own = [p for p in model.parameters() if p.requires_grad]
+    eager = fn(**batch())
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    got, expected = (torch.autograd.grad(out[0], own) for out in (ours, eager))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_code_after_a_break_of_the_graph_gets_the_logits():
     model = model_of("llama")
 
