@@ -164,7 +164,7 @@ def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view:
 def _words(node: fx.Node, view: View) -> tuple | None:
     """The bounds where the node takes a slice of the last dimension, of whole rows."""
     v = view.env[node]
-    if v.op != "slice" or v.args[1] != len(v.meta.shape) - 1 or view.env.get(node.args[0]) is not v.args[0]:
+    if v.op != "slice" or v.args[1] != len(v.meta.shape) - 1 or not node.args or view.env.get(node.args[0]) is not v.args[0]:
         return None
     return v.args[2:] if not any(isinstance(a, Symbol) for a in v.args[2:]) else None
 

@@ -54,7 +54,7 @@ class Value:
     nodes: list[fx.Node] = field(default_factory=list)  # nodes of the traced graph whose value this is, in graph order
     origin: fx.Node | None = None  # the node during whose expansion it first appeared
     facts: dict[str, Any] = field(default_factory=dict)  # what patterns found out about it, each asked once
-    spelled: list[Value] = field(default_factory=list)  # what a rule put this in place of: that, then what it is made of
+    spelled: list[Value] = field(default_factory=list)  # a rule put this in place of the first of these, made of the others
     outer: Value | None = None  # of an input of a body: the value of the graph around it that is always passed there
 
     @property
