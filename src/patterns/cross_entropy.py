@@ -29,8 +29,12 @@ CROSS_ENTROPY = Construct("cross_entropy", "cross-entropy", anchor=is_loss, modu
 
 
 def _skip_warnings(_) -> None:
-    """transformers warns once that GPT-2, BERT … have no type of loss: that would break the graph between head and loss."""
-    torch._dynamo.config.ignore_logging_functions.add(logging.Logger.warning_once)
+    """transformers warns once that GPT-2, BERT … have no type of loss: that would break the graph between head and loss.
+
+    Not before torch 2.13, which prints an error at each compilation where this set of its configuration holds a function.
+    """
+    if torch.__version__ >= (2, 13):
+        torch._dynamo.config.ignore_logging_functions.add(logging.Logger.warning_once)
 
 
 when_imported("transformers.utils.logging", _skip_warnings)

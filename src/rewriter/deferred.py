@@ -117,7 +117,7 @@ def _chain(node: fx.Node, view: View) -> Chain | None:
         nodes.insert(0, node)
     hidden, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
     tensors = [n for n in (hidden, weight, bias) if n is not None]
-    values = [view.env[n] for n in (*tensors, *nodes)]
+    values = [v for v in (*view.env[node].args, *(view.env[n] for n in nodes)) if v is not None]
     if any(n.op != "placeholder" for n in tensors[1:]) or any(v.pinned for v in values):
         return None
     if len({view.env[n].region for n in nodes}) > 1 or view.env[node].region.transforms:
@@ -131,12 +131,13 @@ def _chain(node: fx.Node, view: View) -> Chain | None:
 
 
 def _is_layer(node: fx.Node, view: View) -> bool:
-    """Is it the call of a linear layer itself, not a copy of its result?"""
+    """Is it the call of a linear layer itself, not a copy of its result? What it reads may be an operator's by now."""
     v = view.env.get(node)
     if not isinstance(v, Value) or v.op != "linear" or not 2 <= len(node.args) + len(node.kwargs) <= 3:
         return False
-    hidden = view.env.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-    return isinstance(hidden, Value) and uncast(hidden) is uncast(v.args[0])
+    given = [view.env.get(a) for a in (*node.args, *node.kwargs.values())[1:] if a is not None]
+    weights = [uncast(w) for w in v.args[1:] if w is not None]
+    return [isinstance(w, Value) and uncast(w) for w in given] == weights
 
 
 def _kept(chain: Chain, view: View) -> str:

@@ -105,7 +105,9 @@ def test_rows_that_do_not_count(path, terms):
         torch.testing.assert_close(got, expected)
         assert bool(got.any()) == bool(z_loss)
         wrong = torch.tensor([1, 30, -100], device=DEVICE)
-        if path == "operator" and DEVICE == "cpu":
+        if path == "operator" and DEVICE == "cuda":
+            return  # torch's gather stops the device: no test after it would run
+        if path == "operator":
             with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
                 ours(hidden, weight, wrong, *how)
         else:
