@@ -1,11 +1,13 @@
 """QLoRA steps of a Llama-3-8B shape on one GPU, beside peers: time, tokens/s, peak memory, first step, fraction of the floor.
 
-    python benchmarks/qlora.py [--out FILE.json] [--contenders sloth,eager,…] [--workloads W1,W2] [--projection]
+    python benchmarks/qlora.py [--out FILE.json] [--contenders sloth,eager,…] [--workloads W1,W2] [--projection] [--together]
 
 The model has random weights in NF4 (double-quantised), rank 16 on all seven projections, adapters in bf16, fused AdamW; it is
 written once as a checkpoint to a temporary folder, and every contender trains it in a process of its own on the same batches
 (labels = inputs). W1: 2 x 2048 tokens with checkpointing; W2: the same without; W4: 1 x 16384 with.
 The floor is the arithmetic of the matmuls and of causal attention over the measured rate of a large bf16 matmul.
+One after the other; with `--together` all load and compile side by side, each workload on a GPU of its own where there are
+several, and then wait for their turn: first steps are slower then, steps are timed on an idle host.
 `--projection` times one layer alone (x [4096, 4096] to 14336), and its dequantisation. Peers that are not installed are left out.
 """
 
@@ -136,8 +138,8 @@ def floor_flops(config: Any, adapters: int, batch: int, sequence: int, checkpoin
     return batch * sequence * per_token + attention * (3 + again)
 
 
-def train(contender: str, workload: str, folder: str, steps: int, profile: str) -> dict[str, Any]:
-    """Steps of one contender on one workload, in this process."""
+def train(contender: str, workload: str, folder: str, steps: int, profile: str, turn: Path | None) -> dict[str, Any]:
+    """Steps of one contender on one workload, in this process; timed once the file `turn` is there."""
     batch, sequence, checkpointing = WORKLOADS[workload]
     model = load(contender, folder, checkpointing, sequence)
     model.train()
@@ -166,6 +168,13 @@ def train(contender: str, workload: str, folder: str, steps: int, profile: str) 
     for i in range(1, 4):
         step(i)
     torch.cuda.synchronize()
+    if turn:
+        torch.cuda.empty_cache()
+        turn.with_suffix(".ready").touch()
+        while not turn.exists():
+            time.sleep(0.05)
+        step(4)
+        torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     events = []
     for i in range(steps):
@@ -259,23 +268,28 @@ def projection(flush: torch.Tensor) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the table
 
 
-def spawn(args: argparse.Namespace, contender: str, workload: str, folder: str) -> dict[str, Any]:
-    """One contender on one workload in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--one",
-        f"{contender}:{workload}:{folder}",
-        "--steps",
-        str(args.steps),
-        "--profile",
-        args.profile,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    for line in reversed(done.stdout.splitlines()):
+def spawn(args: argparse.Namespace, workload: str, contender: str, folder: Path) -> subprocess.Popen:
+    """One contender on one workload in a process of its own; what it prints goes to files in `folder`."""
+    log = folder / f"{workload}_{contender}"
+    one = f"{contender}:{workload}:{folder}:{log if args.together else ''}"
+    command = [sys.executable, __file__, "--one", one, "--steps", str(args.steps), "--profile", args.profile]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if args.together:
+        devices = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = devices[list(WORKLOADS).index(workload) % len(devices)]
+    with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as errors:
+        return subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
+
+
+def result(process: subprocess.Popen, workload: str, contender: str, folder: Path) -> dict[str, Any]:
+    """What it has measured, when it is done, or why it has not."""
+    log = folder / f"{workload}_{contender}"
+    log.touch()  # its turn
+    process.wait()
+    for line in reversed(log.with_suffix(".out").read_text().splitlines()):
         if line.startswith("@@"):
             return json.loads(line[2:])
-    reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    reason = (log.with_suffix(".err").read_text().strip().splitlines() or ["no output"])[-1]
     return {"workload": workload, "contender": contender, "error": reason[:300]}
 
 
@@ -285,22 +299,27 @@ def run(args: argparse.Namespace) -> None:
     rows = projection(flush) if args.projection else []
     for r in rows:
         print(json.dumps(r), flush=True)
-    results = {"machine": machine(args.commit), "matmul_tflops": rate / 1e12, "shape": args.shape, "rows": rows}
+    about = {"shape": args.shape, "together": args.together}
+    results = {"machine": machine(args.commit), "matmul_tflops": rate / 1e12, **about, "rows": rows}
     contenders = [
         c for c in args.contenders.split(",") if c not in ("liger", "unsloth") or optional(c.replace("liger", "liger_kernel"))
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        if args.workloads:
-            write_checkpoint(Path(folder), args.shape, args.layers)
+    pairs = [(w, c) for w in filter(None, args.workloads.split(",")) for c in contenders]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if pairs:
+            write_checkpoint(folder, args.shape, args.layers)
             torch.cuda.empty_cache()
-        for workload in filter(None, args.workloads.split(",")):
-            for contender in contenders:
-                row = spawn(args, contender, workload, folder)
-                if "flops" in row:
-                    row["floor_fraction"] = row["flops"] / rate * 1e3 / row["ms"]
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                write(results, args.out)  # what is measured is kept, whatever comes next
+        started = {pair: spawn(args, *pair, folder) for pair in pairs if args.together}
+        while any(p.poll() is None and not (folder / f"{w}_{c}.ready").exists() for (w, c), p in started.items()):
+            time.sleep(0.5)
+        for pair in pairs:
+            row = result(started.get(pair) or spawn(args, *pair, folder), *pair, folder)
+            if "flops" in row:
+                row["floor_fraction"] = row["flops"] / rate * 1e3 / row["ms"]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            write(results, args.out)  # what is measured is kept, whatever comes next
     write(results, args.out)
 
 
@@ -313,6 +332,7 @@ def main() -> int:
     options.add_argument("--shape", choices=SHAPES, default="8b")
     options.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     options.add_argument("--profile", default="", help="a folder for each contender's kernels of one step")
+    options.add_argument("--together", action="store_true", help="load and compile side by side, then time one after the other")
     options.add_argument("--one", default="", help=argparse.SUPPRESS)
     args = parse(options)
     asked = {*args.contenders.split(","), *filter(None, args.workloads.split(","))}
@@ -321,9 +341,9 @@ def main() -> int:
     if not args.one:
         run(args)
         return 0
-    contender, workload, folder = args.one.split(":", 2)
+    contender, workload, folder, turn = args.one.split(":")
     try:
-        print("@@" + json.dumps(train(contender, workload, folder, args.steps, args.profile)))
+        print("@@" + json.dumps(train(contender, workload, folder, args.steps, args.profile, Path(turn) if turn else None)))
     except Exception:
         traceback.print_exc()
         return 1
