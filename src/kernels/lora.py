@@ -140,13 +140,12 @@ def _lora_linear_backward(
                 u[i] = sum_of_products([g2[i].to(b[i].dtype)], [b[i]], [scale[i]])
         if need_b[i] and not need_u:
             db[i] = sum_of_products([g2[i].to(b[i].dtype).t()], [t[i]], [scale[i]])
-    out = []
-    if need_x:
-        out.append(_dx(g2, x, weight, a, u, together))
+    da = _down_gradients(x, xl, u, need_a, together)  # before dx: x may be let go before the weights are made again for it
+    out = [_dx(g2, x, weight, a, u, together)] if need_x else []
     for i in range(n):
         if need_xl[i]:
             out.append((u[i] @ a[i]).to(xl[i].dtype).view(xl[i].shape))
-    return [*out, *_down_gradients(x, xl, u, need_a, together), *(db[i] for i in sorted(db))]
+    return [*out, *da, *(db[i] for i in sorted(db))]
 
 
 def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], a: list, u: list, together: list[int]) -> Tensor:
