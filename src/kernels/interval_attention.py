@@ -48,12 +48,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Tuning for GPUs like H100, by the width of a head padded to a power of two (the smallest that fits).
-FORWARD = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)}
-BACKWARD_Q = {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)}
-BACKWARD_KV = {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)}
-SMALL = Tile(32, 32, 4, 1)  # for fp32, which tensor cores do not multiply, and for GPUs with less shared memory than
-SHARED = 160 * 1024
+# Tuning for GPUs like H100, by the width of a head padded to a power of two (the smallest that fits). 0: for GPUs with less than
+# SHARED, but 96 KiB of shared memory, up to a width of 128 (RTX 30 and 40: what fits, not measured).
+FORWARD = {0: Tile(128, 64, 8, 2), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)}
+BACKWARD_Q = {0: Tile(64, 64, 4, 1), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)}
+BACKWARD_KV = {0: Tile(64, 64, 4, 1), 64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)}
+SMALL = Tile(32, 32, 4, 1)  # for fp32, which tensor cores do not multiply, and for all others
+SHARED, LESS = 160 * 1024, 96 * 1024
 
 
 # ---------------------------------------------------------------- Triton
@@ -258,9 +259,10 @@ def _width(D: int) -> int:
 
 
 def tile_of(table: dict[int, Tile], x: Tensor) -> Tile:
-    if x.dtype == torch.float32 or x.is_cuda and _shared(x.device) < SHARED:
+    width, shared = _width(x.shape[-1]), _shared(x.device) if x.is_cuda else SHARED
+    if x.dtype == torch.float32 or shared < LESS or shared < SHARED and width > 128:
         return SMALL
-    return next(tile for width, tile in table.items() if _width(x.shape[-1]) <= width)
+    return table[0] if shared < SHARED else next(tile for most, tile in table.items() if width <= most)
 
 
 @cache

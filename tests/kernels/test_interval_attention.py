@@ -1,5 +1,7 @@
 """sloth.kernels.attention with masks that are intervals, and the kernels of sloth.kernels.interval_attention, against eager."""
 
+from unittest import mock
+
 import pytest
 import sympy
 import torch
@@ -21,8 +23,8 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda") 
 def small_tiles(monkeypatch):
     """Many of them in a short sequence, of another size for queries than for keys."""
     for name in ("FORWARD", "BACKWARD_Q"):
-        monkeypatch.setattr(kernels, name, dict.fromkeys((64, 128, 256), Tile(32, 16, 4, 1)))
-    monkeypatch.setattr(kernels, "BACKWARD_KV", dict.fromkeys((64, 128, 256), Tile(16, 32, 4, 1)))
+        monkeypatch.setattr(kernels, name, dict.fromkeys((0, 64, 128, 256), Tile(32, 16, 4, 1)))
+    monkeypatch.setattr(kernels, "BACKWARD_KV", dict.fromkeys((0, 64, 128, 256), Tile(16, 32, 4, 1)))
     monkeypatch.setattr(kernels, "SMALL", Tile(16, 16, 4, 1))
 
 
@@ -134,8 +136,17 @@ def test_the_tiles_in_use(table, monkeypatch):
     monkeypatch.undo()
     q, (k, v) = make((1, 2, 300, 64), torch.float16), (make((1, 1, 300, 64), torch.float16, seed=n) for n in (1, 2))
     for name in {"FORWARD", "BACKWARD_Q", "BACKWARD_KV"} - {table}:
-        monkeypatch.setattr(kernels, name, {64: Tile(64, 64, 4, 1)})
+        monkeypatch.setattr(kernels, name, {0: Tile(64, 64, 4, 1), 64: Tile(64, 64, 4, 1)})
     check(q, k, v, ([ids(1, 300, 3, 0.01)], [padding(1, 300, "holes")], 0, 200), 0.125)
+
+
+@pytest.mark.parametrize("kib, width, table", [(227, 128, 128), (163, 256, 256), (99, 128, 0), (99, 256, None), (64, 64, None)])
+def test_tiles_by_shared_memory(kib, width, table, monkeypatch):
+    """H100, A100, RTX 4090 and T4."""
+    x = mock.Mock(dtype=torch.float16, is_cuda=True, shape=(1, 1, 1, width))
+    monkeypatch.setattr(kernels, "_shared", lambda _: kib * 1024)
+    tiles = {0: "0", 64: "64", 128: "128", 256: "256"}
+    assert kernels.tile_of(tiles, x) == (kernels.SMALL if table is None else str(table))
 
 
 @settings(cases, max_examples=60)
