@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import device_us, l2_flush, machine, matmul_rate, parse, parser, write
+from measuring import device_us, l2_flush, machine, matmul_rate, parse, parser, peak_mib, write
 from transformers import AutoModel, LlamaConfig, MistralConfig, PreTrainedConfig
 
 SIZES = {
@@ -63,13 +63,8 @@ def measure(call: Callable[..., Any], given: dict[str, torch.Tensor], leaves: li
         return loss.detach()
 
     loss = step().item()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    return {"ms": device_us(step, flush, 7) / 1e3, "peak_mib": peak / 2**20, "loss": loss}
+    peak = peak_mib(step)
+    return {"ms": device_us(step, flush, 7) / 1e3, "peak_mib": peak, "loss": loss}
 
 
 def run(args: argparse.Namespace) -> None:

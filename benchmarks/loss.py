@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import device_us, l2_flush, machine, matmul_rate, optional, parse, parser, write
+from measuring import device_us, l2_flush, machine, matmul_rate, optional, parse, parser, peak_mib, write
 
 MIB = 2**20
 
@@ -51,15 +51,10 @@ def measure(fn: Callable[..., torch.Tensor], h, w, y, flush: torch.Tensor) -> di
     wanted = [t for t in (h, w) if t.requires_grad]
     both = lambda: torch.autograd.grad(fn(h, w, y), wanted)  # noqa: E731
     norms = [d.float().norm().item() for d in both()]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    both()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = peak_mib(both)
     with torch.no_grad():
         loss = fn(h, w, y).item()
-    return {"ms": device_us(both, flush, 11) / 1e3, "peak_mib": peak / MIB, "loss": loss, "gradient_norms": norms}
+    return {"ms": device_us(both, flush, 11) / 1e3, "peak_mib": peak, "loss": loss, "gradient_norms": norms}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -38,6 +38,16 @@ def device_us(fn: Callable[[], Any], flush: torch.Tensor, repeats: int = 25) -> 
     return statistics.median(a.elapsed_time(b) for a, b in events) * 1e3
 
 
+def peak_mib(fn: Callable[[], Any]) -> float:
+    """What `fn` allocates at the most, beyond what is there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def copy_rate(flush: torch.Tensor) -> float:
     """Bytes per second, read plus written, of an 8 GiB device-to-device copy."""
     a = torch.empty(2**33, dtype=torch.int8, device="cuda")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import copy_rate, device_us, l2_flush, machine, optional, parse, parser, write
+from measuring import copy_rate, device_us, l2_flush, machine, optional, parse, parser, peak_mib, write
 
 BF16 = torch.bfloat16
 Tensors = list[torch.Tensor]
@@ -231,12 +231,7 @@ def measure(row: Row, name: str, fn: Callable[..., Any], flush: torch.Tensor, ra
         result["error_grad"] = [error(a, b) for a, b in zip(grads, true_grads, strict=True)]
     del grads
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = both()
-    torch.cuda.synchronize()
-    result["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    del kept
+    result["peak_mib"] = peak_mib(both)
     result["forward_us"], result["both_us"] = device_us(forward, flush), device_us(both, flush)
     result["forward_copy_fraction"] = row.bytes_forward / result["forward_us"] * 1e6 / rate
     result["both_copy_fraction"] = row.bytes_both / result["both_us"] * 1e6 / rate
