@@ -33,6 +33,16 @@ torch.library.define(
 )
 
 
+def _latest(marked: Tensor, at: Tensor) -> Tensor:
+    """The last marked position up to each; -1 where there is none."""
+    return torch.where(marked, at, -1).cummax(-1)[0]
+
+
+def _next(marked: Tensor, at: Tensor) -> Tensor:
+    """The first marked position from each on; S where there is none."""
+    return torch.where(marked, at, at.shape[-1]).flip(-1).cummin(-1)[0].flip(-1)
+
+
 def runs(documents: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
     """[B or 1, S] first and last position of the run, of ids that are equal in all documents, that each position lies in."""
     S = at.shape[-1]
@@ -41,7 +51,7 @@ def runs(documents: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
         ids = ids.reshape(-1, S)
         begins = begins | F.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
     ends = F.pad(begins[:, 1:], (0, 1), value=True)
-    return torch.where(begins, at, 0).cummax(-1)[0], torch.where(ends, at, S).flip(-1).cummin(-1)[0].flip(-1)
+    return _latest(begins, at), _next(ends, at)
 
 
 def intervals(documents: list[Tensor], valid: Tensor | None, ahead: int | None, behind: int | None, at: Tensor):
@@ -57,7 +67,7 @@ def intervals(documents: list[Tensor], valid: Tensor | None, ahead: int | None, 
     if valid is not None:
         lo, hi, first, last = torch.broadcast_tensors(lo, hi, first, last, valid)[:4]
         first, last = torch.where(valid, first, S), torch.where(valid, last, -1)
-        before, after = torch.where(valid, at, -1).cummax(-1)[0], torch.where(valid, at, S).flip(-1).cummin(-1)[0].flip(-1)
+        before, after = _latest(valid, at), _next(valid, at)
         lo = torch.where(lo < S, after.expand_as(lo).gather(-1, lo.clamp(0, S - 1).long()), S)
         hi = torch.where(hi >= 0, before.expand_as(hi).gather(-1, hi.clamp(0, S - 1).long()), -1)
     return lo, hi, first, last

@@ -272,15 +272,10 @@ def _constant(r: _Reader, v: Value, *_: Any) -> Any:
 def _cast(r: _Reader, v: Value, x: Value, dtype: torch.dtype) -> Any:
     """Between integers, data only to wider ones."""
     e = r.read(x)
-    if (
-        e is None
-        or x.meta.dtype == torch.bool
-        or not _wide(v)
-        or e.atoms(AppliedUndef)
-        and dtype.itemsize < x.meta.dtype.itemsize
-    ):
+    if e is None or x.meta.dtype == torch.bool or not _wide(v):
         return None
-    return e
+    narrower = dtype.itemsize < x.meta.dtype.itemsize
+    return None if narrower and e.atoms(AppliedUndef) else e
 
 
 @follow("view")
