@@ -240,20 +240,27 @@ def test_code_after_a_break_of_the_graph_gets_the_logits():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+ROWS = [{"input_ids": r, "labels": r} for r in torch.randint(3, 70, (5, 12), generator=torch.Generator().manual_seed(1))]
+
+
+def trainer_of(backend, folder, **more):
+    """Of a fresh model, compiled by `backend` or not."""
+    torch._dynamo.reset()
+    arguments = transformers.TrainingArguments(
+        str(folder), use_cpu=DEVICE == "cpu", per_device_eval_batch_size=2, report_to="none",
+        torch_compile=backend is not None, torch_compile_backend=backend,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model_of("llama"), arguments, **more)
+    torch.backends.cuda.matmul.allow_tf32 = False  # accelerate turns it on for compiled models alone
+    return trainer
+
+
 def test_prediction_with_the_trainer(tmp_path):
     """It gathers, pads and joins logits of batches, and hands them to the metrics as arrays."""
-    rows = [{"input_ids": r, "labels": r} for r in torch.randint(3, 70, (5, 12), generator=torch.Generator().manual_seed(1))]
     found = {}
     for backend in (None, "sloth"):
-        torch._dynamo.reset()
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), use_cpu=DEVICE == "cpu", per_device_eval_batch_size=2, report_to="none",
-            torch_compile=backend is not None, torch_compile_backend=backend,
-        )  # fmt: skip
         metrics = lambda p: {"accuracy": (p.predictions[:, :-1].argmax(-1) == p.label_ids[:, 1:]).mean()}  # noqa: E731
-        trainer = transformers.Trainer(model_of("llama"), arguments, compute_metrics=metrics)
-        torch.backends.cuda.matmul.allow_tf32 = False  # accelerate turns it on for compiled models alone
-        found[backend] = trainer.predict(rows)
+        found[backend] = trainer_of(backend, tmp_path, compute_metrics=metrics).predict(ROWS)
     ours, eager = found["sloth"], found[None]
     torch.testing.assert_close(torch.tensor(ours.predictions), torch.tensor(eager.predictions), rtol=1e-4, atol=1e-5)
     for name in ("test_loss", "test_accuracy"):
@@ -262,7 +269,6 @@ def test_prediction_with_the_trainer(tmp_path):
 
 def test_evaluation_with_the_trainer_keeps_what_is_asked_for(tmp_path):
     """preprocess_logits_for_metrics sees lazy logits; what it makes of them is gathered. All that is asked of them is by rows."""
-    rows = [{"input_ids": r, "labels": r} for r in torch.randint(3, 70, (5, 12), generator=torch.Generator().manual_seed(1))]
     found, seen = {}, []
 
     def keep(logits, labels):
@@ -274,16 +280,8 @@ def test_evaluation_with_the_trainer_keeps_what_is_asked_for(tmp_path):
         return {"accuracy": (words[:, :-1] == prediction.label_ids[:, 1:]).mean(), "norm": norms.mean()}
 
     for backend in (None, "sloth"):
-        torch._dynamo.reset()
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), use_cpu=DEVICE == "cpu", per_device_eval_batch_size=2, report_to="none",
-            torch_compile=backend is not None, torch_compile_backend=backend,
-        )  # fmt: skip
-        trainer = transformers.Trainer(
-            model_of("llama"), arguments, eval_dataset=rows, compute_metrics=metrics, preprocess_logits_for_metrics=keep
-        )
-        torch.backends.cuda.matmul.allow_tf32 = False  # accelerate turns it on for compiled models alone
-        found[backend] = trainer.evaluate()
+        more = {"eval_dataset": ROWS, "compute_metrics": metrics, "preprocess_logits_for_metrics": keep}
+        found[backend] = trainer_of(backend, tmp_path, **more).evaluate()
     assert list(map(is_lazy, seen)) == [False] * 3 + [True] * 3
     for name in ("eval_loss", "eval_accuracy", "eval_norm"):
         assert found["sloth"][name] == pytest.approx(found[None][name], rel=1e-4)
