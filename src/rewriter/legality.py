@@ -49,8 +49,6 @@ def check(match: Match, graph: Ground) -> None:
     """Raise Refused where the rewrite is not proven legal."""
     for rule in RULES:
         rule(match, graph)
-    for condition in match.pattern.checks:
-        condition(match)
 
 
 def memory(match: Match, graph: Ground) -> None:
@@ -110,6 +108,12 @@ def gradients(match: Match, graph: Ground) -> None:
         raise Refused("gradient", f"{match.pattern.op} gives no gradient to {', '.join(skipped)}")
 
 
+def conditions(match: Match, graph: Ground) -> None:
+    """What the pattern itself asks."""
+    for condition in match.pattern.checks:
+        condition(match)
+
+
 def results(match: Match, graph: Ground) -> None:
     """The operator's results have the shapes and dtypes of what they replace."""
     try:
@@ -127,7 +131,8 @@ def results(match: Match, graph: Ground) -> None:
             )
 
 
-RULES: tuple[Callable[[Match, Ground], None], ...] = (memory, regions, operands, gradients, escapes, results)
+# The operator is tried last, on operands that its pattern asks for: torch logs what fails on fakes.
+RULES: tuple[Callable[[Match, Ground], None], ...] = (memory, regions, operands, gradients, escapes, conditions, results)
 
 
 def has_backward(op: torch._ops.OpOverload) -> bool:

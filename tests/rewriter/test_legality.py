@@ -314,6 +314,14 @@ def test_checks_of_entries_refuse_with_their_reason() -> None:
     assert report.sites[0].reason == "gate is torch.bfloat16, up is torch.float32"
 
 
+def test_an_operator_is_not_tried_on_what_a_check_refuses(entry: Any) -> None:
+    tried: list[Any] = []
+    registered = entry(operator(lambda x, y: tried.append(x)))
+    registered.check(lambda match: match.require(False, "not today"))
+    report = checked(Call(product).requires_grad_(False), x_like(2, 3, 8, grad=False))
+    assert statuses(report) == [("product", "check")] and report.sites[0].reason == "not today" and not tried
+
+
 # ---------------------------------------------------------------- convexity
 
 
