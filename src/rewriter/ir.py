@@ -49,7 +49,7 @@ class Value:
     args: tuple
     meta: Meta | None  # None: not a tensor (an operation with several results)
     region: Region
-    pinned: bool = False  # somebody writes this memory: never shared, never matched
+    pinned: bool = False  # somebody writes this memory: never shared, never computed by a match
     users: list[Value] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)  # nodes of the traced graph whose value this is, in graph order
     origin: fx.Node | None = None  # the node during whose expansion it first appeared
@@ -137,6 +137,8 @@ class Shadow:
         )
         if key is not None and (known := self._by_key.get(key)) is not None:
             return known
+        if pinned and meta is not None and meta.dtype.is_floating_point:  # what is written into it may bring a gradient
+            meta = meta._replace(requires_grad=True)
         value = Value(len(self.values), op, args, meta, region, pinned, origin=origin)
         self.values.append(value)
         for v in dict.fromkeys(value.inputs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sloth.rewriter.deferred import deferrable
 from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal, values_in
 from sloth.rewriter.match import Match, Refused
-from sloth.rewriter.normal_form import INT_MAX, POINTWISE, VIEWS
+from sloth.rewriter.memory import root, storages, writers
+from sloth.rewriter.normal_form import ALIASES, INT_MAX, POINTWISE, VIEWS
 from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.shadow import View
 from sloth.rewriter.trace import fakes, rebuilt
@@ -44,6 +45,9 @@ class Ground:
     mode: FakeTensorMode
     tried: dict[Any, list[Meta]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.order = {n: i for i, n in enumerate(self.view.gm.graph.nodes)}
+
 
 def check(match: Match, graph: Ground) -> None:
     """Raise Refused where the rewrite is not proven legal."""
@@ -52,11 +56,23 @@ def check(match: Match, graph: Ground) -> None:
 
 
 def memory(match: Match, graph: Ground) -> None:
-    """Nothing it reads or computes is written in place anywhere; a result may be, by its readers, like the fresh tensor it is."""
+    """Of memory that somebody writes, it reads only what tensors of the pattern lie in, and when all of it is written; a result
+    may be written later, by its readers, like the fresh tensor it is.
+    """
+    tensors = [h for t in match.tensors.values() for h in held(t)]
+    others = [h for o in operands_of(match)[len(match.tensors) :] for h in held(o)]
     fresh = {r for r in match.roots if not any(u in match.values for u in r.users)}
-    for v in (*(h for t in operands_of(match) for h in held(t)), *match.values):
-        if v.pinned and v not in fresh:
+    for v in (*match.values - fresh, *others):
+        if v.pinned and not (v in match.values and v.op in ALIASES and root(v) in map(root, tensors)):
             raise Refused("mutation", f"{_name(v)} is written in place")
+    view, made = graph.view, [*match.values - fresh, *made_anew(match.tensors.values())]
+    first = min((graph.order[v.origin] for v in (*made, *match.roots) if any(i.pinned for i in v.inputs)), default=0)
+    for h in tensors:
+        same = [n for v in (h, *made) if v.pinned and root(v) is root(h) for n in v.nodes]
+        if h.pinned and len({storages(n, view.gm) for n in same}) > 1:
+            raise Refused("mutation", f"{_name(h)} is written in place, and copied")
+        if h.pinned and any(graph.order[w] >= first for w in writers(h, view.writes, view.gm)):
+            raise Refused("mutation", f"{_name(h)} is written in place after it is read")
 
 
 def regions(match: Match, graph: Ground) -> None:
@@ -195,9 +211,18 @@ def held(v: Value) -> list[Value]:
     """The values of the traced graph that an operand is made of: itself, or what it is a view, a cast … of."""
     if not v.nodes and v.spelled:
         return held(v.spelled[0])
-    if v.nodes or v.op not in EMIT or any(map(_symbolic, written(v))):
-        return [v]
-    return [h for x in v.inputs for h in held(x)]
+    return [h for x in v.inputs for h in held(x)] if _is_made_anew(v) else [v]
+
+
+def made_anew(operands: Iterable[Value]) -> list[Value]:
+    """The values between operands and those of the traced graph that they are made of: a rewrite writes them out."""
+    made = [v.spelled[0] if not v.nodes and v.spelled else v for v in operands]
+    made = [v for v in made if _is_made_anew(v)]
+    return [*made, *made_anew([x for v in made for x in v.inputs])] if made else []
+
+
+def _is_made_anew(v: Value) -> bool:
+    return not v.nodes and v.op in EMIT and not any(map(_symbolic, written(v)))
 
 
 def _around(v: Value, graph: Ground) -> bool:

@@ -119,9 +119,9 @@ class Normal:
 
     def near(self, x: Any, op: str) -> bool:
         """Is it an `op` to look through? Not across a change of grad mode or autocast: it may have no gradient, where the whole
-        has one.
+        has one. Nor if somebody writes it: then it is not what it was computed as.
         """
-        return isinstance(x, Value) and x.op == op and x.region == self.region
+        return isinstance(x, Value) and x.op == op and x.region == self.region and not x.pinned
 
     # the canonical operations
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sloth.rewriter.ir import Value, literal_key, values_in
 from sloth.rewriter.legality import EMIT, call_arguments, held, is_list, match_arguments, operands_of, takes_many, written
 from sloth.rewriter.match import Match, Refused
+from sloth.rewriter.memory import writers
 from sloth.rewriter.normal_form import VIEWS
 from sloth.rewriter.shadow import View
 
@@ -86,8 +87,9 @@ class Rewriter:
         return node
 
     def sources(self, match: Match) -> list[fx.Node]:
-        """The nodes of this graph that its operands are made of."""
-        return [h.nodes[0] for v in operands_of(match) if self.view.shadow.owns(v) for h in held(v)]
+        """The nodes of this graph that its operands are made of, and those that write to their memory."""
+        made_of = [h for v in operands_of(match) if self.view.shadow.owns(v) for h in held(v)]
+        return [n for h in made_of for n in (h.nodes[0], *(writers(h, self.view.writes, self.view.gm) if h.pinned else ()))]
 
     def held_back(self, matches: list[Match], place: fx.Node) -> list[fx.Node]:
         """Nodes before `place` that read a result: they must move behind the call. None of them may be an operand (convexity)."""

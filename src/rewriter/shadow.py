@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 
 from sloth.rewriter.functions import is_derivative
 from sloth.rewriter.ir import Meta, Region, Shadow, Symbol, Value, literal_key, values_in
-from sloth.rewriter.normal_form import ALIASES, Normal
+from sloth.rewriter.memory import may_write, root, storages, tensors
+from sloth.rewriter.normal_form import Normal
 from sloth.rewriter.trace import Ref, Trace, rebuilt, resolve, trace
 
 # Higher-order operators whose bodies are ordinary code of the model. Those of others (flex_attention's score_mod, …) are left
@@ -45,6 +46,7 @@ class View:
     env: dict[fx.Node, Any] = field(default_factory=dict)
     opaque: dict[fx.Node, str] = field(default_factory=dict)  # node → why it was not lowered
     regions: dict[fx.Node, Region] = field(default_factory=dict)
+    writes: list[tuple[fx.Node, Value]] = field(default_factory=list)  # in place: the call, and what it writes to
     around: View | None = None  # of a body that is called once, in order: the view of the graph that calls it, and the call
     call: fx.Node | None = None
 
@@ -121,22 +123,18 @@ class _Builder:
                 result = self.view.env[node] = self.lower(node)
                 if isinstance(result, Value):
                     result.nodes.append(node)
+                self.view.writes += [(node, v) for v in self.normal.mutated]
+                self.normal.mutated.clear()
         finally:
             while self.autocasts:
                 self.leave_autocast()
-        values = self.view.shadow.values
-        roots = {_root(v) for v in self.normal.mutated}
+        gm, values = self.view.gm, self.view.shadow.values
+        roots = {root(v) for _, v in self.view.writes}
         rebound = {n for v in self.normal.rebound for n in v.nodes}
-        written = {n for v in values if _root(v) in roots for n in v.nodes}
-        storages = {s for n in written for s in self.storages(n)}
-        return frozenset(written | rebound | {n for n in self.view.gm.graph.nodes if not storages.isdisjoint(self.storages(n))})
-
-    def storages(self, node: fx.Node) -> Iterator[int]:
-        """The memory that the node's tensors lie in."""
-        example = operator.attrgetter(node.target)(self.view.gm) if node.op == "get_attr" else node.meta.get("example_value")
-        for t in _tensors(example):
-            with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse and other tensors without one
-                yield t.untyped_storage()._cdata
+        written = {n for v in values if root(v) in roots for n in v.nodes}
+        places = {s for n in written for s in storages(n, gm)}
+        self.view.writes += [(gm.graph.output_node(), v) for v in self.normal.rebound]  # it is another tensor until the end
+        return frozenset(written | rebound | {n for n in gm.graph.nodes if not places.isdisjoint(storages(n, gm))})
 
     def lower(self, node: fx.Node) -> Any:
         example = node.meta.get("example_value")
@@ -208,7 +206,7 @@ class _Builder:
     def opaque(self, node: fx.Node, example: Any, why: str) -> Any:
         """Values that stand for themselves, one for each tensor in the result."""
         self.view.opaque[node] = why
-        if _may_write(node):
+        if may_write(node):
             self.normal.mutated.update(_operands(node, self.view.env))
         source = self.normal.shadow.add(
             "opaque", (node.name, *_operands(node, self.view.env)), None, self.normal.region, True, node
@@ -229,7 +227,7 @@ class _Builder:
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._value)
         if node.target is operator.getitem and not isinstance(args[0], Value):
             return args[0][args[1]]
-        if any(free_unbacked_symbols(t) for t in _tensors(example)):
+        if any(free_unbacked_symbols(t) for t in tensors(example)):
             return self.opaque(node, example, "its size depends on data")
         try:
             self.normal.last_use = self.is_last_use(node)
@@ -239,7 +237,7 @@ class _Builder:
             self.normal.consumed.clear()
         except Exception as e:
             return self.opaque(node, example, f"{type(e).__name__}: {e}".split("\n")[0][:200])
-        seen, told = [v.meta for v in values_in((result,))], [Meta.of(t) for t in _tensors(example)]
+        seen, told = [v.meta for v in values_in((result,))], [Meta.of(t) for t in tensors(example)]
         if any(len(a.shape) != len(b.shape) or a.dtype != b.dtype for a, b in zip(seen, told, strict=False)):
             return self.opaque(node, example, "lowers to another shape or dtype than it was traced with")
         return result
@@ -251,8 +249,8 @@ class _Builder:
             return False
         if any(user is not node and not (user.op == "output" and first in self.dropped) for user in first.users):
             return False
-        own = set(self.storages(first))
-        return bool(own) and own.isdisjoint(s for n in first.all_input_nodes for s in self.storages(n))
+        own = storages(first, self.view.gm)
+        return bool(own) and all(own.isdisjoint(storages(n, self.view.gm)) for n in first.all_input_nodes)
 
     def function(self, node: fx.Node) -> Any:
         """The results of an autograd function whose backward is proven to be the derivative of its forward."""
@@ -354,35 +352,3 @@ def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any]:
 
 def _operands(node: fx.Node, env: dict) -> tuple:
     return tuple(env[n] for n in node.all_input_nodes if isinstance(env.get(n), Value))
-
-
-def _may_write(node: fx.Node) -> bool:
-    """May this call, which the shadow does not look into, write to its operands?"""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return "mutation" in target.name()
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") or name in _IN_PLACE
-    return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or node.op == "call_module"
-
-
-_IN_PLACE = {"setitem", "delitem", "__setitem__"} | {f"i{name}" for name in (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul", "concat"
-)}  # fmt: skip
-
-
-def _tensors(example: Any) -> Iterator[torch.Tensor]:
-    if isinstance(example, torch.Tensor):
-        yield example
-    elif isinstance(example, tuple | list):
-        for x in example:
-            yield from _tensors(x)
-
-
-def _root(v: Value) -> Value:
-    """Whose memory `v` may share."""
-    while v.op in ALIASES:
-        v = v.args[0]
-    return v

@@ -295,7 +295,7 @@ def test_a_written_alias_of_an_input_is_no_fresh_tensor(
         return before + llama_norm(x, m.v)
 
     report = checked(Call(fn), x_like(2, 3, 8).detach(), options={"sloth.inner_backend": "eager"})
-    assert not matched(report) and {s.status for s in report.sites} == {"mutation"}
+    assert sorted(s.status for s in report.sites) == ["matched", "mutation"], "the one behind the write is of what was written"
 
 
 def test_rebound_memory_is_not_written() -> None:

@@ -1,4 +1,4 @@
-"""The shadow of whole graphs: bodies of higher-order operators, regions, autocast, opaque nodes, memory, symbols, memoisation."""
+"""The shadow of whole graphs: bodies of higher-order operators, regions, autocast, opaque nodes, symbols, memoisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Call, Layer, Norm, Stack, captured, checked, counts, llama_norm, matched, missed, tables
 
 from sloth.rewriter import shadow as shadow_module
-from sloth.rewriter.ir import Region, Value
+from sloth.rewriter.ir import Region
 from sloth.rewriter.report import Report
 from sloth.rewriter.shadow import views
 
@@ -384,90 +384,6 @@ def test_unknown_functions_write_where_their_name_says_so(name: str) -> None:
     gm, y, _ = graph_of(unknown, "y")
     (view,) = views(gm)
     assert view.opaque and view.env[y].pinned == (name in ("scribble_", "__iadd__", "__invert"))
-
-
-# ---------------------------------------------------------------- memory
-
-WRITES: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "input behind the norm": lambda m, x: (h := x.detach() * 2, n := llama_norm(h, m.w), h.add_(1), n + h)[-1],
-    "input in front of the norm": lambda m, x: (h := x * 2, h.add_(1), llama_norm(h, m.w) + h)[-1],
-    "through a view": lambda m, x: (h := x * 2, h.view(-1).mul_(3), llama_norm(h, m.w))[-1],
-    "through detach": lambda m, x: (h := x * 2, h.detach().add_(1), llama_norm(h, m.w))[-1],
-    "through a mask": lambda m, x: (h := x * 2, h.__setitem__(x > 0, 0.5), llama_norm(h, m.w))[-1],
-    "through the result of a write": lambda m, x: (h := x * 2, z := h.add_(1), h.mul_(3), llama_norm(z, m.w))[-1],
-    "by setitem": lambda m, x: (h := x * 2, h.__setitem__(0, 1.0), llama_norm(h, m.w))[-1],
-    "with out=": lambda m, x: (h := x * 2, d := x.detach() + 1, torch.mul(x.detach(), 3, out=d), llama_norm(d, m.w) + h)[-1],
-}
-
-
-@pytest.mark.parametrize("fn", WRITES.values(), ids=WRITES.keys())
-def test_a_match_on_written_memory_is_refused(fn: Callable[[Any, Tensor], Tensor]) -> None:
-    report = checked(Call(fn), x_like(2, 3, 8))
-    assert not report.graphs[0].untouched
-    assert [(s.construct, s.status) for s in report.sites] == [("rms_norm", "mutation")], report.to_json()
-    assert "written in place" in report.sites[0].reason
-
-
-@pytest.mark.parametrize("write", [lambda n: n.mul_(2), lambda n: n[..., :2].zero_()])
-def test_a_norm_whose_result_is_written(write: Callable[[Tensor], Tensor]) -> None:
-    """A result is memory of its own: its readers may write it (`loss += router_loss`), as they did the model's."""
-
-    def fn(m, x):
-        n = llama_norm(x, m.w)
-        write(n)
-        return n + 1
-
-    assert [(s.variant, s.status) for s in checked(Call(fn), x_like(2, 3, 8)).sites] == [("rms_norm[llama]", "matched")]
-
-
-def test_a_written_result_that_the_match_reads_again_is_refused() -> None:
-    """add_rms_norm's h: whether the norm reads it before or after the write is not in the shadow."""
-
-    def fn(m, x):
-        h = x + x.sin()
-        h.mul_(2)
-        return h, llama_norm(h, m.w)
-
-    assert "matched" not in [s.status for s in checked(Call(fn), x_like(2, 3, 8)).sites]
-
-
-def test_a_norm_beside_the_written_memory_is_matched() -> None:
-    def fn(m, x):
-        h = x * 2
-        h.add_(llama_norm(x, m.w))
-        return h
-
-    only(checked(Call(fn), x_like(2, 3, 8)), rms_norm="1/1")
-
-
-def test_inputs_that_share_memory() -> None:
-    """y is a view of x: writing to one is writing to the other."""
-
-    def fn(m, x, y):
-        y.add_(1)
-        n = llama_norm(x, m.w)
-        y.mul_(2)
-        return n
-
-    views_of_one = captured(Call(fn), base := torch.randn(2, 3, 8), base.view(-1))
-    names = {n.name: v.pinned for n, v in views_of_one[0].env.items() if n.op == "placeholder" and isinstance(v, Value)}
-    assert names["l_x_" if "l_x_" in names else "l_args_0_"] and names["l_y_" if "l_y_" in names else "l_args_1_"], names
-
-
-def test_buffers_written_each_step() -> None:
-    """A running average beside the norm: its memory is written, the norm's is not."""
-
-    class Running(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = Norm()
-            self.register_buffer("average", torch.zeros(8))
-
-        def forward(self, x):
-            self.average.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
-            return self.norm(x) + self.average
-
-    only(checked(Running(), x_like(2, 3, 8)), rms_norm="1/1")
 
 
 # ---------------------------------------------------------------- dynamic shapes
