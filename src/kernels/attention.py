@@ -6,8 +6,9 @@
                                i and j lie in one run of each of `documents`       ids, constant over each run
                                j is valid                                          by each of `valid`
 
-Shapes   query [B, H, S, D], key and value [B, G, S, D] with H a multiple of G, each of which serves H / G heads in a row;
-         documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere.
+Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multiple of G, each of which serves H / G heads in a
+         row; documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere. T is S unless the mask is
+         causal (query 0 sees key 0) or nothing.
 By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing: a mask tensor keeps them off their fast path.
          Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the same for all
          layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than 256 and
@@ -92,7 +93,7 @@ def _(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.
         usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
     bounds = intervals(documents, usable, ahead, behind, at)
     D = query.shape[-1]
-    if not use_triton(query) or D > WIDEST or D % MULTIPLE or dropout_p > 0:
+    if not use_triton(query) or D > WIDEST or D % MULTIPLE or value.shape[-1] != D or dropout_p > 0:
         mask = seen(*bounds[:2], usable, at)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
     device = query.device.type

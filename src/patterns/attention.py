@@ -1,11 +1,14 @@
 """Attention with a mask that is computed: kernels are told the interval of keys that it is proven to leave each query."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention import attention
-from sloth.patterns.mask_meaning import Interval, meaning
+from sloth.patterns.mask_meaning import Interval, meaning, why_not
 from sloth.rewriter.ir import Value, same_literal
+from sloth.rewriter.normal_form import Call, Normal, rule
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
 
@@ -15,21 +18,36 @@ def is_masked(v: Value) -> bool:
 
 
 ATTENTION = Construct("attention", "attention mask", anchor=is_masked)
-DIMS = {"query": "B H S D", "key": "B H S D", "value": "B H S D", "attn_mask": "B 1 S S"}
-GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S D"}
+DIMS = {"query": "B H S D", "key": "B H T D", "value": "B H T E", "attn_mask": "B 1 S T"}
+BY_TORCH = (Interval(), Interval(ahead=0))  # masks that torch's kernels know
+GROUPED = {"query": "B 2*G S D", "key": "B G T D", "value": "B G T E"}
+
+
+@rule("scaled_dot_product_attention")
+def scale(n: Normal, c: Call, query: Value, *rest):
+    """scaled_dot_product_attention(q, …, scale=None) = the same with scale = 1 / √(width of q's heads), where that is known."""
+    *others, given, gqa = rest
+    width = query.meta.shape[-1]
+    return n.add(c.op, (query, *others, 1 / math.sqrt(width), gqa), c.meta) if given is None and isinstance(width, int) else None
+
+
+def told(match):
+    """What is proven of the mask, if the operator can be told that."""
+    found, rows, columns = meaning(match.attn_mask), match.query.meta.shape[-2], match.key.meta.shape[-2]
+    return found if found in BY_TORCH or found is not None and same_literal(rows, columns) else None
 
 
 def proven(field):
     """A field of what is proven of the mask, as an argument of the operator; nothing proven is refused by the check below."""
-    return lambda match: getattr(meaning(match.attn_mask) or Interval(), field)
+    return lambda match: getattr(told(match) or Interval(), field)
 
 
 PROVEN = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")}
 
 
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
-    B, G, S, D = x.shape
-    return x[:, :, None].expand(B, G, heads // G, S, D).reshape(B, heads, S, D)
+    B, G, T, D = x.shape
+    return x[:, :, None].expand(B, G, heads // G, T, D).reshape(B, heads, T, D)
 
 
 @pattern(ATTENTION, op=attention, dims=DIMS, name="attention", variant="plain", **PROVEN)
@@ -51,9 +69,6 @@ def _(query, key, value, attn_mask, *, dropout_p: float, scale: float):
 
 @plain.check
 def _(match):
-    told = meaning(match.attn_mask)
-    match.require(told is not None, "its mask is not proven to be an interval of keys for each query")
-    match.require(match.dropout_p == 0 or told in (Interval(), Interval(ahead=0)), "it has dropout, and its mask is not causal")
-    rows, columns = match.query.meta.shape[-2], match.key.meta.shape[-2]
-    match.require(same_literal(rows, columns), f"{rows} queries, {columns} keys")
-    match.require(same_literal(match.query.meta.shape[-1], match.value.meta.shape[-1]), "keys and values differ in width")
+    match.require(meaning(match.attn_mask) is not None, why_not(match.attn_mask))
+    match.require(told(match) is not None, "its queries and keys differ in number, and its mask is not causal")
+    match.require(match.dropout_p == 0 or told(match) in BY_TORCH, "it has dropout, and its mask is not causal")

@@ -10,7 +10,8 @@ Proven are, with i the query's position and j the key's:
     anything of j alone         keys that are valid (padding)
     positions in sequences      p(j) ≤ p(i) − w: in one run of a count of the steps of p other than 1, p(j) − p(i) is j − i
 
-Conditions that hold in the whole matrix are left out; any other, and nothing is proven. Sizes may be symbols.
+Conditions that hold in the whole matrix are left out, and alternatives that hold nowhere; any other, and nothing is proven, and a
+line says why. Sizes may be symbols.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from sympy.core.function import AppliedUndef
 
 from sloth.patterns.mask_reader import D, Reader, is_one, is_truth, is_wide, source
 from sloth.rewriter.ir import Value, uncast
+from sloth.rewriter.memory import root
 
 AND = ("__and__", "bitwise_and", "logical_and")
+OR = ("__or__", "bitwise_or", "logical_or")
 FAR = 1 << 30  # no sequence is as long
 
 
@@ -45,11 +48,41 @@ class Interval:
 
 def meaning(mask: Value) -> Interval | None:
     """What is proven of the mask: Interval(ahead=0) is causal, Interval() sees everything. None: nothing."""
+    return _told(mask)[0]
+
+
+def why_not(mask: Value) -> str:
+    """Why nothing is proven of it."""
+    return _told(mask)[1]
+
+
+def _told(mask: Value) -> tuple[Interval | None, str]:
     mask = source(mask)
     if "meaning" not in mask.facts:  # all layers ask
-        known = mask.meta.dtype == torch.bool and 2 <= len(mask.meta.shape) <= 4
-        mask.facts["meaning"] = _Prover(mask).interval() if known else None
+        mask.facts["meaning"] = _proven(mask)
     return mask.facts["meaning"]
+
+
+def _proven(mask: Value) -> tuple[Interval | None, str]:
+    if mask.meta.dtype != torch.bool:
+        return None, "its mask is a bias: numbers that are added to the scores, not which keys are seen"
+    if not 2 <= len(mask.meta.shape) <= 4:
+        return None, f"its mask has {len(mask.meta.shape)} dimensions"
+    prover = _Prover(mask)
+    if (unproven := prover.unproven()) is None:
+        return Interval(prover.ahead, prover.behind, tuple(prover.documents), tuple(prover.valid)), ""
+    if root(unproven).op == "input":
+        return (
+            None,
+            "its mask comes into this graph from outside: the caller made it, or a part of the model before a graph break",
+        )
+    if unproven.pinned:
+        return None, "its mask is written in place"
+    name = f"`{unproven.nodes[0].name}`" if unproven.nodes else unproven.op
+    return (
+        None,
+        f"its mask is not proven to be an interval of keys for each query: {name} in it is neither bound, run nor padding",
+    )
 
 
 class _Prover:
@@ -63,14 +96,30 @@ class _Prover:
         self.documents: dict[Value, Any] = {}  # and their expressions for a query
         self.valid: dict[Value, None] = {}
 
-    def interval(self) -> Interval | None:
-        left = [c for c in _conjuncts(self.mask) if not self.take(c, self.reader.aligned(c, self.mask))]
+    def unproven(self) -> Value | None:
+        """The first conjunct that is no part of an interval."""
+        left = [c for c in self.conjuncts(self.mask) if not self.take(c, self.reader.aligned(c, self.mask))]
         steps = self.steps()
         for c in left:
             e = self.reader.aligned(c, self.mask)
             if e is None or not self.take(c, e.xreplace(steps), steps):
-                return None
-        return Interval(self.ahead, self.behind, tuple(self.documents), tuple(self.valid))
+                return c
+        return None
+
+    def conjuncts(self, v: Value) -> Iterator[Value]:
+        v = source(v)
+        junction = not v.pinned and v.op in AND + OR and all(isinstance(a, Value) and is_truth(a) for a in v.args)
+        if junction and v.op in AND:
+            parts = v.args
+        elif junction and sympy.false in (told := [self.reader.read(a) for a in v.args]):  # no alternative
+            parts = (v.args[1 - told.index(sympy.false)],)
+        elif v.op == "expand" and not v.pinned:
+            parts = v.args[:1]
+        else:
+            yield v
+            return
+        for a in parts:
+            yield from self.conjuncts(a)
 
     def take(self, c: Value, e: Any, steps: dict | None = None) -> bool:
         """Make the conjunct a part of the interval, if it is one."""
@@ -149,17 +198,6 @@ class _Prover:
                 of_query = e.xreplace(dict(zip(D, f.args, strict=False)))
                 found |= {of_query: self.i + offset, of_query.xreplace({self.i: self.j}): self.j + offset}
         return found
-
-
-def _conjuncts(v: Value) -> Iterator[Value]:
-    v = source(v)
-    if v.op in AND and not v.pinned and all(map(is_truth, v.args)) and all(isinstance(a, Value) for a in v.args):
-        for a in v.args:
-            yield from _conjuncts(a)
-    elif v.op == "expand" and not v.pinned:
-        yield from _conjuncts(v.args[0])
-    else:
-        yield v
 
 
 def _tighter(known: int | None, bound: Any) -> int:

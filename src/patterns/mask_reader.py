@@ -90,6 +90,13 @@ def _constant(r: Reader, v: Value, *_: Any) -> Any:
     return sympy.sympify(one if v.meta.dtype == torch.bool else int(one))
 
 
+@follow("full")
+def _full(r: Reader, v: Value, size: Any, number: Any, *_: Any) -> Any:
+    if not isinstance(number, bool | int):
+        return None
+    return sympy.sympify(bool(number) if v.meta.dtype == torch.bool else int(number))
+
+
 @follow("cast")
 def _cast(r: Reader, v: Value, x: Value, dtype: torch.dtype) -> Any:
     """Between integers, data only to wider ones."""

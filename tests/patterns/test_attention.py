@@ -24,6 +24,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
     Llama4TextConfig,
@@ -83,6 +85,64 @@ def test_attention_is_eager_s(mask, groups, native):
     assert [s.status for s in sites_of(reports)] == [status], sites_of(reports)
 
 
+class Across(nn.Module):
+    """Queries, keys and values of these many positions and widths; no number for the scale."""
+
+    def __init__(self, mask, keys=S, width=8, groups=4):
+        super().__init__()
+        self.mask, self.keys = mask, keys
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 8 * groups), nn.Linear(32, width * groups)
+
+    def forward(self, x, *data):
+        y = x[:, : self.keys] if self.keys <= S else torch.cat((x, x), 1)[:, : self.keys]
+        q, k, v = (w(t).unflatten(-1, (n, -1)).transpose(1, 2) for w, t, n in
+                   ((self.q, x, 4), (self.k, y, self.k.out_features // 8), (self.v, y, self.k.out_features // 8)))  # fmt: skip
+        return F.scaled_dot_product_attention(q, k, v, self.mask(x, y, *data))
+
+
+def all_keys(x, y):
+    return torch.ones(x.shape[0], 1, x.shape[1], y.shape[1], dtype=torch.bool, device=x.device)
+
+
+def earlier_keys(x, y):
+    i, j = (torch.arange(t.shape[1], device=x.device) for t in (x, y))
+    return j[None, None, None] <= i[None, None, :, None]
+
+
+def near_keys(x, y):
+    i, j = (torch.arange(t.shape[1], device=x.device) for t in (x, y))
+    return (j[None, None, None] - i[None, None, :, None]).abs() < 5
+
+
+def usable_keys(x, y, padding):
+    return padding.bool()[:, None, None, : y.shape[1]].expand(-1, -1, x.shape[1], -1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "keys", "width", "groups", "status"),
+    [
+        (all_keys, S, 8, 4, MATCHED), (earlier_keys, S, 8, 4, MATCHED), (near_keys, S, 8, 1, MATCHED),
+        (all_keys, S - 5, 8, 4, MATCHED), (earlier_keys, S - 5, 8, 4, MATCHED), (earlier_keys, S + 9, 16, 1, MATCHED),
+        (near_keys, S - 5, 8, 4, "check"), (usable_keys, S - 5, 8, 4, "check"),
+        (earlier_keys, S, 4, 4, MATCHED), (near_keys, S, 16, 4, MATCHED), (usable_keys, S, 4, 4, MATCHED),
+    ],
+)  # fmt: skip
+def test_widths_and_numbers_of_keys(mask, keys, width, groups, status, dynamic):
+    torch.manual_seed(0)
+    model, x = Across(mask, keys, width, groups).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
+    args = [PADDING.long()] if mask is usable_keys else []
+    torch._dynamo.reset()
+    with listening() as reports:
+        out = torch.compile(model, backend="sloth", options=AOT, dynamic=dynamic)(x, *args)
+    ours = torch.autograd.grad(out.square().sum(), list(model.parameters()))
+    eager = model(x, *args)
+    theirs = torch.autograd.grad(eager.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert [s.status for s in sites_of(reports)] == [status], sites_of(reports)
+
+
 @pytest.mark.parametrize("mask", [causal, padded], ids=lambda f: f.__name__)
 def test_dropout(mask):
     """By torch's kernels where they can be told what the mask means; otherwise it is left alone."""
@@ -108,6 +168,11 @@ MODELS = {
     "qwen3": Qwen3Config(**GROUPED, head_dim=8),
     "gpt_neox": GPTNeoXConfig(**SIZES),
     "phi3": Phi3Config(**GROUPED),
+    "falcon": FalconConfig(**SIZES),  # SDPA without a number for the scale, one head of keys
+    "deepseek_v3": DeepseekV3Config(  # keys are written part by part, and wider than values
+        **SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=4,
+        first_k_dense_replace=2,
+    ),
     "gemma3": Gemma3TextConfig(
         **GROUPED, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
     ),

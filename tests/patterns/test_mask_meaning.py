@@ -4,7 +4,7 @@ import pytest
 import torch
 from common import DEVICE
 
-from sloth.patterns.mask_meaning import Interval, meaning
+from sloth.patterns.mask_meaning import Interval, meaning, why_not
 from sloth.rewriter.shadow import views
 
 S = 24
@@ -12,12 +12,13 @@ CAUSAL = Interval(ahead=0)
 
 
 def told(fn, *args, dynamic=False):
-    """What the mask that `fn(x, *args)` gives means, in the graph that Dynamo makes of it; of data, how many values."""
+    """What the mask that `fn(x, *args)` gives means, in the graph that Dynamo makes of it; why not, where nothing is proven."""
     found = []
 
     def look(gm, _):
         (view,) = views(gm)
-        found.append(meaning(view.env[gm.graph.output_node().args[0][0]]))
+        mask = view.env[gm.graph.output_node().args[0][0]]
+        found.append(meaning(mask) or why_not(mask))
         return gm.forward
 
     torch._dynamo.reset()
@@ -78,8 +79,15 @@ def everything(x):
     return (j <= i) | torch.ones_like(i, dtype=torch.bool)
 
 
+def no_blocks(x):
+    """Blocks that see each other, as of images, of which there are none here."""
+    ids, (i, j) = torch.full(x.shape, -1, device=x.device), positions(x)
+    of_i, of_j = ids[batches(x), i], ids[batches(x), j]
+    return i.new_zeros((), dtype=torch.bool) | (j <= i) | ((of_i == of_j) & (of_i >= 0))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("fn", [causal, causal_turned, causal_shifted, causal_gathered], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fn", [causal, causal_turned, causal_shifted, causal_gathered, no_blocks], ids=lambda f: f.__name__)
 def test_causal(fn, dynamic):
     assert told(fn, dynamic=dynamic) == CAUSAL
 
@@ -167,6 +175,11 @@ def restarts(x, p):
     return (sequence[b, j] == sequence[b, i]) & (j <= i)
 
 
+def packed_without_blocks(x, p):
+    i, j = positions(x)
+    return packed(x, p) | ((i + j < 0) & (p[batches(x), j] == 3))
+
+
 def chunked(x):
     i, j = positions(x)
     return (i // 8 == j // 8) & (j <= i)
@@ -194,6 +207,7 @@ WITH_DATA = {
     packed_window: (RESTART, (0, 4, 1, 0)),
     packed_for_all: (RESTART, (0, None, 1, 0)),
     restarts: (RESTART, (0, None, 1, 0)),
+    packed_without_blocks: (RESTART, (0, None, 1, 0)),
     chunked: (None, (0, None, 1, 0)),
     chunked_from_the_left: (PADDING.long(), (0, None, 1, 1)),
     chunked_sequences: (RESTART, (0, None, 2, 0)),
@@ -318,11 +332,23 @@ def prefix(x, p):
     return (j <= i) | (j < 4)
 
 
+def one_block(x, p):
+    ids, (i, j) = torch.full(x.shape, 0, device=x.device), positions(x)
+    of_i, of_j = ids[batches(x), i], ids[batches(x), j]
+    return packed(x, p) | ((of_i == of_j) & (of_i >= 0) & (i - j < 3))
+
+
+def or_a_number(x, p):
+    i, j = positions(x)
+    return ((j <= i) | (p[batches(x), i] == 3)) | False
+
+
 NOT = {
     **dict.fromkeys(
         [
             shifted_batch, falling, summed_numbers, summed_along_the_batch, negated, of_steps_of_two, of_other_positions,
-            in_no_sequence, other_sequence, window_of_data, from_the_end, backwards, wrapped, written, prefix,
+            in_no_sequence, other_sequence, window_of_data, from_the_end, backwards, wrapped, written, prefix, one_block,
+            or_a_number,
         ],
         RESTART,
     ),
@@ -332,4 +358,28 @@ NOT = {
 
 @pytest.mark.parametrize("fn", NOT, ids=lambda f: f.__name__)
 def test_what_is_nearly_an_interval_is_not(fn):
-    assert told(fn, NOT[fn]) is None
+    assert isinstance(told(fn, NOT[fn]), str)
+
+
+def bias(x, p):
+    i, j = positions(x)
+    return (j - i).float()
+
+
+def four_more(x, p):
+    return causal(x)[None]
+
+
+def made_elsewhere(x, p):
+    return p[:, None] & p[:, None].expand(-1, 3, -1)
+
+
+WHY = {
+    bias: "numbers that are added", four_more: "5 dimensions", written: "written in place", window_of_data: "`gt` in it",
+    valid_queries: "`getitem", made_elsewhere: "from outside",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", WHY, ids=lambda f: f.__name__)
+def test_why_not(fn):
+    assert WHY[fn] in told(fn, RESTART == 0 if fn is made_elsewhere else RESTART)
