@@ -2,6 +2,7 @@
 
 Shapes   q [B, H, S, D], k [B, G, S, D] with any strides (in Hugging Face models a transpose of [B, S, H, D]),
          cos, sin [B or 1, S, R] or [B or 1, 1, S, R], R even, R ≤ D. The last D − R channels pass through (partial rotary).
+         Where cos and sin are [B or 1, S, 1, R], q, k and the results are [B, S, heads, D]: its transpose is what is rotated.
 
 Forward  y = x·cos + rotate(x)·sin on the first R channels, in fp32, rounded once. With the channels of x paired as
          (a, b) = (x[:R/2], x[R/2:R])   half-split (GPT-NeoX, Llama)   rotate(x) = cat(−b, a)
@@ -54,7 +55,7 @@ def _partner(col, R: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _load_table(cos_at, sin_at, col, R: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr):
+def load_table(cos_at, sin_at, col, R: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr):
     """What x[i] and its partner are multiplied by, for one token: 1 and 0 where a channel passes through."""
     other, first = _partner(col, R, INTERLEAVED)
     c = tl.load(cos_at + col, col < R, other=1.0, eviction_policy="evict_last").to(tl.float32)
@@ -84,7 +85,7 @@ def _single_kernel(
     b, s = pid // S, pid % S
     col = tl.arange(0, BLOCK)[None, :]
     cos_at, sin_at = cos_ptr + b * cos_b + s * cos_s, sin_ptr + b * sin_b + s * sin_s
-    cos, sin, other = _load_table(cos_at, sin_at, col, R, INTERLEAVED, TRANSPOSE)
+    cos, sin, other = load_table(cos_at, sin_at, col, R, INTERLEAVED, TRANSPOSE)
     _rotate(x_ptr + b * x_b + s * x_s, y_ptr + b * y_b + s * y_s, x_h, y_h, tl.program_id(1), H, cos, sin, col, other, D, ROWS)
 
 
@@ -100,7 +101,7 @@ def _pair_kernel(
     b, s = pid // S, pid % S
     col = tl.arange(0, BLOCK)[None, :]
     cos_at, sin_at = cos_ptr + b * cos_b + s * cos_s, sin_ptr + b * sin_b + s * sin_s
-    cos, sin, other = _load_table(cos_at, sin_at, col, R, INTERLEAVED, TRANSPOSE)
+    cos, sin, other = load_table(cos_at, sin_at, col, R, INTERLEAVED, TRANSPOSE)
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
     if block < q_blocks:
         _rotate(q_ptr + b * q_b + s * q_s, yq_ptr + b * yq_b + s * yq_s, q_h, yq_h, block, H, cos, sin, col, other, D, ROWS)
@@ -109,58 +110,58 @@ def _pair_kernel(
         _rotate(k_ptr + b * k_b + s * k_s, yk_ptr + b * yk_b + s * yk_s, k_h, yk_h, k_block, G, cos, sin, col, other, D, K_ROWS)
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _table_args(cos: torch.Tensor, sin: torch.Tensor, B) -> tuple[list[torch.Tensor], list[int]]:
+def table_args(cos: torch.Tensor, sin: torch.Tensor, B) -> tuple[list[torch.Tensor], list[int]]:
     """cos, sin with unit stride along R, and their batch and position strides (batch 0 where they have one row for all)."""
-    tables = [_unit_stride(t).expand(B, -1, -1) for t in (cos, sin)]
+    tables = [unit_stride(t).expand(B, -1, -1) for t in (cos, sin)]
     return tables, [t.stride(d) for t in tables for d in (0, 1)]
 
 
 def _constants(x: torch.Tensor, R: int, interleaved: bool, transpose: bool) -> dict:
     return dict(
-        D=x.shape[-1], R=R, BLOCK=_block(x.shape[-1]), ROWS=_block_heads(x.shape[1], x.shape[-1]),
+        D=x.shape[-1], R=R, BLOCK=block(x.shape[-1]), ROWS=block_heads(x.shape[1], x.shape[-1]),
         INTERLEAVED=interleaved, TRANSPOSE=transpose, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
-def _block(D: int) -> int:
+def block(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def _block_heads(heads: int, D: int) -> int:
-    return min(triton.next_power_of_2(heads), max(CHANNELS // _block(D), 1))
+def block_heads(heads: int, D: int) -> int:
+    return min(triton.next_power_of_2(heads), max(CHANNELS // block(D), 1))
 
 
-def _blocks(heads, rows: int):
+def blocks(heads, rows: int):
     return (heads + rows - 1) // rows
 
 
 def single_triton(x, cos, sin, interleaved: bool, dtype: torch.dtype, backward: bool = False) -> torch.Tensor:
-    x = _unit_stride(x)
+    x = unit_stride(x)
     B, H, S, _ = x.shape
-    buffer, out = _allocate(x, cos, dtype, backward)
-    (cos, sin), table_strides = _table_args(cos, sin, B)
+    buffer, out = allocate(x, cos, dtype, backward)
+    (cos, sin), table_strides = table_args(cos, sin, B)
     strides = [t.stride(d) for t in (x, out) for d in range(3)]
     options = _constants(x, cos.shape[-1], interleaved, backward)
-    launch(_single_kernel)[(B * S, _blocks(H, options["ROWS"]))](x, buffer, cos, sin, S, H, *strides, *table_strides, **options)
+    launch(_single_kernel)[(B * S, blocks(H, options["ROWS"]))](x, buffer, cos, sin, S, H, *strides, *table_strides, **options)
     return out
 
 
 def pair_triton(
     q, k, cos, sin, interleaved: bool, q_dtype: torch.dtype, k_dtype: torch.dtype, backward: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k = _unit_stride(q), _unit_stride(k)
+    q, k = unit_stride(q), unit_stride(k)
     B, H, S, _ = q.shape
     G = k.shape[1]
-    (q_buffer, yq), (k_buffer, yk) = _allocate(q, cos, q_dtype, backward), _allocate(k, cos, k_dtype, backward)
-    (cos, sin), table_strides = _table_args(cos, sin, B)
+    (q_buffer, yq), (k_buffer, yk) = allocate(q, cos, q_dtype, backward), allocate(k, cos, k_dtype, backward)
+    (cos, sin), table_strides = table_args(cos, sin, B)
     strides = [t.stride(d) for t in (q, k, yq, yk) for d in range(3)]
     options = _constants(q, cos.shape[-1], interleaved, backward)
-    options["K_ROWS"] = _block_heads(G, q.shape[-1])
-    grid = B * S, _blocks(H, options["ROWS"]) + _blocks(G, options["K_ROWS"])
+    options["K_ROWS"] = block_heads(G, q.shape[-1])
+    grid = B * S, blocks(H, options["ROWS"]) + blocks(G, options["K_ROWS"])
     launch(_pair_kernel)[grid](q, k, q_buffer, k_buffer, cos, sin, S, H, G, *strides, *table_strides, **options)
     return yq, yk
 
@@ -176,7 +177,7 @@ def single_aten(x, cos, sin, interleaved: bool, dtype: torch.dtype, backward: bo
     c, s = (t.to(wide).unsqueeze(1).unflatten(-1, pairs) for t in (cos, sin))
     s1, s2 = s.unbind(axis)
     s = torch.stack((s2, -s1) if backward else (-s1, s2), axis)
-    _, out = _allocate(x, cos, dtype, backward)
+    _, out = allocate(x, cos, dtype, backward)
     x_pairs = x[..., :R].to(wide).unflatten(-1, pairs)
     y = (x_pairs * c + x_pairs.flip(axis) * s).flatten(-2)
     if R < D:
@@ -194,7 +195,7 @@ def pair_aten(q, k, cos, sin, interleaved, q_dtype, k_dtype, backward: bool = Fa
 # ---------------------------------------------------------------- operators
 
 
-def _allocate(x: torch.Tensor, cos: torch.Tensor, dtype: torch.dtype, backward: bool):
+def allocate(x: torch.Tensor, cos: torch.Tensor, dtype: torch.dtype, backward: bool):
     """The output's buffer and the output, which may be a view of it (see Layout above)."""
     if backward:
         buffer = torch.empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), dtype=dtype, device=x.device)
@@ -204,20 +205,30 @@ def _allocate(x: torch.Tensor, cos: torch.Tensor, dtype: torch.dtype, backward: 
     return out, out
 
 
-def _tables(cos: torch.Tensor, sin: torch.Tensor, *xs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tables as [B or 1, S, R], after checking that they fit."""
-    if cos.dim() == 4 and sin.dim() == 4:
-        cos, sin = cos.squeeze(1), sin.squeeze(1)
+def heads_last(cos: torch.Tensor) -> bool:
+    """Do these tables go with x [B, S, heads, D]?"""
+    return cos.dim() == 4 and cos.shape[1] != 1
+
+
+def arranged(cos: torch.Tensor, sin: torch.Tensor, *xs: torch.Tensor) -> list[torch.Tensor]:
+    """The tables as [B or 1, S, R] and the xs as [B, heads, S, D], after checking that they fit."""
+    if heads_last(cos):
+        xs = tuple(x.transpose(1, 2) if x.dim() == 4 else x for x in xs)
+    head = 2 if heads_last(cos) else 1
+    cos, sin = (t.squeeze(head) if t.dim() == 4 else t for t in (cos, sin))
     torch._check(cos.shape == sin.shape, lambda: f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ in shape")
     for x in xs:
         torch._check(
             x.dim() == 4 and cos.dim() == 3,
-            lambda: "rope takes x [B, heads, S, D] and cos, sin [B or 1, S, R] or [B or 1, 1, S, R]",
+            lambda: (
+                "rope takes x [B, heads, S, D] and cos, sin [B or 1, S, R] or [B or 1, 1, S, R], "
+                "or x [B, S, heads, D] and cos, sin [B or 1, S, 1, R]"
+            ),
         )
         R, D = cos.shape[-1], x.shape[-1]
         torch._check(R % 2 == 0 and 0 < R <= D, lambda: f"the rotary width {R} must be even and at most {D}")  # noqa: B023
         torch._check(x.shape[2] == cos.shape[1], lambda: f"{x.shape[2]} positions, but cos has {cos.shape[1]}")  # noqa: B023
-    return cos, sin
+    return [cos, sin, *xs]
 
 
 def _result_dtype(x: torch.Tensor, cos: torch.Tensor, promote: bool) -> torch.dtype:
@@ -237,9 +248,11 @@ def _rope(
     interleaved: bool = False,
     promote: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = _tables(cos, sin, q, k)
+    last = heads_last(cos)
+    cos, sin, q, k = arranged(cos, sin, q, k)
     pair = pair_triton if _on_triton(q, k, cos) else pair_aten
-    return pair(q, k, cos, sin, interleaved, _result_dtype(q, cos, promote), _result_dtype(k, cos, promote))
+    yq, yk = pair(q, k, cos, sin, interleaved, _result_dtype(q, cos, promote), _result_dtype(k, cos, promote))
+    return (yq.transpose(1, 2), yk.transpose(1, 2)) if last else (yq, yk)
 
 
 @triton_op("sloth::rope_backward", mutates_args={})
@@ -252,27 +265,33 @@ def _rope_backward(
     q_dtype: torch.dtype,
     k_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = _tables(cos, sin, dq, dk)
+    last = heads_last(cos)
+    cos, sin, dq, dk = arranged(cos, sin, dq, dk)
     pair = pair_triton if _on_triton(dq, dk, cos) else pair_aten
-    return pair(dq, dk, cos, sin, interleaved, q_dtype, k_dtype, True)
+    dq, dk = pair(dq, dk, cos, sin, interleaved, q_dtype, k_dtype, True)
+    return (dq.transpose(1, 2), dk.transpose(1, 2)) if last else (dq, dk)
 
 
 @triton_op("sloth::rope_single", mutates_args={})
 def _rope_single(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False, promote: bool = False
 ) -> torch.Tensor:
-    cos, sin = _tables(cos, sin, x)
+    last = heads_last(cos)
+    cos, sin, x = arranged(cos, sin, x)
     single = single_triton if _on_triton(x, cos) else single_aten
-    return single(x, cos, sin, interleaved, _result_dtype(x, cos, promote))
+    y = single(x, cos, sin, interleaved, _result_dtype(x, cos, promote))
+    return y.transpose(1, 2) if last else y
 
 
 @triton_op("sloth::rope_single_backward", mutates_args={})
 def _rope_single_backward(
     dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    cos, sin = _tables(cos, sin, dy)
+    last = heads_last(cos)
+    cos, sin, dy = arranged(cos, sin, dy)
     single = single_triton if _on_triton(dy, cos) else single_aten
-    return single(dy, cos, sin, interleaved, dtype, True)
+    dx = single(dy, cos, sin, interleaved, dtype, True)
+    return dx.transpose(1, 2) if last else dx
 
 
 rope = torch.ops.sloth.rope.default

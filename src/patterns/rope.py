@@ -7,6 +7,7 @@ channels are rotated.
 """
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels.rope import rope, rope_single
 from sloth.rewriter.ir import Value
@@ -116,4 +117,5 @@ for _name, _turn, _tables, _options in _others:
 @single.check
 def _(match):
     shape = match.cos.meta.shape
-    match.require(len(shape) == 4 and shape[1] == 1, f"cos is {list(shape)}, not [B, 1, S, R]")
+    one_for_all_heads = len(shape) == 4 and (statically_known_true(shape[1] == 1) or statically_known_true(shape[2] == 1))
+    match.require(one_for_all_heads, f"cos is {list(shape)}, neither [B, 1, S, R] nor [B, S, 1, R]")

@@ -158,6 +158,21 @@ def test_tables_with_a_head_dimension(path):
         compare(lambda q, k: rope(q, k, cos[:, None], sin[:, None]), lambda q, k: eager(q, k, cos, sin), [q, k])
 
 
+@pytest.mark.parametrize("path", ["operator", "kernels"])
+@pytest.mark.parametrize("R", [8, 6])
+def test_heads_behind_positions(path, R):
+    """q and k as [B, S, heads, D], cos and sin unsqueezed at dimension 2: values, gradients and strides of eager code."""
+    q, k = (make((2, 5, n, 8), torch.float32, seed=n) for n in (4, 2))
+    cos, sin = (make((1, 5, 1, R), torch.float32, seed=seed) for seed in (5, 6))
+
+    def transposed(*xs):
+        return tuple(eager_single(x.transpose(1, 2), cos[:, :, 0], sin[:, :, 0]).transpose(1, 2) for x in xs)
+
+    with interpret(module, path == "kernels"):
+        compare(lambda q, k: rope(q, k, cos, sin), transposed, [q, k])
+        compare(lambda k: rope_single(k, cos, sin), transposed, [k])
+
+
 # ---------------------------------------------------------------- only what is needed
 
 
