@@ -119,6 +119,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | _rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, original_max_position_embeddings=64),
     "mistral+sliding": {"sliding_window": 16},
     "cohere+qknorm": {"use_qk_norm": True},
+    "glm4_moe+qknorm": {"use_qk_norm": True},
     "stablelm+parallel": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
     "phi+qknorm": {"qk_layernorm": True},
     "falcon+new": {"new_decoder_architecture": True, "num_kv_heads": 2},

@@ -52,7 +52,7 @@ from sloth.kernels.tiles import check_vectors, multiprocessors, once, sum_partia
 # Tuning: warps of a program (some heads of one token, as in rope), and programs for each multiprocessor where weights want a
 # gradient: each then walks over many tokens.
 NUM_WARPS = 1
-WALKERS = 16
+WALKERS = 12
 
 
 # ---------------------------------------------------------------- Triton

@@ -115,7 +115,7 @@ for _name, _turn, _tables, _options in _others:
 
 @both.check
 @single.check
-def _(match):
+def one_table_for_all_heads(match):
     shape = match.cos.meta.shape
-    one_for_all_heads = len(shape) == 4 and (statically_known_true(shape[1] == 1) or statically_known_true(shape[2] == 1))
-    match.require(one_for_all_heads, f"cos is {list(shape)}, neither [B, 1, S, R] nor [B, S, 1, R]")
+    fits = len(shape) == 4 and (statically_known_true(shape[1] == 1) or statically_known_true(shape[2] == 1))
+    match.require(fits, f"cos is {list(shape)}, neither [B, 1, S, R] nor [B, S, 1, R]")

@@ -49,7 +49,8 @@ def sloth(
     known = (*patterns(), *deferrals())
     if strange := disabled - {e.name for e in known} - {c.name for c in constructs()}:
         raise ValueError(f"sloth.disable names {', '.join(sorted(strange))}; known are {', '.join(e.name for e in known)}")
-    entries, deferring = ([e for e in found if not {e.name, e.construct.name} & disabled] for found in (patterns(), deferrals()))
+    entries = [e for e in patterns() if not {e.name, *(c.name for c in (e.construct, *e.also))} & disabled]
+    deferring = [d for d in deferrals() if not {d.name, d.construct.name} & disabled]
 
     token = ARGUMENTS.set(arguments)
     try:

@@ -138,6 +138,7 @@ class Pattern:
     recompute: bool = False
     cheap: tuple[str, ...] = ()
     deferred: Callable[..., torch.Tensor] | None = None
+    also: tuple[Construct, ...] = ()
     variants: list[Variant] = field(default_factory=list)
     checks: list[Callable[..., None]] = field(default_factory=list)
 

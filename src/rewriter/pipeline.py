@@ -17,7 +17,7 @@ from sloth.rewriter.pattern import Construct, Deferral, Pattern
 from sloth.rewriter.report import MATCHED, GraphReport
 from sloth.rewriter.rewrite import Rewriter, choose, together
 from sloth.rewriter.shadow import View, shape_env_of, views
-from sloth.rewriter.sites import matched_site, missed_sites
+from sloth.rewriter.sites import matched_sites, missed_sites
 
 
 def rewrite(
@@ -78,7 +78,7 @@ def rewrite_view(
         todo = together(accepted)
         while todo:
             matches = todo.pop(0)
-            sites = list(map(matched_site, matches))
+            sites = [site for match in matches for site in matched_sites(match)]
             try:
                 rewriter.apply(matches)
             except Refused as why:

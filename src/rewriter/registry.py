@@ -29,6 +29,7 @@ def pattern(
     recompute: bool = False,
     cheap: tuple[str, ...] = (),
     deferred: Callable[..., torch.Tensor] | None = None,
+    also: tuple[Construct, ...] = (),
     name: str | None = None,
     variant: str = "default",
     **options: Any,
@@ -44,12 +45,13 @@ def pattern(
     deferred: what a linear layer computes row by row on the way and the graph gives out (logits) is left to `deferred(hidden,
         weight, bias, step, autocast, plain)`, which returns a tensor for step(linear(hidden, weight, bias)), the layer under
         autocast(device type, dtype, enabled); the step may be None; plain: there is none, or casts alone, and no autocast.
+    also: other constructs that a match holds, each anchor of theirs a site (norms, in an entry of RoPE that norms q and k too).
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """
 
     def enter(reference: Callable) -> Pattern:
         entry = Pattern(
-            name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred
+            name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred, also
         )
         if entry.name in _deferrals.keys() | _patterns.keys():
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")

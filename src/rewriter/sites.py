@@ -17,10 +17,13 @@ from sloth.rewriter.shadow import View
 Refusals = list[tuple[Match, Refused]]
 
 
-def matched_site(match: Match) -> Site:
-    """To be taken before the graph is rewritten: the rewrite removes the nodes it points to."""
-    file, line = source(match.roots[-1].nodes[0])
-    return Site(match.pattern.construct.name, str(match.variant), MATCHED, file, line)
+def matched_sites(match: Match) -> list[Site]:
+    """One of its construct, and one for each anchor of others that it holds too. To be taken before the graph is rewritten: the
+    rewrite removes the nodes they point to.
+    """
+    anchors = [(c, v) for c in match.pattern.also for v in sorted(match.values, key=lambda v: v.id) if c.anchor(v)]
+    places = [(match.pattern.construct, match.roots[-1].nodes[0]), *((c, v.origin) for c, v in anchors)]
+    return [Site(construct.name, str(match.variant), MATCHED, *source(node)) for construct, node in places]
 
 
 def missed_sites(

@@ -44,7 +44,8 @@ floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 class References(torch.nn.Module):
     """Calls every reference of an entry on tensors of its own, each in a checkpoint if wanted.
 
-    With `shared`, they get their tensors plus a constant: shared leaves then are different values (and few symbolic sizes).
+    With `shared`, they get their tensors plus a constant: shared leaves then are different values (and few symbolic sizes). The
+    constant is never 1, by which the weight of a norm becomes that of another form.
     """
 
     def __init__(self, entry, dtype, checkpointed=False, shared=False):
@@ -54,7 +55,7 @@ class References(torch.nn.Module):
 
     def forward(self, *tensors):
         if self.shared:
-            tensors = [[t + i / 4 if t.is_floating_point() else t for t in own] for i, own in enumerate(tensors)]
+            tensors = [[t + i / 4 + 1 / 8 if t.is_floating_point() else t for t in own] for i, own in enumerate(tensors)]
         call = functools.partial(checkpoint, use_reentrant=False) if self.checkpointed else lambda function, *own: function(*own)
         return [call(function, *own) for function, own in zip(self.calls, tensors, strict=True)]
 
@@ -144,6 +145,11 @@ def calls(function, tensors):
     return [*out], list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
+def meaningful(t):
+    """Finite, and of operands around 1 not made by division by next to nothing, where one rounding decides about everything."""
+    return bool(torch.isfinite(t).all()) and t.double().norm().item() < 1e6
+
+
 def check_mutant(variant, gm, what, dtype):
     """Rewritten or not, the mutant still computes what it says. Returns whether the entry was matched in it."""
     tensors = sample(variant, dtype)
@@ -156,7 +162,7 @@ def check_mutant(variant, gm, what, dtype):
         )
     except (RuntimeError, IndexError):  # eager itself refuses it
         return None
-    if eager is None or exact is None or not all(torch.isfinite(t).all() for t in (*exact[0], *exact[1]) if t is not None):
+    if eager is None or exact is None or not all(meaningful(t) for t in (*exact[0], *exact[1]) if t is not None):
         return None
     ours, report = rewritten(gm, tensors, variant.pattern)
     assert not report.untouched, (what, report.untouched)
