@@ -196,8 +196,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, head: Head, target: Tensor, how: tuple, hidden: Tensor, *gates: Any) -> Tensor:
         ctx.need = ctx.needs_input_grad[4:]
         with without_autocast(hidden):
-            loss, _, *kept = linear_cross_entropy_forward(hidden, head.weight, head.bias, target, None, *how, *ctx.need, 0)
-        ctx.save_for_backward(*kept)
+            layer, need = (hidden, head.weight, head.bias, None, None), [*ctx.need, False, False]
+            loss, _, unit, *kept = linear_cross_entropy_forward(*layer, target, None, *how, 1.0, need, 0)
+        ctx.save_for_backward(unit, *kept[:3])
         return loss
 
     @staticmethod

@@ -1,21 +1,24 @@
 """Head and cross-entropy in one: the loss of logits that never exist all at once.
 
-    logits = h Wᵀ + b      loss = cross_entropy(scale or cap of logits)      (kernels/cross_entropy.py has its formulas, and
-                                                                              loss_terms.py those of what may be added to it)
+    logits = h Wᵀ + b + s t Uᵀ       loss = cross_entropy(scale or cap of logits)     (kernels/cross_entropy.py has its formulas,
+                                                                             and loss_terms.py those of what may be added to it)
 
 Shapes   h [..., H], W [V, H], b [V] or None, target [...] int64 with as many elements as h has rows (N).
+Adapter  t [..., r] ("narrow") and U [V, r] ("up") of a head with a low-rank adapter, or None: t = x Aᵀ is computed outside,
+         where A and x, which may be h after dropout, get their gradients of dt. W + s U A never exists.
 Method   rows are taken in chunks whose logits fill `budget` bytes (Hsu et al., "Liger Kernel", 2024, chunk so too, by V/H). Each
          chunk is a matmul into the same buffer, the statistics of its rows, and, where gradients are wanted, its gradient in
          place and two more matmuls. Nothing is computed twice and nothing waits for the device.
 Lean     with a budget of the user's and a trained head: first the statistics of all rows, then slabs of the vocabulary whose
          logits, computed again, fill the budget for all rows. dW of a slab is then one product, and needs no copy in fp32.
 Backward with G = ∂L/∂loss, and dz = ∂loss/∂logits of the chunk, already made in the forward pass:
-             dh = G · dz W          dW = G · Σ dzᵀ h          db = G · Σ_rows dz
+             dh = G · dz W          dW = G · Σ dzᵀ h          db = G · Σ_rows dz        dt = s G · dz U      dU = s G · Σ dzᵀ t
          In low precision dz/n would lose small probabilities (fp16) or be rounded twice: dz is made 2^k times larger, 2^k the
          next power of two of n (the rows that count, or `items`), and dh is multiplied by G/2^k at the end, in fp32.
-Dtypes   logits in h's dtype, as the head alone would give them; dh, dW and db are added up and kept in fp32, rounded once.
-         With a budget of the user's they are kept in h's and W's dtype: a second rounding, unless G is a power of two.
-Saved    dh [N, H], and dW [V, H], db [V] only if they are wanted: 4·N·H bytes where the logits were 2·N·V.
+Dtypes   logits in h's dtype, as the head alone would give them; t and U in one of their own, often fp32 where h is bf16: their
+         product is then in fp32 too. Gradients are added up and kept in fp32, rounded once.
+         With a budget of the user's dh, dW and db are kept in h's dtype: a second rounding, unless G is a power of two.
+Saved    dh [N, H], and dW [V, H], db [V], dt [N, r], dU [V, r] only if wanted: 4·N·H bytes where the logits were 2·N·V.
 """
 
 import torch
@@ -44,15 +47,15 @@ def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
 
 torch.library.define(
     "sloth::linear_cross_entropy_forward",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? items, int ignore_index, str reduction,"
-    " float? softcap, float scale, Tensor? class_weight, float label_smoothing, float z_loss,"
-    " bool need_hidden, bool need_weight, bool need_bias, int budget)"
-    " -> (Tensor loss, Tensor count, Tensor unit, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? narrow, Tensor? up, Tensor target, Tensor? items, int ignore_index,"
+    " str reduction, float? softcap, float scale, Tensor? class_weight, float label_smoothing, float z_loss, float up_scale,"
+    " bool[] need, int budget) -> (Tensor loss, Tensor count, Tensor unit,"
+    " Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dnarrow, Tensor dup)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing) -> None:
+def check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, narrow=None, up=None) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     told = f"linear_cross_entropy: hidden {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} {list(weight.shape)}"
@@ -64,6 +67,11 @@ def check(hidden, weight, bias, target, items, reduction, class_weight, label_sm
     torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must be in [0, 1], got {label_smoothing}")
     rows = hidden.numel() // hidden.shape[-1]
     torch._check(target.numel() == rows, lambda: f"{rows} rows of hidden states, but {target.numel()} targets")
+    torch._check((narrow is None) == (up is None), lambda: "linear_cross_entropy: narrow and up go together")
+    if up is not None:
+        told += f", narrow {narrow.dtype} {list(narrow.shape)}, up {up.dtype} {list(up.shape)}"
+        fits = up.shape == (weight.shape[0], narrow.shape[-1]) and narrow.dtype == up.dtype
+        torch._check(fits and narrow.shape[:-1].numel() == rows, lambda: told)
 
 
 def _kept(dtype: torch.dtype, budget: int) -> torch.dtype:
@@ -77,16 +85,29 @@ def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) ->
     return torch.mm(h, weight.t(), out=z) if bias is None else torch.addmm(bias, h, weight.t(), out=z)
 
 
+def with_adapter(h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, up: Tensor, scale: float, buffer: Tensor) -> Tensor:
+    """h Wᵀ + b + s t Uᵀ, at the beginning of the buffer."""
+    if t.dtype != h.dtype:
+        return logits_of(h, weight, bias, buffer).add_(t @ up.t(), alpha=scale)
+    z = buffer[: len(h) * len(weight)].view(len(h), len(weight))
+    start, beta = (z, 0) if bias is None else (bias, 1)
+    return torch.addmm(start, t, up.t(), beta=beta, alpha=scale, out=z).addmm_(h, weight.t())  # thin first: gemm.py
+
+
 class _Rows:
     """What both orders of the work share: the operands as matrices, how the loss is taken of logits, and where results go."""
 
-    def __init__(self, hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, terms, need, budget):
+    def __init__(
+        self, hidden, weight, bias, narrow, up, up_scale, target, items, ignore_index, reduction, softcap, scale, terms, need,
+        budget,
+    ):  # fmt: skip
         self.h_NH, self.target_N = as_matrix(hidden), target.reshape(-1)
         self.weight, self.bias = weight, bias
+        self.t_NR, self.up, self.up_scale = None if narrow is None else as_matrix(narrow), up, up_scale
         self.how, self.wide, self.kernels = (ignore_index, softcap, scale), compute_dtype(hidden), use_triton(hidden)
         self.terms, self.w_N = terms, terms.weight_of(self.target_N, ignore_index, self.wide)
         (N, H), V = self.h_NH.shape, weight.shape[0]
-        self.need_h, self.need_w, self.need_b = need
+        self.need_h, self.need_w, self.need_b, self.need_t, self.need_up = need
         self.wanted = any(need)
         self.budget = budget or BUDGET.get(hidden.device.type, BUDGET["cpu"])
         if self.need_w and not budget:
@@ -99,9 +120,23 @@ class _Rows:
         self.loss, self.squares = (hidden.new_zeros((), dtype=self.wide) for _ in range(2))
         self.dh = hidden.new_empty(N if self.need_h else 0, H, dtype=_kept(hidden.dtype, budget))
         self.db = hidden.new_zeros(V if self.need_b else 0, dtype=self.wide)
+        self.dt = hidden.new_zeros(self.t_NR.shape if self.need_t else 0, dtype=self.wide)
+        self.dup = hidden.new_zeros(up.shape if self.need_up else 0, dtype=self.wide)
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        return logits_of(self.h_NH[rows], self.weight[columns], None if self.bias is None else self.bias[columns], out)
+        layer = self.h_NH[rows], self.weight[columns], None if self.bias is None else self.bias[columns]
+        if self.up is None:
+            return logits_of(*layer, out)
+        return with_adapter(*layer, self.t_NR[rows], self.up[columns], self.up_scale, out)
+
+    def adapter_gradients(self, dz: Tensor, rows: slice, columns: slice) -> None:
+        """dt and dU but for s, of these rows and columns, are added up."""
+        if self.need_t or self.need_up:
+            dz = dz.to(self.up.dtype)
+        if self.need_t:
+            add_product(dz, self.up[columns], self.dt[rows])
+        if self.need_up:
+            add_product(dz.t(), self.t_NR[rows], self.dup[columns])
 
     def statistics(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The loss of these rows is added up; lse and its rounding error are returned."""
@@ -170,6 +205,7 @@ def _by_rows(r: _Rows) -> Tensor:
             (add_product if start else product)(dz.t(), r.h_NH[rows], dw)
         if r.need_b:
             r.db += dz.sum(0, dtype=r.wide)
+        r.adapter_gradients(dz, rows, all_columns)
     return dw
 
 
@@ -189,35 +225,42 @@ def _by_slabs(r: _Rows) -> Tensor:
             (add_product if first else product)(dz, r.weight[slab], dh)
         if r.need_b:
             r.db[slab] = dz.sum(0, dtype=r.wide)
+        r.adapter_gradients(dz, rows, slab)
     r.dh.copy_(dh)
     return dw
 
 
 @torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
-def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing, z_loss, *more):
-    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
-    *need, budget = more
-    terms = Terms(label_smoothing, class_weight, z_loss)
-    r = _Rows(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, terms, need, budget)
-    need_h, need_w, _ = need
-    dw = (_by_slabs if budget and need_w and len(r.h_NH) else _by_rows)(r)
+def _(
+    hidden, weight, bias, narrow, up, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing,
+    z_loss, up_scale, need, budget,
+):  # fmt: skip
+    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, narrow, up)
+    layer, terms = (hidden, weight, bias, narrow, up, up_scale), Terms(label_smoothing, class_weight, z_loss)
+    r = _Rows(*layer, target, items, ignore_index, reduction, softcap, scale, terms, need, budget)
+    dw = (_by_slabs if budget and r.need_w and len(r.h_NH) else _by_rows)(r)
     kept = _kept(weight.dtype, budget)
-    return r.total(), r.count, r.unit, r.dh.view(hidden.shape) if need_h else r.dh, dw.to(kept), r.db.to(kept)
+    dh, dt = r.dh.view(hidden.shape) if r.need_h else r.dh, r.dt.view(narrow.shape) if r.need_t else r.dt
+    return r.total(), r.count, r.unit, dh, dw.to(kept), r.db.to(kept), dt, r.dup
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_forward")
-def _(hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing, z_loss, *more):
-    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
-    need_h, need_w, need_b, budget = more
+def _(
+    hidden, weight, bias, narrow, up, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing,
+    z_loss, up_scale, need, budget,
+):  # fmt: skip
+    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, narrow, up)
+    need_h, need_w, need_b, need_t, need_up = need
     wide, kept = compute_dtype(hidden), _kept(hidden.dtype, budget)
     (V, H), scalar = weight.shape, hidden.new_empty((), dtype=wide)
     dh = hidden.new_empty(hidden.shape if need_h else (0, H), dtype=kept)
     dw, db = hidden.new_empty(V if need_w else 0, H, dtype=kept), hidden.new_empty(V if need_b else 0, dtype=kept)
-    return scalar, target.new_empty((), dtype=torch.int64), torch.empty_like(scalar), dh, dw, db
+    dt, dup = (hidden.new_empty(t.shape if needed else 0, dtype=wide) for t, needed in ((narrow, need_t), (up, need_up)))
+    return scalar, target.new_empty((), dtype=torch.int64), torch.empty_like(scalar), dh, dw, db, dt, dup
 
 
 def _setup(ctx, inputs, output):
-    ctx.need, ctx.dtype = inputs[12:15], inputs[0].dtype
+    ctx.dtypes, ctx.up_scale, ctx.need = [t if t is None else t.dtype for t in inputs[:5]], inputs[14], inputs[15]
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -225,23 +268,26 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 16
+        return (None,) * 17
     unit, *kept = ctx.saved_tensors
     factor = dloss / unit
-    dh, dw, db = ((d * factor).to(ctx.dtype) if need else None for d, need in zip(kept, ctx.need, strict=True))
-    return dh, dw, db, *[None] * 13
+    factors = [factor] * 3 + [factor * ctx.up_scale] * 2
+    each = zip(kept, factors, ctx.dtypes, ctx.need, strict=True)
+    return *((d * f).to(dtype) if need else None for d, f, dtype, need in each), *[None] * 12
 
 
 torch.library.register_autograd("sloth::linear_cross_entropy_forward", _backward, setup_context=_setup)
 
 linear_cross_entropy_forward = torch.ops.sloth.linear_cross_entropy_forward.default
-"""The loss, and what its backward pass needs: `unit` times the gradients that were asked for, in fp32 where budget is 0."""
+"""The loss, and what its backward pass needs: `unit` times the gradients that were asked for, in fp32 where budget is 0, those of
+the adapter but for up_scale."""
 
 torch.library.define(
     "sloth::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? items=None, int ignore_index=-100,"
     ' str reduction="mean", float? softcap=None, float scale=1.0, int budget=0, Tensor? class_weight=None,'
-    " float label_smoothing=0.0, float z_loss=0.0) -> (Tensor loss, Tensor count)",
+    " float label_smoothing=0.0, float z_loss=0.0, Tensor? narrow=None, Tensor? up=None, float up_scale=1.0)"
+    " -> (Tensor loss, Tensor count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -249,19 +295,19 @@ torch.library.define(
 @torch.library.impl("sloth::linear_cross_entropy", "CompositeImplicitAutograd")
 def _(
     hidden, weight, target, bias=None, items=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, budget=0,
-    class_weight=None, label_smoothing=0.0, z_loss=0.0,
+    class_weight=None, label_smoothing=0.0, z_loss=0.0, narrow=None, up=None, up_scale=1.0,
 ):  # fmt: skip
     grad = torch.is_grad_enabled()
-    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, narrow, up)]
     with without_autocast(hidden):
         return linear_cross_entropy_forward(
-            hidden, weight, bias, target, items, ignore_index, reduction, softcap, scale,
-            class_weight, label_smoothing, z_loss, *need, budget,
+            hidden, weight, bias, narrow, up, target, items, ignore_index, reduction, softcap, scale,
+            class_weight, label_smoothing, z_loss, up_scale, need, budget,
         )[:2]  # fmt: skip
 
 
 linear_cross_entropy = torch.ops.sloth.linear_cross_entropy.default
 """linear_cross_entropy(hidden [..., H], weight [V, H], target [...] int64, bias=None, items=None, ignore_index=-100,
-reduction="mean", softcap=None, scale=1.0, budget=0, class_weight [V]=None, label_smoothing=0.0, z_loss=0.0)
--> (loss [], count [] int64). items: what a sum is divided by, a tensor of one number. budget: bytes of logits at a time, 0 for a
-good number. The last three: loss_terms.py; class_weight gets no gradient."""
+reduction="mean", softcap=None, scale=1.0, budget=0, class_weight [V]=None, label_smoothing=0.0, z_loss=0.0, narrow [..., r]=None,
+up [V, r]=None, up_scale=1.0) -> (loss [], count [] int64). items: what a sum is divided by, a tensor of one number.
+budget: bytes of logits at a time, 0 for a good number. class_weight …: loss_terms.py; class_weight gets no gradient."""
