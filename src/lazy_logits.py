@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from sloth.kernels.gemm import as_matrix
 from sloth.kernels.launch import compute_dtype, without_autocast
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy_forward
-from sloth.lazy_tensor import STAYS_LAZY, Head, LazyLogits, Step, by_rows, gates, is_lazy, lazy, made, read, stepped, versions
+from sloth.lazy_head import Head, Step, stepped, versions
+from sloth.lazy_tensor import STAYS_LAZY, LazyLogits, by_rows, gates, is_lazy, lazy, made, read
 
 __all__ = ["LazyLogits", "lazy", "read"]
 
@@ -196,8 +197,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, head: Head, target: Tensor, how: tuple, hidden: Tensor, *gates: Any) -> Tensor:
         ctx.need = ctx.needs_input_grad[4:]
         with without_autocast(hidden):
-            layer, need = (hidden, head.weight, head.bias, None, None), [*ctx.need, False, False]
-            loss, _, unit, *kept = linear_cross_entropy_forward(*layer, target, None, *how, 1.0, need, 0)
+            (layer,), need = head.operands(hidden), [*ctx.need, False, False]
+            loss, _, unit, *kept = linear_cross_entropy_forward(*layer, None, None, target, None, *how, 1.0, need, 0)
         ctx.save_for_backward(unit, *kept[:3])
         return loss
 

@@ -1,41 +1,38 @@
 """Logits that are computed when somebody reads them: a tensor to all code that asks; hidden states and a head until then.
 
-    logits [..., V] = steps(hidden [..., H] Wᵀ + b)        steps: a softcap, a scale, casts, and what readers have asked for
+    logits [..., V] = steps(head(hidden))      head: a linear layer, or several (lazy_head.py), and a softcap, a scale, casts
+                                               steps: what readers have asked for
 
 A graph gives out hidden states where its model gave out logits. Here they become a tensor of the logits' shape, dtype and device
 that takes part in autograd. What acts on each position alone stays lazy (casts, softmax, picking positions); what makes a few
 numbers of each row is computed some rows at a time, forward and backward; all else is given the logits themselves, which are
-computed once and kept. Weights that an optimizer has changed since would make other logits: reading is refused then.
+computed once and kept.
 
-Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through steps and result,  and
-    dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32
-In low precision each of several results would round its part of dW, and autograd their sum. So parts are handed to autograd in
-fp32, as gradients of a stand-in (`_Wide`), and rounded once. Each result's part of dz still is rounded: where several results of
-the same rows have gradients in low precision, dh and dW may be some percent less exact than those of real logits.
+Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through head, steps and result,  and
+    dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32, for each layer of the head
+Each result's part of dz is rounded: where several results of the same rows have gradients in low precision, dh and dW may be some
+percent less exact than those of real logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
 from sloth.kernels.gemm import add_product, as_matrix, product
 from sloth.kernels.launch import compute_dtype, without_autocast
+from sloth.lazy_head import Head, Layer, Remade, Step, gate_of, versions
 
 CHUNK = 64 * 2**20  # bytes of logits at a time
 
 # By function: what it gives for lazy logits as its first argument; NotImplemented to have them read. `lazy_logits.py` fills it.
 STAYS_LAZY: dict[Callable, Callable] = {}
-Step = Callable[[Tensor], Tensor]  # [..., V] -> [..., V], each row by itself
 
 _GETTERS = (
     "shape", "dtype", "device", "requires_grad", "ndim", "layout", "itemsize", "nbytes", "grad_fn", "grad", "retains_grad",
@@ -48,56 +45,6 @@ _ASKS = (
 )  # fmt: skip
 METADATA = {getattr(Tensor, name).__get__ for name in _GETTERS} | {getattr(Tensor, name) for name in _ASKS}
 METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
-
-
-@dataclass(eq=False)
-class Head:
-    """A linear layer, shared by all that is made of its logits. autocast: (device type, dtype, enabled) that it stood in."""
-
-    weight: Tensor
-    bias: Tensor | None
-    autocast: tuple[str, torch.dtype, bool]
-
-    def __post_init__(self) -> None:
-        self.gates = [_gate(t) for t in (self.weight, self.bias)]  # where gradients go
-        self.versions = versions(self.weight, self.bias)
-        self.stale = False  # an optimizer has changed the weights since
-        if any(t is not None and t.requires_grad for t in (self.weight, self.bias)):
-            _trained_heads.add(self)
-
-    def operands(self, hidden: Tensor) -> list[Tensor | None]:
-        """Hidden states, weight and bias, as autocast gives them to the layer."""
-        _, dtype, enabled = self.autocast
-        cast = lambda t: t if t is None or not enabled or t.dtype == torch.float64 else t.to(dtype)  # noqa: E731
-        return [cast(t) for t in (hidden, self.weight, self.bias)]
-
-    def check(self, hidden: Tensor, version: tuple[int, ...]) -> None:
-        """Raise where the tensors that the logits are made of are not what they were."""
-        gone = not self.weight.untyped_storage().size()
-        if self.stale or gone or (versions(self.weight, self.bias), versions(hidden)) != (self.versions, version):
-            raise RuntimeError(
-                "sloth: the weights of the head (or hidden states) have changed since these logits were given out, and nothing "
-                "had read them before. Read what you want of `outputs.logits` before the optimizer's step, or keep real logits "
-                'with torch.compile(…, backend="sloth", options={"sloth.disable": "head,linear_cross_entropy"}).'
-            )
-
-
-def versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
-
-
-_trained_heads: WeakSet[Head] = WeakSet()
-
-
-def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Fused optimizers do not count up the versions of what they write."""
-    if _trained_heads:
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for head in list(_trained_heads):
-            head.stale = head.stale or id(head.weight) in stepped or id(head.bias) in stepped
-
-
-register_optimizer_step_post_hook(_after_step)
 
 
 class LazyLogits(Tensor):
@@ -141,18 +88,19 @@ class LazyLogits(Tensor):
 
 def lazy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Remade,
     bias: Tensor | None = None,
-    step: Step | None = None,
+    step: Callable[..., Tensor] | None = None,
     autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False),
     plain: bool = True,
+    more: Sequence[Layer] = (),
 ) -> Tensor:
-    """step(linear(hidden, weight, bias)), not computed yet; plain: the step is none, or a cast."""
-    head = Head(weight, bias, autocast)
-    like = torch.empty(0, weight.shape[0], dtype=head.operands(hidden[:0])[0].dtype, device=hidden.device)
-    like = like if step is None else step(like)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    return made(head, hidden, versions(hidden), _gate(hidden), (step,) if step else (), plain, like, grad)
+    """step(linear(hidden, weight, bias)), not computed yet; plain: the step is none, or a cast. more: further layers, which read
+    further columns of `hidden`; the step then takes what each gives.
+    """
+    head = Head([(weight, bias), *more], step, autocast)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))
+    return made(head, hidden, versions(hidden), gate_of(hidden), (), plain, head.example(hidden), grad)
 
 
 def made(
@@ -196,15 +144,13 @@ def read(logits: Any) -> Any:
 
 def _values(x: LazyLogits) -> Tensor:
     x.head.check(x.hidden, x.version)
-    with without_autocast(x.hidden):
-        z = F.linear(*x.head.operands(x.hidden))
-    return stepped(x.steps, z)
+    return x.head.logits(_products(x.head.operands(x.hidden)), x.steps)
 
 
-def stepped(steps: tuple[Step, ...], z: Tensor) -> Tensor:
-    for step in steps:
-        z = step(z)
-    return z
+def _products(operands: Sequence[tuple], rows: slice = slice(None)) -> list[Tensor]:
+    """What each layer gives for these rows."""
+    with without_autocast(operands[0][0]):
+        return [F.linear(x[rows], weight, bias) for x, weight, bias in operands]
 
 
 def is_lazy(x: LazyLogits) -> bool:
@@ -262,38 +208,15 @@ def _of_origin(x: LazyLogits, parent: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------- gradients
 
 
-class _Wide(torch.autograd.Function):
-    """A stand-in for a tensor in low precision: no values, but gradients that are added up in fp32 and rounded once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = x.dtype
-        return x.new_zeros((), dtype=dtype).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad.to(ctx.dtype), None
-
-
-def _gate(x: Tensor | None) -> Tensor | None:
-    """What the gradient of `x` is given to; None where it wants none."""
-    if x is None or not x.requires_grad or not torch.is_grad_enabled():
-        return None
-    return x if compute_dtype(x) == x.dtype else _Wide.apply(x, compute_dtype(x))
-
-
 class _ByRows(torch.autograd.Function):
     """fn(logits of some rows [n, V], *beside of these rows) for all rows, one result or several."""
 
     @staticmethod
     def forward(ctx: Any, how: tuple, fn: Callable, beside: tuple[Tensor, ...], hidden: Tensor, *gates: Any) -> tuple:
         head, steps = how
-        h_NH, weight, bias = head.operands(as_matrix(hidden))
-        found = []
-        for rows in _chunks(h_NH, weight):
-            with without_autocast(h_NH):
-                z = F.linear(h_NH[rows], weight, bias)
-            one = fn(stepped(steps, z), *(b[rows] for b in beside))
+        operands, found = head.operands(as_matrix(hidden)), []
+        for rows in _chunks(operands):
+            one = fn(head.logits(_products(operands, rows), steps), *(b[rows] for b in beside))
             found.append(one if isinstance(one, tuple) else (one,))
         found = tuple(map(torch.cat, zip(*found, strict=True)))
         ctx.how, ctx.version = (head, steps, fn, beside), versions(hidden)
@@ -340,44 +263,59 @@ class _Values(torch.autograd.Function):
         return grad
 
 
-def _chunks(h_NH: Tensor, weight: Tensor, trained: bool = False) -> list[slice]:
-    """Rows at a time. Each chunk adds to all of dW: where that is wanted, they are as large as the weight."""
-    budget = max(CHUNK, weight.nbytes) if trained else CHUNK
-    n = max(1, budget // (len(weight) * weight.element_size()))
-    return [slice(i, i + n) for i in range(0, max(len(h_NH), 1), n)]
+def _chunks(operands: Sequence[tuple], trained: int = 0) -> list[slice]:
+    """Rows at a time. Each chunk adds to all of dW: chunks are as large as the weights that are trained, of so many bytes."""
+    row = sum(len(weight) * weight.element_size() for _, weight, _ in operands)
+    n = max(1, max(CHUNK, trained) // row)
+    return [slice(i, i + n) for i in range(0, max(len(operands[0][0]), 1), n)]
 
 
 def _gradients(
     head: Head, steps: tuple, fn: Callable, beside: tuple, hidden: Tensor, grads: tuple, need: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """dh, dW and db in fp32 (or fp64), computed some rows at a time; None for what is not needed."""
-    h_NH, weight, bias = head.operands(as_matrix(hidden))
-    wide, (N, H) = compute_dtype(hidden), h_NH.shape
+    """dh, and dW and db of each layer, in fp32 (or fp64), computed some rows at a time; None for what is not needed."""
+    operands, wide = head.operands(as_matrix(hidden)), compute_dtype(hidden)
     if all(g is None for g in grads):
-        return [None] * 3
-    dh = hidden.new_empty((N, H), dtype=wide) if need[0] else None
-    dw = hidden.new_empty(weight.shape, dtype=wide) if need[1] else None
-    db = hidden.new_zeros(len(weight), dtype=wide) if need[2] else None
-    for rows in _chunks(h_NH, weight, need[1]):
-        with without_autocast(h_NH):
-            z = F.linear(h_NH[rows], weight, bias).requires_grad_()
+        return [None] * len(need)
+    need_h, needs = need[0], list(zip(need[1::2], need[2::2], strict=True))
+    parts = [_Part(*o, *n, need_h, wide) for o, n in zip(operands, needs, strict=True)]
+    for rows in _chunks(
+        operands, sum(weight.nbytes for (_, weight, _), (need_w, _) in zip(operands, needs, strict=True) if need_w)
+    ):
+        zs = [z.requires_grad_() for z in _products(operands, rows)]
         with torch.enable_grad():
-            one = fn(stepped(steps, z), *(b[rows] for b in beside))
+            one = fn(head.logits(zs, steps), *(b[rows] for b in beside))
         pairs = zip(one if isinstance(one, tuple) else (one,), grads, strict=True)
         wanted, given = zip(*((o, g[rows]) for o, g in pairs if g is not None), strict=True)
-        (dz,) = torch.autograd.grad(wanted, z, given)
-        if dh is not None:
-            product(dz, weight, dh[rows])
-        if dw is not None:
-            (add_product if rows.start else product)(dz.t(), h_NH[rows], dw)
-        if db is not None:
-            db += dz.sum(0, dtype=wide)
-    return [None if dh is None else dh.view(hidden.shape), dw, db]
+        for part, dz in zip(parts, torch.autograd.grad(wanted, zs, given), strict=True):
+            part.add(dz, rows)
+    dh = parts[0].dx if len(parts) == 1 or not need_h else torch.cat([p.dx for p in parts], 1)
+    return [dh.view(hidden.shape) if need_h else None, *(d for p in parts for d in (p.dw, p.db))]
+
+
+class _Part:
+    """The gradients of one layer, chunk by chunk; None for what is not needed."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, need_w: bool, need_b: bool, need_x: bool, wide: torch.dtype
+    ):
+        self.x, self.weight = x, weight
+        self.dx = x.new_empty(x.shape, dtype=wide) if need_x else None
+        self.dw = x.new_empty(weight.shape, dtype=wide) if need_w else None
+        self.db = x.new_zeros(len(weight), dtype=wide) if need_b else None
+
+    def add(self, dz: Tensor, rows: slice) -> None:
+        if self.dx is not None:
+            product(dz, self.weight, self.dx[rows])
+        if self.dw is not None:
+            (add_product if rows.start else product)(dz.t(), self.x[rows], self.dw)
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=self.db.dtype)
 
 
 def gates(x: LazyLogits) -> list[Tensor | None]:
     """What the gradients of hidden states, weight and bias are given to, in fp32."""
-    return [x.gate, *x.head.gates] if torch.is_grad_enabled() and x.requires_grad else [None] * 3
+    return [x.gate, *x.head.gates] if torch.is_grad_enabled() and x.requires_grad else [None] * (1 + len(x.head.gates))
 
 
 def by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:

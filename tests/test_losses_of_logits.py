@@ -76,6 +76,18 @@ def test_as_exact_as_with_real_logits(loss, trained, dtype):
     compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, [True, trained], few=few, strides=False)
 
 
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_with_an_adapter(loss, dtype):
+    """Two layers side by side, the second one in fp32."""
+    sizes = {(B, S, H): dtype, (V, H): dtype, (B, S, 3): torch.float32, (V, 3): torch.float32}
+    tensors = [make(size, kind, seed=i, scale=size[-1] ** -0.5) for i, (size, kind) in enumerate(sizes.items())]
+    onto = lambda z, change: (z + change * 1.7).to(z.dtype)  # noqa: E731
+    ours = lambda h, w, t, u: loss(lazy(torch.cat([h, t], -1), w, None, onto, plain=False, more=[(u, None)]))  # noqa: E731
+    real = lambda h, w, t, u: loss(onto(F.linear(h, w), F.linear(t, u)))  # noqa: E731
+    compare(ours, real, tensors, [True, False, True, True], few=200 if dtype != torch.float32 else 0, strides=False)
+
+
 def test_results_of_a_trained_head_are_rounded_once_together():
     """Many results of one forward pass in bf16: each would round its part of the head's gradient."""
     tensors = [make((B, 16 * S, H), torch.bfloat16, seed=1), make((V, H), torch.bfloat16, seed=2, scale=H**-0.5)]

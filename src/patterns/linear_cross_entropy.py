@@ -17,22 +17,39 @@ from sloth.rewriter.registry import pattern
 
 DIMS = {  # flat: rows_of_logits.py
     "hidden": "B*S H", "weight": "V H", "target": "B*S int64", "bias": "V", "items": "int64", "class_weight": "V",
+    "narrow": "B*S 2", "up": "V 2",
 }  # fmt: skip
 WHOLE = {"hidden": "B S H"}
 
 
+def adapted(
+    logits, narrow, up, *, up_scale: float, base_dtype: torch.dtype, delta_dtype: torch.dtype, dtype: torch.dtype
+):  # fmt: skip
+    """With a low-rank adapter on the head, as `lora.py` spells it; narrow: its first layer's result."""
+    return (logits.to(base_dtype) + (F.linear(narrow, up) * up_scale).to(delta_dtype)).to(dtype)
+
+
+def numbers_of(fn: Callable) -> dict[str, inspect.Parameter]:
+    return {n: p for n, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
 def headed(of_logits: Callable, more: tuple[str, ...]) -> Callable:
-    """`of_logits(logits, target, *, …)` of hidden states and weight, and of `more`: a bias, class weights, items to divide by."""
+    """`of_logits(logits, target, *, …)` of hidden states and weight, and of `more`: a bias, class weights, items to divide by, an
+    adapter.
+    """
+    own = numbers_of(adapted) if "up" in more else {}
 
     def reference(hidden, weight, target, *rest, **numbers):
         given = dict(zip(more, rest, strict=True))
         classes = [given["class_weight"]] if "class_weight" in given else []
-        found = of_logits(F.linear(hidden, weight, given.get("bias")), target, *classes, **numbers)
+        logits = F.linear(hidden, weight, given.get("bias"))
+        if own:
+            logits = adapted(logits, given["narrow"], given["up"], **{n: numbers.pop(n) for n in own})
+        found = of_logits(logits, target, *classes, **numbers)
         return found / given["items"] if "items" in given else found
 
     tensors = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("hidden", "weight", "target", *more)]
-    numbers = [p for p in inspect.signature(of_logits).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    reference.__signature__ = inspect.Signature([*tensors, *numbers])
+    reference.__signature__ = inspect.Signature([*tensors, *own.values(), *numbers_of(of_logits).values()])
     return reference
 
 
@@ -85,6 +102,15 @@ for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
                     headed(_reference, (*_bias, *_more))
                 )
 
+for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
+    for _name, _reference in loss(same, _reduction, False).items():
+        _options = {"scale": lambda match: 1.0 / match.divisor} if _name == "divisor" else {}
+        _parts = _reduction, "" if _name == "plain" else _name, "adapter", *_more
+        if _name == "plain" or (_reduction, _more) != ("sum", ()):
+            entry.variant("_".join(filter(None, _parts)), reduction=_reduction, **_options)(
+                headed(_reference, ("narrow", "up", *_more))
+            )
+
 terms = pattern(
     CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy_terms", variant="mean_smooth", reduction="mean"
 )(headed(smooth("mean"), ()))
@@ -114,6 +140,12 @@ for _name in ("softcap", "scale"):
 @entry.check
 def of_one_dtype(match):
     match.require(match.hidden.meta.dtype == match.weight.meta.dtype, "hidden states and weight differ in dtype")
+
+
+@entry.check
+def _(match):
+    there = "up" in match.tensors
+    match.require(not there or match.dtype == match.hidden.meta.dtype, "the adapter's dtype is that of the logits")
 
 
 @terms.check

@@ -2,8 +2,9 @@
 
     f(x Wᵀ + b)[tokens] = f(x[tokens] Wᵀ + b)        f(x Wᵀ + b)[…, words] = f(x W[words]ᵀ + b[words])
 
-where f casts, scales or caps each number. So every loss of a head's logits is the loss of a matrix h Wᵀ + b to the patterns, in
-whatever order it is sliced, flattened and cast. The logits themselves, which a graph may give out, stay what they are.
+where f casts, scales or caps each number, or adds two such (a layer and its adapter). So every loss of a head's logits is the
+loss of a matrix h Wᵀ + b to the patterns, in whatever order it is sliced, flattened and cast. The logits themselves, which a
+graph may give out, stay what they are.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ def _moved(n: Normal, v: Value, part: Part, words: Part | None = None) -> Value 
     elif _pointwise(v):
         inner = _moved(n, v.args[0], part, words)
         found = inner and _of(n, v, inner)
+    elif v.op == "add" and all(isinstance(a, Value) and same_literal(a.meta.shape, v.meta.shape) for a in v.args):
+        terms = [_moved(n, a, part, words) for a in v.args]
+        found = n.add("add", tuple(terms), part(v).meta) if all(terms) else None
     return found and _in_place_of(found, part(v), v)
 
 

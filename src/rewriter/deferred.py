@@ -1,8 +1,9 @@
 """Results that a graph gives out but does not compute: logits, made when somebody reads them.
 
-A graph that gives out what a linear layer computes row by row gives out the layer's input in its place, and what compiled code
-returns there becomes a lazy tensor: the same nodes, run on that input and the layer's weight. There are two such cases: an
-accepted match does without its logits (head + loss), and an entry without an operator wants the layer (`Deferral`).
+A graph that gives out what linear layers compute row by row (a head; a head and its adapter) gives out their inputs in its place,
+side by side, and what compiled code returns there becomes a lazy tensor: the same nodes, run on these inputs and the layers'
+weights. There are two such cases: an accepted match does without its logits (head + loss), and an entry without an operator
+wants the layers (`Deferral`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import fx
 from torch.amp.autocast_mode import _enter_autocast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sloth.rewriter.ir import Symbol, Value, uncast
+from sloth.rewriter.ir import Symbol, Value, same_literal, uncast
 from sloth.rewriter.match import Match
 from sloth.rewriter.normal_form import POINTWISE
 from sloth.rewriter.pattern import Deferral
@@ -26,25 +27,35 @@ from sloth.rewriter.shadow import View
 ROW_BY_ROW = POINTWISE | {"linear", "cast"}
 
 
+Weights = tuple[int | None, int | None]  # of a layer: which inputs of the graph are its weight and bias
+
+
 @dataclass(frozen=True)
 class Deferred:
-    """One output: where it is, what makes it of the layer's input, and which inputs of the graph are the layer's weights."""
+    """One output: where it is, what makes it of the layers' inputs, and the layers' weights."""
 
     index: int
     make: Callable[..., torch.Tensor]  # Pattern.deferred, Deferral.make
-    weights: tuple[int | None, int | None]
-    step: Callable[[torch.Tensor], torch.Tensor] | None  # what follows the layer
+    weights: list[Weights]
+    step: Callable[..., torch.Tensor] | None  # what follows the layers
     autocast: tuple[str, torch.dtype, bool]
     plain: bool  # that is nothing, or casts
     grad: bool  # the grad mode that the graph switches to, if any, allows a gradient
 
 
-class Chain(NamedTuple):
-    """The nodes from a linear layer to an output, and what the layer is computed of: `weights` are inputs of the graph."""
+class Layer(NamedTuple):
+    """A call of a linear layer whose weights are inputs of the graph."""
 
-    nodes: list[fx.Node]
+    node: fx.Node
     hidden: fx.Node
     weights: list[fx.Node | None]  # weight, bias
+
+
+class Chain(NamedTuple):
+    """The nodes from linear layers to an output, in graph order."""
+
+    nodes: list[fx.Node]
+    layers: list[Layer]
 
 
 def deferrable(match: Match, v: Value, view: View) -> bool:
@@ -52,7 +63,7 @@ def deferrable(match: Match, v: Value, view: View) -> bool:
     if view.path or match.pattern.deferred is None:
         return False
     chains = [_chain(n, view) for n in v.nodes if any(u.op == "output" for u in n.users)]
-    return all(c is not None and view.env[c.nodes[0]] in match.values for c in chains)
+    return all(c is not None and all(view.env[layer.node] in match.values for layer in c.layers) for c in chains)
 
 
 def defer(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> tuple[list[Deferred], list[Site]]:
@@ -67,16 +78,16 @@ def defer(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> tu
     given, found, nodes = list(output.args[0]), [], set()
     for i, node in enumerate(given):
         chain = _chain(node, view) if isinstance(node, fx.Node) else None
-        layer = chain and view.env[chain.nodes[0]]
-        make = makers.get(layer)
-        if layer in wanted:
+        layers = [view.env[layer.node] for layer in chain.layers] if chain else []
+        made = {makers.get(layer) for layer in layers}
+        if layers and all(layer in wanted for layer in layers):
             why = _kept(chain, view)
-            sites[layer] = _site(layer, wanted[layer], "escape" if why else MATCHED, why)
-            make = None if why else wanted[layer].make
-        if make is not None:
-            given[i] = chain.hidden
+            sites |= {layer: _site(layer, wanted[layer], "escape" if why else MATCHED, why) for layer in layers}
+            made = set() if why else {wanted[layer].make for layer in layers}
+        if len(made) == 1 and None not in made:
+            given[i] = _side_by_side(chain, view)
             nodes.update(chain.nodes)
-            found.append(_deferred(i, make, chain, view))
+            found.append(_deferred(i, *made, chain, view))
     output.args = (tuple(given),)
     for n in reversed(view.gm.graph.nodes):
         if n in nodes and not n.users:
@@ -90,9 +101,9 @@ def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Cal
     def run(*args: Any) -> tuple:
         out = list(compiled(*args))
         for d in deferred:
-            weights = [None if i is None else args[i] for i in d.weights]
+            first, *more = [tuple(None if i is None else args[i] for i in layer) for layer in d.weights]
             with torch.set_grad_enabled(d.grad):
-                out[d.index] = d.make(out[d.index], *weights, d.step, d.autocast, d.plain)
+                out[d.index] = d.make(out[d.index], *first, d.step, d.autocast, d.plain, more)
         return tuple(out)
 
     return run if deferred else compiled
@@ -106,28 +117,47 @@ def _wanted(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> 
 
 
 def _chain(node: fx.Node, view: View) -> Chain | None:
-    """From the layer that `node` is computed of, row by row; None where it is not, or not of inputs of the graph."""
-    nodes = [node]
-    while not _is_layer(node, view):
-        if not isinstance(v := view.env.get(node), Value) or len(node.all_input_nodes) != 1:
+    """From the layers that `node` is computed of, row by row; None where it is not, or not of inputs of the graph."""
+    nodes, layers, todo = set(), {}, [node]
+    while todo:
+        if (n := todo.pop()) in nodes:
+            continue
+        nodes.add(n)
+        if _is_layer(n, view):
+            layers[n] = _layer(n, view)
+        elif _row_by_row(n, view):
+            todo += n.all_input_nodes
+        else:
             return None
-        if v.op not in ROW_BY_ROW and not _words(node, view):
-            return None
-        (node,) = node.all_input_nodes
-        nodes.insert(0, node)
-    hidden, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
-    tensors = [n for n in (hidden, weight, bias) if n is not None]
-    values = [v for v in (*view.env[node].args, *(view.env[n] for n in nodes)) if v is not None]
-    if any(n.op != "placeholder" for n in tensors[1:]) or any(v.pinned for v in values):
+    widths = [view.env[n].meta.shape for n in layers]
+    if None in layers.values() or not all(same_literal(w, widths[0]) for w in widths) or any(view.env[n].pinned for n in nodes):
         return None
     if len({view.env[n].region for n in nodes}) > 1 or view.env[node].region.transforms:
         return None
-    examples = [n.meta.get("example_value") for n in tensors]
-    if not all(
-        isinstance(t, torch.Tensor) and not is_traceable_wrapper_subclass(t) for t in examples
-    ):  # DTensor: no plain matrix
+    order = sorted(nodes)  # fx nodes compare by their place in the graph
+    return Chain(order, [layers[n] for n in order if n in layers])
+
+
+def _row_by_row(node: fx.Node, view: View) -> bool:
+    """Is each row of it made of the same row of each of its operands? Of a layer: a copy of its result."""
+    v = view.env.get(node)
+    if not isinstance(v, Value) or not node.all_input_nodes:
+        return False
+    if len(node.all_input_nodes) == 1:
+        return v.op in ROW_BY_ROW or _words(node, view) is not None
+    operands = [view.env.get(n) for n in node.all_input_nodes]
+    return v.op in POINTWISE and all(isinstance(x, Value) and same_literal(x.meta.shape, v.meta.shape) for x in operands)
+
+
+def _layer(node: fx.Node, view: View) -> Layer | None:
+    """None where its weights are no plain matrices (DTensor) that the graph is given."""
+    hidden, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
+    tensors = [n for n in (hidden, weight, bias) if n is not None]
+    if any(n.op != "placeholder" for n in tensors[1:]) or any(v.pinned for v in view.env[node].inputs):
         return None
-    return Chain(nodes, hidden, [weight, bias])
+    examples = [n.meta.get("example_value") for n in tensors]
+    plain = all(isinstance(t, torch.Tensor) and not is_traceable_wrapper_subclass(t) for t in examples)
+    return Layer(node, hidden, [weight, bias]) if plain else None
 
 
 def _is_layer(node: fx.Node, view: View) -> bool:
@@ -145,20 +175,29 @@ def _kept(chain: Chain, view: View) -> str:
     reason = getattr(view.gm, "compile_subgraph_reason", None)  # DDPOptimizer splits between parameters, no code of the model's
     if reason is not None and reason.graph_break and not reason.reason.startswith("DDPOptimizer"):
         return "compiled code after a break of the graph may read its result"
-    for node, following in zip(chain.nodes, (*chain.nodes[1:], view.gm.graph.output_node()), strict=True):
-        if others := set(node.users) - {following}:
-            return f"`{next(iter(others)).name}` in the graph reads it"
-    return ""
+    last = chain.nodes[-1], view.gm.graph.output_node()
+    others = (user for n in chain.nodes for user in n.users if user not in chain.nodes and (n, user) != last)
+    return next((f"`{user.name}` in the graph reads it" for user in others), "")
+
+
+def _side_by_side(chain: Chain, view: View) -> fx.Node:
+    """What the layers read: one tensor."""
+    hidden = [layer.hidden for layer in chain.layers]
+    if len(hidden) == 1:
+        return hidden[0]
+    with view.gm.graph.inserting_before(chain.layers[-1].node):
+        return view.gm.graph.call_function(torch.cat, (hidden, -1))
 
 
 def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view: View) -> Deferred:
-    inputs = [n for n in view.gm.graph.nodes if n.op == "placeholder"]
-    layer, *following = chain.nodes
-    value = view.env[layer]
+    inputs = view.gm.graph.find_nodes(op="placeholder")
+    layers = [layer.node for layer in chain.layers]
+    following = [n for n in chain.nodes if n not in layers]
+    value = view.env[layers[0]]
     autocast = _autocast(value, view)
-    plain = not autocast[2] and all(view.env[n].op in ("linear", "cast") for n in following)
-    step = _function(following, layer, autocast, view) if following else None
-    weights = tuple(None if n is None else inputs.index(n) for n in chain.weights)
+    plain = len(layers) == 1 and not autocast[2] and all(view.env[n].op in ("linear", "cast") for n in following)
+    step = _function(following, layers, autocast, view) if following else None
+    weights = [tuple(None if n is None else inputs.index(n) for n in layer.weights) for layer in chain.layers]
     return Deferred(index, make, weights, step, autocast, plain, value.region.grad)
 
 
@@ -178,10 +217,10 @@ def _autocast(value: Value, view: View) -> tuple:
     return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
 
-def _function(nodes: list[fx.Node], of: fx.Node, autocast: tuple, view: View) -> Callable[[torch.Tensor], torch.Tensor]:
-    """These nodes, one after the other, as a function of the first one's operand."""
+def _function(nodes: list[fx.Node], of: list[fx.Node], autocast: tuple, view: View) -> Callable[..., torch.Tensor]:
+    """These nodes, one after the other, as a function of what they read: `of`."""
     graph = fx.Graph()
-    env = {of: graph.placeholder("x")}
+    env = {n: graph.placeholder(n.name) for n in of}
     for n in nodes:
         if words := _words(n, view):
             env[n] = graph.call_function(torch.ops.aten.slice.Tensor, (env[n.args[0]], -1, *words))
@@ -190,9 +229,9 @@ def _function(nodes: list[fx.Node], of: fx.Node, autocast: tuple, view: View) ->
     graph.output(env[nodes[-1]])
     run = fx.GraphModule(torch.nn.Module(), graph).forward
 
-    def step(x: torch.Tensor) -> torch.Tensor:
+    def step(*results: torch.Tensor) -> torch.Tensor:
         with torch.autocast(*autocast):
-            return run(x)
+            return run(*results)
 
     return step
 

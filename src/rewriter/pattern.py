@@ -88,7 +88,8 @@ class Variant:
             raise PatternError(f"pattern {self}: no dims given for {', '.join(missing)}")
         op, names = self.pattern.op, {a.name for a in self.pattern.op._schema.arguments}
         made = any(map(callable, self.options.values()))  # of bindings, which then need not be arguments themselves
-        if unknown := [n for n in (*(() if made else (*self.tensors, *self.numbers)), *self.options) if n not in names]:
+        bound = () if made else (*self.tensors, *(n for n, kind in self.numbers.items() if kind is not torch.dtype))
+        if unknown := [n for n in (*bound, *self.options) if n not in names]:
             raise PatternError(f"pattern {self}: {op} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}")
         self._loose: Graph | None = None
 

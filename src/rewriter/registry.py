@@ -43,8 +43,9 @@ def pattern(
     recompute: its result is large and cheap: computed again in the backward pass by whoever needs it there, not kept.
     cheap: tensors of which a dropout or cast is computed again too, where the backward pass wants it, instead of keeping it.
     deferred: what a linear layer computes row by row on the way and the graph gives out (logits) is left to `deferred(hidden,
-        weight, bias, step, autocast, plain)`, which returns a tensor for step(linear(hidden, weight, bias)), the layer under
-        autocast(device type, dtype, enabled); the step may be None; plain: there is none, or casts alone, and no autocast.
+        weight, bias, step, autocast, plain, more)`, which returns a tensor for step(linear(hidden, weight, bias)), the layer
+        under autocast(device type, dtype, enabled); the step may be None; plain: there is none, or casts alone, and no autocast.
+        more: (weight, bias) of further layers, which read further columns of `hidden`; the step takes what each layer gives.
     also: other constructs that a match holds, each anchor of theirs a site (norms, in an entry of RoPE that norms q and k too).
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """

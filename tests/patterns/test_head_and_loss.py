@@ -189,16 +189,48 @@ def test_a_graph_that_uses_the_logits_keeps_them(look):
     assert not any(isinstance(t, LazyLogits) for t in ours)
 
 
-def test_an_adapter_on_the_head_is_not_forgotten():
+ADAPTERS = {  # model, what PEFT is told, dtype, items of the batch, the variant
+    "fp32": ("llama", {}, torch.float32, None, "mean_adapter"),
+    "dropout": ("llama", {"lora_dropout": 0.3, "use_rslora": True}, torch.float32, None, "mean_adapter"),
+    "fp32 over bf16": ("gemma2", {"lora_dropout": 0.3}, torch.bfloat16, None, "mean_softcap_adapter"),
+    "items": ("granite", {}, torch.bfloat16, torch.tensor(37, device=DEVICE), "sum_divisor_adapter_items"),
+    "trained": (
+        "llama",
+        {"target_modules": ["lm_head", "q_proj"]},
+        torch.float32,
+        torch.tensor(37, device=DEVICE),
+        "sum_adapter_items",
+    ),
+    "autocast": ("llama", {}, torch.float32, None, "mean_adapter"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_on_the_head(name):
+    """In the loss, and in logits that somebody looks at later."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(model_of("llama"), peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
-    model.to(DEVICE)
-    ours, sites = run(model)
-    assert [s.variant for s in sites] == ["cross_entropy[mean]"] and not isinstance(ours.logits, LazyLogits)
+    of, how, dtype, items, variant = ADAPTERS[name]
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["lm_head"], "init_lora_weights": False} | how)
+    model = peft.get_peft_model(model_of(of).to(dtype), config).to(DEVICE)
+    model.get_output_embeddings().weight.requires_grad_(name == "trained")
+    more, outs = {} if items is None else {"num_items_in_batch": items}, []
+    for call in (run, lambda model, **more: (model(**batch(), **more), None)):
+        torch.manual_seed(0)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=name == "autocast"):
+            outs.append(call(model, **more))
+    (ours, sites), (eager, _) = outs
+    assert [s.variant for s in sites] == [f"linear_cross_entropy[{variant}]"] and is_lazy(ours.logits)
+    assert (ours.logits.shape, ours.logits.dtype) == (eager.logits.shape, eager.logits.dtype)
     own = [p for p in model.parameters() if p.requires_grad]
-    got, expected = torch.autograd.grad(ours.loss, own), torch.autograd.grad(model(**batch()).loss, own)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-    assert all(g.any() for g in expected)
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 and name != "autocast" else {"rtol": 3e-2, "atol": 3e-2}
+    for loss in (
+        lambda out: out.loss,
+        lambda out: out.loss + out.logits.logsumexp(-1).sum() + out.logits.float().square().mean(),
+    ):
+        got, expected = (torch.autograd.grad(loss(out), own, retain_graph=True) for out in (ours, eager))
+        torch.testing.assert_close(got, expected, **tolerance)
+        assert all(g.any() for g in expected)
+    torch.testing.assert_close(ours.logits + 0, eager.logits, **tolerance)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["loss", "logits too"])
