@@ -23,13 +23,13 @@ from sloth.kernels.linear_cross_entropy import BUDGET, check, chunk_rows, logits
 from sloth.kernels.loss_terms import Terms
 from sloth.kernels.tiles import once
 
-HOW = "int ignore_index, float? softcap, float scale, float label_smoothing"
+HOW = "int ignore_index, float? softcap, float scale, float label_smoothing, int budget"
 
 
-def _chunks(h_NH: Tensor, weight: Tensor) -> tuple[Tensor, list[slice]]:
+def _chunks(h_NH: Tensor, weight: Tensor, budget: int) -> tuple[Tensor, list[slice]]:
     """A buffer for the logits of a chunk, and the chunks."""
     N, V = len(h_NH), len(weight)
-    C = chunk_rows(N, V, h_NH.element_size(), BUDGET.get(h_NH.device.type, BUDGET["cpu"]))
+    C = chunk_rows(N, V, h_NH.element_size(), budget or BUDGET.get(h_NH.device.type, BUDGET["cpu"]))
     return h_NH.new_empty(C * V), [slice(start, start + C) for start in range(0, N, C)]
 
 
@@ -42,13 +42,13 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_rows_forward", "CompositeExplicitAutograd")
-def _(hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing):
+def _(hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing, budget):
     check(hidden, weight, bias, target, None, "sum", class_weight, label_smoothing)
     h_NH, target_N, terms = as_matrix(hidden), target.reshape(-1), Terms(label_smoothing, class_weight, 0.0)
     out = hidden.new_empty(3, len(h_NH), dtype=compute_dtype(hidden))
     w_N = terms.weight_of(target_N, ignore_index, out.dtype)
     forward = forward_triton if use_triton(hidden) else forward_aten
-    buffer, chunks = _chunks(h_NH, weight)
+    buffer, chunks = _chunks(h_NH, weight, budget)
     for rows in chunks:
         z = logits_of(h_NH[rows], weight, bias, buffer)
         how = ignore_index, softcap, scale, label_smoothing != 0, class_weight
@@ -59,7 +59,7 @@ def _(hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, 
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_rows_forward")
-def _(hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing):
+def _(hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing, budget):
     check(hidden, weight, bias, target, None, "sum", class_weight, label_smoothing)
     return tuple(hidden.new_empty(hidden.numel() // hidden.shape[-1], dtype=compute_dtype(hidden)) for _ in range(3))
 
@@ -73,8 +73,8 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_rows_backward", "CompositeExplicitAutograd")
-def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *need):
-    need_h, need_w, need_b = need
+def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *more):
+    budget, need_h, need_w, need_b = more
     h_NH, target_N, terms = as_matrix(hidden), target.reshape(-1), Terms(label_smoothing, class_weight, 0.0)
     (N, H), V, wide, kernels = h_NH.shape, len(weight), compute_dtype(hidden), use_triton(hidden)
     counts = target_N != ignore_index
@@ -85,7 +85,7 @@ def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index,
     dh = hidden.new_empty(N if need_h else 0, H)
     dw, db = (hidden.new_zeros(V if needed else 0, *size, dtype=wide) for needed, size in ((need_w, (H,)), (need_b, ())))
     backward = loss_terms.backward_triton if kernels else loss_terms.backward_aten
-    buffer, chunks = _chunks(h_NH, weight)
+    buffer, chunks = _chunks(h_NH, weight, budget)
     for rows in chunks:
         z = logits_of(h_NH[rows], weight, bias, buffer)
         which = target_N[rows], class_weight, lse[rows], low[rows]
@@ -102,8 +102,8 @@ def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index,
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_rows_backward")
-def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *need):
-    need_h, need_w, need_b = need
+def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *more):
+    _, need_h, need_w, need_b = more
     (V, H), like = weight.shape, hidden.new_empty
     return like(hidden.shape if need_h else (0, H)), like(V if need_w else 0, H), like(V if need_b else 0)
 
@@ -117,10 +117,10 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 9
+        return (None,) * 10
     need = ctx.needs_input_grad[:3]
     found = torch.ops.sloth.linear_cross_entropy_rows_backward.default(dloss, *ctx.saved_tensors, *ctx.how, *need)
-    return *(d if needed else None for d, needed in zip(found, need, strict=True)), *[None] * 6
+    return *(d if needed else None for d, needed in zip(found, need, strict=True)), *[None] * 7
 
 
 torch.library.register_autograd("sloth::linear_cross_entropy_rows_forward", _backward, setup_context=_setup)
@@ -129,18 +129,21 @@ torch.library.register_autograd("sloth::linear_cross_entropy_rows_backward", onc
 torch.library.define(
     "sloth::linear_cross_entropy_rows",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? class_weight=None, int ignore_index=-100,"
-    " float? softcap=None, float scale=1.0, float label_smoothing=0.0) -> Tensor",
+    " float? softcap=None, float scale=1.0, float label_smoothing=0.0, int budget=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl("sloth::linear_cross_entropy_rows", "CompositeImplicitAutograd")
-def _(hidden, weight, target, bias=None, class_weight=None, ignore_index=-100, softcap=None, scale=1.0, label_smoothing=0.0):
-    how = ignore_index, softcap, scale, label_smoothing
+def _(
+    hidden, weight, target, bias=None, class_weight=None, ignore_index=-100, softcap=None, scale=1.0, label_smoothing=0.0,
+    budget=0,
+):  # fmt: skip
+    how = ignore_index, softcap, scale, label_smoothing, budget
     with without_autocast(hidden):
         return torch.ops.sloth.linear_cross_entropy_rows_forward.default(hidden, weight, bias, target, class_weight, *how)[0]
 
 
 linear_cross_entropy_rows = torch.ops.sloth.linear_cross_entropy_rows.default
 """linear_cross_entropy_rows(hidden [..., H], weight [V, H], target [...] int64, bias=None, class_weight=None, ignore_index=-100,
-softcap=None, scale=1.0, label_smoothing=0.0) -> loss [N]"""
+softcap=None, scale=1.0, label_smoothing=0.0, budget=0) -> loss [N]. budget: bytes of logits at a time, 0 for a good number."""

@@ -67,15 +67,24 @@ def sloth(
 
 
 def _arguments(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Takes `sloth.ENTRY.ARGUMENT` out of the options: a number for an operator. ValueError for what is no number."""
+    """Takes `sloth.NAME.ARGUMENT` out of the options: a number for the operators of the entry NAME and of those named NAME_…
+    (the same in other cases). ValueError for what is no number.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for p in patterns():
-        for a in p.op._schema.arguments:
-            if (key := f"sloth.{p.name}.{a.name}") in options:
-                value = options.pop(key)
-                if str(a.type) not in ("int", "float") or not isinstance(value, int | float) or isinstance(value, bool):
-                    raise ValueError(f"{key}={value!r}: only numbers can be set, and this is a {a.type}")
-                found.setdefault(p.name, {})[a.name] = value
+    known = set()
+    for key in sorted(options, key=len):  # the most special one last
+        name, _, argument = key.removeprefix("sloth.").partition(".")
+        for p in patterns():
+            kinds = {a.name: str(a.type) for a in p.op._schema.arguments}
+            if argument not in kinds or not f"{p.name}_".startswith(f"{name}_"):
+                continue
+            value = options[key]
+            if kinds[argument] not in ("int", "float") or not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{key}={value!r}: only numbers can be set, and this is a {kinds[argument]}")
+            found.setdefault(p.name, {})[argument] = value
+            known.add(key)
+    for key in known:
+        del options[key]
     return found
 
 

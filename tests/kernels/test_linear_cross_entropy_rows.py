@@ -85,6 +85,17 @@ def test_only_what_is_wanted(wanted):
     torch.testing.assert_close(got, expected)
 
 
+def test_a_budget_bounds_the_chunk():
+    hidden, weight = make((40, 8), torch.float32).requires_grad_(), make((50, 8), torch.float32, seed=2).requires_grad_()
+    target, found = random_targets((40,), 50, 0.2, 3), []
+    with mock.patch.object(module, "logits_of", wraps=module.logits_of) as chunks:
+        for budget in (0, 7 * 50 * 4):
+            loss = linear_cross_entropy_rows(hidden, weight, target, budget=budget)
+            found.append((loss, *torch.autograd.grad(loss.mean(), (hidden, weight))))
+    torch.testing.assert_close(*found)
+    assert [len(c.args[0]) for c in chunks.call_args_list] == [40] * 2 + [*[7] * 5, 5] * 2
+
+
 def test_saves_no_logits():
     hidden, weight = make((6, 8), torch.float32).requires_grad_(), make((50, 8), torch.float32, seed=2).requires_grad_()
     with saved() as kept:

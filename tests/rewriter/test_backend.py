@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from toys import Call, Stack, compiled, counts, llama_norm, matched
 
-from sloth.rewriter.backend import OPTIONS, listening, sloth
+from sloth.rewriter.backend import OPTIONS, _arguments, listening, sloth
 from sloth.rewriter.report import MATCHED, GraphReport, Report, Site
 
 
@@ -171,6 +171,17 @@ def test_disable_by_pattern_and_by_construct() -> None:
 def test_disable_of_unknown_names_is_refused() -> None:
     e = cause(lambda: report_of({"sloth.disable": "rms_norm,ropes,swiglu"}))
     assert isinstance(e, ValueError) and "ropes, swiglu" in str(e) and "rms_norm" in str(e) and "rope" in str(e)
+
+
+def test_a_number_is_set_for_all_entries_of_a_name() -> None:
+    own = {"sloth.linear_cross_entropy_rows.budget": 7, "sloth.linear_cross_entropy.budget": 80, "sloth.rope.budget": 1}
+    found = _arguments(own)
+    assert {name: numbers["budget"] for name, numbers in found.items()} == {
+        "linear_cross_entropy": 80, "linear_cross_entropy_terms": 80, "linear_cross_entropy_rows": 7,
+    }  # fmt: skip
+    assert own == {"sloth.rope.budget": 1}, "it has none: unknown"
+    with pytest.raises(ValueError, match=r"budget='1'.*only numbers"):
+        _arguments({"sloth.linear_cross_entropy.budget": "1"})
 
 
 def test_an_unknown_inner_backend_is_refused() -> None:
