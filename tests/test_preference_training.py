@@ -1,6 +1,7 @@
 """TRL's preference trainers, eager and with sloth: the same losses, metrics and gradients.
 
-DPOTrainer has a head of its own in the model's forward; TPOTrainer takes log-probabilities and entropies of the model's logits.
+DPOTrainer and GRPOTrainer have a head of their own in the model's forward; TPOTrainer takes log-probabilities and entropies of
+the model's logits.
 """
 
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from sloth import lazy_tensor
@@ -52,15 +53,27 @@ class Gradients(transformers.TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
 
 
-TRAINERS = {
-    "DPO": (DPOTrainer, DPOConfig, ("chosen", "rejected"), 0),
-    "TPO": (TPOTrainer, TPOConfig, ("chosen", "rejected", "reference"), 1),
+def reward(completion_ids, **_):
+    return [ids[0] / WORDS for ids in completion_ids]
+
+
+TRAINERS = {  # trainer, its configuration and more of that, columns of the data, heads that are found, more for the trainer
+    "DPO": (DPOTrainer, DPOConfig, {"max_length": 16}, ("chosen", "rejected"), 0, {}),
+    "TPO": (TPOTrainer, TPOConfig, {"max_length": 16}, ("chosen", "rejected", "reference"), 1, {}),
+    "GRPO": (
+        GRPOTrainer,
+        GRPOConfig,
+        {"max_completion_length": 4, "num_generations": 2, "beta": 0.1, "num_iterations": 2},
+        (),
+        0,
+        {"reward_funcs": reward},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_same_curve(name, tokenizer, tmp_path, monkeypatch):
-    trainer, config, columns, heads = TRAINERS[name]
+    trainer, config, more, columns, heads, own = TRAINERS[name]
     monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", lambda *_: lookup_backend("aot_eager"))
     monkeypatch.setattr(lazy_tensor, "CHUNK", WORDS * 4)
     torch.manual_seed(0)
@@ -71,7 +84,7 @@ def test_same_curve(name, tokenizer, tmp_path, monkeypatch):
         arguments = config(
             output_dir=str(tmp_path), torch_compile=backend is not None, torch_compile_backend=backend, use_cpu=not CUDA,
             max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-            report_to="none", bf16=False, gradient_checkpointing=False, max_length=16,
+            report_to="none", bf16=False, gradient_checkpointing=False, **more,
         )  # fmt: skip
         seen = Gradients()
         with listening() as reports:
@@ -81,6 +94,7 @@ def test_same_curve(name, tokenizer, tmp_path, monkeypatch):
                 train_dataset=rows(*columns),
                 processing_class=tokenizer,
                 callbacks=[seen],
+                **own,
             )
             torch.backends.cuda.matmul.allow_tf32 = False  # accelerate turns it on for compiled models alone
             run.train()
@@ -94,6 +108,7 @@ def test_same_curve(name, tokenizer, tmp_path, monkeypatch):
     for ours, eager in zip(logs, eager_logs, strict=True):
         for key in eager.keys() - {"epoch", "step", "step_time"}:
             assert ours[key] == pytest.approx(eager[key], rel=1e-3, abs=1e-4), key
+    assert all(g.any() for g in eager_steps[0].values())
     for ours, eager in zip(steps, eager_steps, strict=True):
         for key, value in eager.items():
             assert (ours[key] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-7, key
