@@ -88,16 +88,26 @@ def layer_norm_rows(T: int, D: int) -> list[Row]:
     ]
 
 
-def rope_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
-    """As in a model: q and k are views of projections [B, S, heads, D], and so is what attention hands back."""
-    q, k = randn(B, S, H, D), randn(B, S, G, D)
+def tables(S: int, D: int) -> Tensors:
+    """cos and sin [1, S, D]"""
     angle = torch.arange(S, device="cuda")[:, None] / 5e5 ** (torch.arange(0, D, 2, device="cuda") / D)
     angle = torch.cat((angle, angle), -1)[None]
-    cos, sin = angle.cos().to(BF16), angle.sin().to(BF16)
+    return [angle.cos().to(BF16), angle.sin().to(BF16)]
+
+
+def rotate(q, k, cos, sin):
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
 
     def turn(x):
         a, b = x.chunk(2, -1)
         return torch.cat((-b, a), -1)
+
+    return q * c + turn(q) * s, k * c + turn(k) * s
+
+
+def rope_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
+    """As in a model: q and k are views of projections [B, S, heads, D], and so is what attention hands back."""
+    q, k = randn(B, S, H, D), randn(B, S, G, D)
 
     def transposed(rotate):
         def call(q, k, cos, sin):
@@ -106,15 +116,31 @@ def rope_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
 
         return call
 
-    def eager(q, k, cos, sin):
-        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-        return q * c + turn(q) * s, k * c + turn(k) * s
-
     peers = {}
     if liger := optional("liger_kernel.transformers.rope"):
         peers["liger"] = transposed(lambda q, k, cos, sin, f=liger.liger_rotary_pos_emb: f(q, k, cos, sin))
     once = nbytes(q) + nbytes(k)
-    return [Row("rope", [q, k, cos, sin], transposed(eager), peers, 2 * once, 4 * once, in_place=("liger",))]
+    return [Row("rope", [q, k, *tables(S, D)], transposed(rotate), peers, 2 * once, 4 * once, in_place=("liger",))]
+
+
+def norm_rope_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
+    """Qwen3: the heads of q and k are normalised as the projections give them, then transposed and turned."""
+    out, eager = [], norm_rotate(llama_norm)
+    apart = torch.compile(eager, backend="sloth", options={"sloth.disable": "norm_rope"}, dynamic=False)
+    for name, grad in (("norm_rope dX", False), ("norm_rope dX+dW", True)):
+        q, k = randn(B, S, H, D), randn(B, S, G, D)
+        weights = [torch.rand(D, device="cuda").to(BF16).requires_grad_(grad) for _ in range(2)]
+        once = nbytes(q) + nbytes(k)
+        out.append(Row(name, [q, k, *weights, *tables(S, D)], eager, {"sloth, apart": apart}, 2 * once, 5 * once))
+    return out
+
+
+def norm_rotate(norm):
+    def call(q, k, wq, wk, cos, sin):
+        q, k = rotate(norm(q, wq).transpose(1, 2), norm(k, wk).transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    return call
 
 
 def attention_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
@@ -198,6 +224,7 @@ def all_rows(tiny: bool) -> dict[str, Callable[[], list[Row]]]:
         "rms_norm": lambda: rms_norm_rows(T, D),
         "layer_norm": lambda: layer_norm_rows(T, D),
         "rope": lambda: rope_rows(B, S, 32, 8, 128),
+        "norm_rope": lambda: norm_rope_rows(B, S, 32, 8, 128),
         "attention": lambda: attention_rows(B, S, 32, 8, 128),
         "gated_act": lambda: gated_rows(T, I),
         "cross_entropy": lambda: cross_entropy_rows(T, V),
@@ -260,6 +287,8 @@ def exact_norm(x, w):
 EXACT = {
     "rms_norm dX": exact_norm,
     "rms_norm dX+dW": exact_norm,
+    "norm_rope dX": norm_rotate(exact_norm),
+    "norm_rope dX+dW": norm_rotate(exact_norm),
     "add_rms_norm dX": lambda x, r, w: (x + r, exact_norm(x + r, w)),
     "cross_entropy": lambda z, y: F.cross_entropy(z, y),
 }
@@ -317,7 +346,9 @@ def show(r: dict[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument(
-        "--rows", default="", help="comma-separated groups: rms_norm, layer_norm, rope, attention, gated_act, cross_entropy"
+        "--rows",
+        default="",
+        help="comma-separated groups: rms_norm, layer_norm, rope, norm_rope, attention, gated_act, cross_entropy",
     )
     options.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     args = parse(options)
