@@ -241,6 +241,32 @@ CASES = [
         (lambda h: h.sum(-1), lambda h: h.sum(-1).float(), lambda h: h.sum(-1, dtype=torch.float64)),
     ),
     Case(
+        "softmax",
+        (
+            lambda x: x.softmax(-1),
+            lambda x: F.softmax(x, 3, dtype=torch.float32),
+            lambda x: torch.softmax(x - x.max(-1, keepdim=True).values, -1),
+            lambda x: F.softmax(x - x.max(3, True)[0], -1),
+            lambda x: torch.softmax(x - x.amax(-1, keepdim=True), 3),
+        ),
+        (
+            lambda x: x.softmax(-2),
+            lambda x: x.softmax(-1, dtype=torch.float64),
+            lambda x: x.log_softmax(-1),
+            lambda x: (x - x.max()).softmax(-1),
+            lambda x: (x - x.amax(-2, keepdim=True)).softmax(-1),
+            lambda x: (x - x.min(-1, keepdim=True).values).softmax(-1),
+            lambda x: (x - x.max(-1, keepdim=True).indices).softmax(-1),
+            lambda x, m: (x - m.amax(-1, keepdim=True)).softmax(-1),
+            lambda x: (x - x.exp().amax(-1, keepdim=True)).softmax(-1),
+        ),
+    ),
+    Case(
+        "softmax in another dtype",
+        (lambda h: h.softmax(-1, dtype=torch.float32), lambda h: h.float().softmax(1), lambda h: F.softmax(h.float(), -1)),
+        (lambda h: h.softmax(-1), lambda h: h.softmax(-1).float(), lambda h: h.softmax(-1, dtype=torch.float64)),
+    ),
+    Case(
         "view",
         (
             lambda x: x.view(6, 4, 6),
