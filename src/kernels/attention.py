@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sloth.kernels.interval_attention import interval_attention
-from sloth.kernels.launch import use_triton
+from sloth.kernels.launch import compute_dtype, use_triton, without_autocast
 
 WIDEST, MULTIPLE = 256, 8  # channels of a head that the kernels take
 
 torch.library.define(
     "sloth::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
-    " float dropout_p=0.0, float? scale=None) -> Tensor",
+    " float dropout_p=0.0, float? scale=None, bool uniform=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -80,8 +80,17 @@ def seen(lo: Tensor, hi: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
     return mask if valid is None else mask & valid[:, None, None]
 
 
+def spelled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """By ATen operations, scores in fp32 at least."""
+    dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
+    with without_autocast(q):
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        s = q.to(dtype) @ k.to(dtype).mT * scale + torch.where(mask, 0.0, torch.finfo(dtype).min)
+        return s.softmax(-1).to(v.dtype) @ v
+
+
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
-def _(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None):
+def _(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, uniform=False):
     grouped = query.shape[1] != key.shape[1]
     if not documents and not valid and ahead in (0, None) and behind is None:
         causal = ahead == 0
@@ -93,6 +102,8 @@ def _(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.
         usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
     bounds = intervals(documents, usable, ahead, behind, at)
     D = query.shape[-1]
+    if uniform:
+        return spelled(query, key, value, seen(*bounds[:2], usable, at), D**-0.5 if scale is None else scale)
     if not use_triton(query) or D > WIDEST or D % MULTIPLE or value.shape[-1] != D or dropout_p > 0:
         mask = seen(*bounds[:2], usable, at)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)

@@ -1,6 +1,7 @@
 """Attention with a mask that is computed: kernels are told the interval of keys that it is proven to leave each query."""
 
 import math
+from collections.abc import Callable, Iterable, Set
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from sloth.kernels.attention import attention
 from sloth.patterns.mask_meaning import Interval, meaning, why_not
 from sloth.rewriter.ir import Value, same_literal
-from sloth.rewriter.normal_form import Call, Normal, rule
+from sloth.rewriter.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
 
@@ -17,7 +18,25 @@ def is_masked(v: Value) -> bool:
     return v.op == "scaled_dot_product_attention" and isinstance(v.args[3], Value)
 
 
-ATTENTION = Construct("attention", "attention mask", anchor=is_masked)
+BEFORE = VIEWS | {"add", "mul", "div", "tanh", "cat", "where", "masked_fill"}  # what makes scores of products
+BEHIND = VIEWS | {"mul", "dropout", "masked_fill"}  # … and weights of their softmax
+
+
+def is_spelled(v: Value) -> bool:
+    """The softmax of products of queries and keys, whose result is multiplied with values."""
+    return (
+        v.op == "softmax" and _reaches(v.args[0], lambda x: x.inputs, BEFORE) and _reaches(v, lambda x: x.users, BEHIND | {v.op})
+    )
+
+
+def _reaches(v: Value, neighbours: Callable[[Value], Iterable[Value]], through: Set[str]) -> bool:
+    """Is there a product of tensors of at least three dimensions, by way of these operations?"""
+    if v.op in ("matmul", "matmul_transposed", "baddbmm"):
+        return len(v.meta.shape) > 2
+    return v.op in through and v.meta is not None and any(_reaches(x, neighbours, through) for x in neighbours(v))
+
+
+ATTENTION = Construct("attention", "attention mask", anchor=lambda v: is_masked(v) or is_spelled(v))
 DIMS = {"query": "B H S D", "key": "B H T D", "value": "B H T E", "attn_mask": "B 1 S T"}
 BY_TORCH = (Interval(), Interval(ahead=0))  # masks that torch's kernels know
 GROUPED = {"query": "B 2*G S D", "key": "B G T D", "value": "B G T E"}

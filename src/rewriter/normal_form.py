@@ -288,11 +288,20 @@ def positive_dims(n: Normal, c: Call, x: Value, dims=None, keepdim=False, dtype=
 
 @rule("softmax")
 def one_softmax(n: Normal, c: Call, x: Value, dim, dtype=None):
-    """softmax(x, −1, dtype) = softmax(cast(x, dtype), rank − 1);  softmax(x − max(x)) = softmax(x)."""
-    dim = _dim(x, dim)
-    if n.near(x, "sub") and _greatest(x.args[1], dim) is x.args[0]:
-        x = x.args[0]
-    return n.add("softmax", (n.cast(x, dtype) if dtype else x, dim), c.meta)
+    """softmax(x, −1, dtype) = softmax(cast(x, dtype), rank − 1)."""
+    return n.add("softmax", (n.cast(x, dtype) if dtype else x, _dim(x, dim)), c.meta)
+
+
+@rule("matmul", "bmm")
+def batched_product(n: Normal, c: Call, a: Value, b: Value):
+    """bmm = matmul;  a bᵀ = matmul_transposed(a, b), where the permutation bᵀ has b's last dimension before its own last."""
+    rank = len(b.meta.shape)
+    if len(a.meta.shape) < 3 or rank < 3:
+        return None
+    if n.near(b, "permute") and b.args[1][-2] == rank - 1:
+        *dims, last, row = b.args[1]
+        return n.add("matmul_transposed", (a, n.permute(b.args[0], (*dims, row, last))), c.meta)
+    return n.add("matmul", (a, b), c.meta)
 
 
 # ---------------------------------------------------------------- shapes
@@ -412,18 +421,6 @@ def repeated(n: Normal, c: Call, x: Value, k, dim=None, output_size=None):
 
 def _number(a: Any) -> bool:
     return isinstance(a, int | float) and not isinstance(a, bool)
-
-
-def _greatest(m: Any, dim: int) -> Value | None:
-    """x, where `m` is its greatest values along this dimension, which is kept."""
-    if not isinstance(m, Value):
-        return None
-    if m.op == "getitem" and m.args[1] == 0:
-        m = m.args[0]
-    if m.op not in ("max", "amax") or len(m.args) != 3 or m.args[2] is not True:
-        return None
-    over = m.args[1] if isinstance(m.args[1], tuple) else (m.args[1],)
-    return m.args[0] if [_dim(m.args[0], d) for d in over] == [dim] else None
 
 
 def _dim(x: Value, d: int) -> int:

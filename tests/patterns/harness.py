@@ -23,7 +23,7 @@ from sloth.rewriter.report import MATCHED, GraphReport, Site
 
 NUMBERS = {"eps": 1e-5, "ignore_index": -100, "label_smoothing": 0.1}  # by name; others get a value that fits any scale or cap
 # What must be computed in the graph is no input that could be drawn: a 4-bit weight, a mask. They have test files of their own.
-ENTRIES = [entry for entry in patterns() if entry.name not in ("linear_4bit", "attention")]
+ENTRIES = [entry for entry in patterns() if entry.name not in ("linear_4bit", "attention", "eager_attention")]
 VARIANTS = [variant for entry in ENTRIES for variant in entry.variants]
 
 

@@ -1,0 +1,200 @@
+"""Attention spelled out is eager's, queries that see nothing included, and what only looks like it is left alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import DEVICE, assert_no_worse
+from test_attention import AOT, BATCHES, GROUPED, SIZES, sites_of, step
+from test_mask_meaning import PADDING, RESTART, S, causal, falling, narrow_window, packed_window, padded, strict
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, OPTConfig
+
+from sloth.rewriter.backend import listening
+from sloth.rewriter.report import MATCHED
+
+
+def additive(mask, dtype):
+    return torch.where(mask, torch.zeros((), device=mask.device, dtype=dtype), torch.finfo(dtype).min)
+
+
+def weighted(scores, mask):
+    """Llama's."""
+    return F.softmax(scores + additive(mask, scores.dtype), dim=-1, dtype=torch.float32).to(scores.dtype)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one input; `weigh(scores, mask)` gives the weights."""
+
+    def __init__(self, mask, weigh=weighted, groups=2, dropout=0.0):
+        super().__init__()
+        self.mask, self.weigh, self.groups, self.dropout = mask, weigh, groups, dropout
+        self.w = nn.Linear(32, 32 + 2 * 8 * groups)
+
+    def forward(self, x, *data):
+        q, k, v = self.w(x).split([32, 8 * self.groups, 8 * self.groups], -1)
+        q, k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
+        if self.groups < 4:
+            k, v = (t.repeat_interleave(4 // self.groups, 1) for t in (k, v))
+        weights = self.weigh(torch.matmul(q, k.transpose(2, 3)) * 0.3, self.mask(x, *data))
+        return torch.matmul(F.dropout(weights, self.dropout, self.training), v).transpose(1, 2).contiguous()
+
+
+def compiled(model, *args):
+    torch._dynamo.reset()
+    with listening() as reports:
+        out = torch.compile(model, backend="sloth", options=AOT)(*args)
+    return out, [s.status for s in sites_of(reports)], sites_of(reports)
+
+
+def same(model, *args, rtol=1e-4):
+    """Result and gradient as eager's; the statuses of the sites."""
+    out, statuses, sites = compiled(model, *args)
+    eager = model(*args)
+    (ours,), (theirs,) = (torch.autograd.grad(o.square().sum(), [model.w.weight]) for o in (out, eager))
+    torch.testing.assert_close(out, eager, rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-4)
+    return statuses, sites
+
+
+def model_and_input(*how, **more):
+    torch.manual_seed(0)
+    return Attention(*how, **more).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
+
+
+LEFT = PADDING.flip(-1).long()
+MASKS = {
+    causal: (None, MATCHED), narrow_window: (None, MATCHED), strict: (None, MATCHED), padded: (LEFT, MATCHED),
+    packed_window: (RESTART, MATCHED), falling: (RESTART, "check"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda f: f.__name__)
+def test_masks(mask, groups):
+    """Some leave queries without a key: eager then takes the mean of all values, and so do we, gradients included."""
+    data, status = MASKS[mask]
+    model, x = model_and_input(mask, groups=groups)
+    assert same(model, x, *([] if data is None else [data]))[0] == [status]
+
+
+def in_dtype(scores, mask):
+    return (scores + additive(mask, scores.dtype)).softmax(-1)
+
+
+def unmasked(scores, mask):
+    return scores.softmax(-1)
+
+
+def infinite(scores, mask):
+    return torch.softmax(scores + torch.where(mask, 0.0, -torch.inf), -1)
+
+
+@pytest.mark.parametrize("weigh", [in_dtype, unmasked, infinite], ids=lambda f: f.__name__)
+def test_spellings(weigh):
+    model, x = model_and_input(causal, weigh)
+    assert same(model, x)[0] == [MATCHED]
+
+
+def doubled(scores, mask):
+    return weighted(2 * scores + 1, mask)
+
+
+def masked_twice(scores, mask):
+    return weighted(scores + additive(mask, scores.dtype), mask)
+
+
+def small(scores, mask):
+    return torch.softmax(scores + torch.where(mask, 0.0, -1e4), -1)
+
+
+def bias(scores, mask):
+    return torch.softmax(scores + torch.where(mask, 1.0, torch.finfo(scores.dtype).min), -1)
+
+
+def of_queries(scores, mask):
+    return torch.softmax(scores + additive(mask, scores.dtype), -2)
+
+
+def squared(scores, mask):
+    return weighted(scores, mask) ** 2
+
+
+@pytest.mark.parametrize("weigh", [doubled, masked_twice, small, bias, of_queries, squared], ids=lambda f: f.__name__)
+def test_what_only_looks_like_it(weigh):
+    model, x = model_and_input(causal, weigh)
+    statuses, _ = same(model, x)
+    assert MATCHED not in statuses
+
+
+def test_infinities_where_a_query_may_see_nothing():
+    """Eager gives nan there."""
+    model, x = model_and_input(padded, infinite)
+    _, statuses, sites = compiled(model, x, LEFT)
+    assert statuses == ["check"] and "does not absorb" in sites[0].reason
+
+
+def test_half_precision_does_not_absorb():
+    model, x = model_and_input(padded)
+    _, statuses, sites = compiled(model.half(), x.half(), LEFT)
+    assert statuses == ["check"] and "does not absorb" in sites[0].reason
+    assert compiled(model, x.half(), PADDING.long() * 0 + 1)[1] == ["check"]
+
+
+def test_weights_that_are_used():
+    class Both(Attention):
+        def forward(self, x):
+            q = self.w(x)[..., :32].unflatten(-1, (-1, 8)).transpose(1, 2)
+            weights = weighted(q @ q.mT * 0.3, causal(x))
+            return weights @ q, weights.sum()
+
+    assert compiled(Both(causal).to(DEVICE), torch.randn(2, S, 32, device=DEVICE))[1] == ["escape"]
+
+
+@pytest.mark.parametrize(("mask", "status"), [(causal, MATCHED), (narrow_window, "check")], ids=["causal", "window"])
+def test_dropout(mask, status):
+    model, x = model_and_input(mask, dropout=0.5)
+    assert compiled(model, x)[1] == [status]
+
+
+# ---------------------------------------------------------------- models
+
+MODELS = {
+    "llama": LlamaConfig(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=8),
+    "gpt2": GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, use_cache=False, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        bos_token_id=2, eos_token_id=1,
+    ),
+    "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+}  # fmt: skip
+
+
+def checked(name, batch, checkpointed=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager").to(DEVICE, dtype).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch._dynamo.reset()
+    with listening() as reports:
+        ours = step(model, torch.compile(model, backend="sloth", options=AOT), BATCHES[batch])
+    theirs = step(model, model, BATCHES[batch])
+    assert [s.status for s in sites_of(reports)] == [MATCHED, MATCHED], sites_of(reports)
+    return model, ours, theirs
+
+
+SOME = [("mistral", batch, False) for batch in BATCHES]
+SOME += [(name, batch, name != "llama") for name in MODELS for batch in ("plain", "left") if name != "mistral"]
+
+
+@pytest.mark.parametrize(("name", "batch", "checkpointed"), SOME)
+def test_models(name, batch, checkpointed):
+    _, ours, theirs = checked(name, batch, checkpointed)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", ["plain", "left"])
+def test_low_precision(batch):
+    model, ours, theirs = checked("mistral", batch, dtype=torch.bfloat16)
+    truth = step(model.float(), model, BATCHES[batch])  # in fp64, fp64's least number becomes −∞ in the softmax
+    whole = (torch.cat([t.flatten() for t in side]) for side in (ours[1:], theirs[1:], truth[1:]))
+    assert_no_worse(*whole)
