@@ -1,20 +1,22 @@
 """Attention, told what its mask means instead of the mask.
 
-    out = softmax(q kᵀ · scale, over the keys that are seen) v
+    out = softmax(cap(q kᵀ · scale) + bias, over the keys that are seen) v
 
     query i sees key j where   i − behind ≤ j ≤ i + ahead     (None: no bound; ahead = 0 is causal, behind a window of behind + 1)
                                i and j lie in one run of each of `documents`       ids, constant over each run
                                j is valid                                          by each of `valid`
+    cap(x) = softcap · tanh(x / softcap);   bias = slope_h · (j − i);   sink_h is one more score, of a key whose value is 0
 
-Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multiple of G, each of which serves H / G heads in a
-         row; documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere. T is S unless the mask is
-         causal (query 0 sees key 0) or nothing.
-By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing: a mask tensor keeps them off their fast path.
-         Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the same for all
-         layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than 256 and
-         for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by torch's
-         kernels with a mask made of the intervals.
-Backward is that of those. A query that sees nothing gives 0.
+Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multiple of G, each for H / G heads in a row;
+         documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere; sinks and slopes [H], the latter
+         without a gradient. T is S unless scores are plain and the mask is causal (query 0 sees key 0) or nothing.
+By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing and scores are plain: a mask tensor keeps them off
+         their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the
+         same for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than
+         256 and for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by
+         torch's kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products.
+Backward is that of those. A query that sees nothing gives 0, or, where `uniform`, the mean of all values: with the gradient of a
+softmax whose scores were swallowed by the least number there is, added to each.
 """
 
 import torch
@@ -29,7 +31,8 @@ WIDEST, MULTIPLE = 256, 8  # channels of a head that the kernels take
 torch.library.define(
     "sloth::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
-    " float dropout_p=0.0, float? scale=None, bool uniform=False) -> Tensor",
+    " float dropout_p=0.0, float? scale=None, float? softcap=None, Tensor? sinks=None,"
+    " Tensor? slopes=None, bool uniform=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -80,39 +83,61 @@ def seen(lo: Tensor, hi: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
     return mask if valid is None else mask & valid[:, None, None]
 
 
-def spelled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def spelled(q, k, v, mask, scale, softcap, sinks, slopes, uniform) -> Tensor:
     """By ATen operations, scores in fp32 at least."""
-    dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
+    dtype, (B, H, S, _), T = compute_dtype(q), q.shape, k.shape[2]
     with without_autocast(q):
-        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-        s = q.to(dtype) @ k.to(dtype).mT * scale + torch.where(mask, 0.0, torch.finfo(dtype).min)
-        return s.softmax(-1).to(v.dtype) @ v
+        k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
+        s = q.to(dtype) @ k.to(dtype).mT * scale
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        if slopes is not None:
+            at = torch.arange(T, device=q.device)
+            s = s + slopes.to(dtype)[:, None, None] * (at - at[:, None])
+        s = s + torch.where(mask, s.new_zeros(()), torch.finfo(dtype).min)
+        if sinks is not None:
+            s = torch.cat((s, sinks.to(dtype)[:, None, None].expand(B, H, S, 1)), -1)
+        p = s.softmax(-1)[..., :T]
+        return (p if uniform else p.where(mask, 0.0)).to(v.dtype) @ v
+
+
+def with_the_blind(lo: Tensor, hi: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Intervals of queries that see nothing marked as the kernels want them, and the first and the last of these [B or 1, 2]."""
+    S, none = at.shape[-1], lo > hi
+    blind = torch.stack((torch.where(none, at, S).amin(-1), torch.where(none, at, -1).amax(-1)), -1)
+    return torch.where(none, -1, lo), torch.where(none, S - 1, hi), blind
 
 
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
-def _(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, uniform=False):
-    grouped = query.shape[1] != key.shape[1]
-    if not documents and not valid and ahead in (0, None) and behind is None:
+def _(
+    query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
+    slopes=None, uniform=False,
+):  # fmt: skip
+    plain, grouped = softcap is sinks is slopes is None, query.shape[1] != key.shape[1]
+    if plain and not documents and not valid and ahead in (0, None) and behind is None:
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
-    S = query.shape[2]
+    torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
+    S, D, E = query.shape[2], query.shape[3], value.shape[3]
     at = torch.arange(S, dtype=torch.int32, device=query.device)[None]
     usable = None
     for v in valid:
         usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
-    bounds = intervals(documents, usable, ahead, behind, at)
-    D = query.shape[-1]
-    if uniform:
-        return spelled(query, key, value, seen(*bounds[:2], usable, at), D**-0.5 if scale is None else scale)
-    if not use_triton(query) or D > WIDEST or D % MULTIPLE or value.shape[-1] != D or dropout_p > 0:
-        mask = seen(*bounds[:2], usable, at)
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
+    lo, hi, first, last = intervals(documents, usable, ahead, behind, at)
+    if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
+        mask = seen(lo, hi, usable, at)
+        if plain and not uniform:
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
+        return spelled(query, key, value, mask, D**-0.5 if scale is None else scale, softcap, sinks, slopes, uniform)
+    lo, hi, blind = with_the_blind(lo, hi, at) if uniform else (lo, hi, None)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    bounds = [b.contiguous() for b in (lo, hi, first, last)]
     scale = D**-0.5 if scale is None else scale
-    return interval_attention(query, key, value, *(b.contiguous() for b in bounds), usable, scale)[0]
+    return interval_attention(query, key, value, *bounds, usable, scale, softcap, sinks, slopes, blind)[0]
 
 
 attention = torch.ops.sloth.attention.default
-"""attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None) -> [B, H, S, D]"""
+"""attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
+slopes=None, uniform=False) -> [B, H, S, E]"""

@@ -243,7 +243,7 @@ def test_opcheck():
     bounds = [b.contiguous() for b in intervals([], None, 0, 3, torch.arange(8, dtype=torch.int32, device=DEVICE)[None])]
     tests = ["test_schema", "test_autograd_registration"]  # the interpreter takes no fake tensors
     tests += ["test_faketensor", "test_aot_dispatch_dynamic"] * (DEVICE == "cuda")
-    torch.library.opcheck(kernels.interval_attention, (q, k, v, *bounds, None, 0.3), test_utils=tests)
+    torch.library.opcheck(kernels.interval_attention, (q, k, v, *bounds, None, 0.3, None, None, None, None), test_utils=tests)
 
 
 def test_formula():

@@ -1,0 +1,140 @@
+"""sloth.kernels.attention with scores that are no plain products (soft caps, sinks, slopes), values of another width, and queries
+that see nothing and weigh all keys alike: its kernels and its ATen path against eager."""
+
+import contextlib
+
+import pytest
+import sympy
+import torch
+from common import DEVICE, compare, make, wide
+from recorder import Recorder, interpret
+from test_interval_attention import DTYPES, ids, mask_of, padding, small_tiles  # noqa: F401
+
+from sloth.kernels import attention as module
+from sloth.kernels.attention import attention
+
+S, SCALE = 70, 0.3
+CAUSAL = ([], [], 0, None)
+WINDOW = ([], [], 0, 20)
+LEFT = ([], [padding(2, S, "left", 3)], 0, None)
+RIGHT = ([], [padding(2, S, "right", 3)], 0, None)
+HOLES = ([ids(2, S, 1, 0.05)], [padding(2, S, "holes", 4)], 0, 30)
+EMPTY = ([], [padding(2, S, "nothing")], 0, None)
+STRICT = ([], [], -1, None)
+
+# name → mask, cap, which vectors, blind queries weigh all alike, width of values
+CASES = {
+    "cap": (CAUSAL, 2.0, (), False, 24),
+    "wide cap": (WINDOW, 50.0, (), False, 24),
+    "sinks": (CAUSAL, None, ("sinks",), False, 24),
+    "sinks, left": (LEFT, None, ("sinks",), False, 24),
+    "slopes": (CAUSAL, None, ("slopes",), False, 24),
+    "slopes, both sides": (([], [], 9, 9), None, ("slopes",), False, 24),
+    "narrow values": (RIGHT, None, (), False, 8),
+    "wide values": (HOLES, None, (), False, 40),
+    "blind, left": (LEFT, None, (), True, 24),
+    "blind, holes": (HOLES, None, (), True, 24),
+    "blind, all": (EMPTY, None, (), True, 24),
+    "blind, none": (RIGHT, None, (), True, 24),
+    "blind, strict": (STRICT, None, (), True, 24),
+    "all of these": (LEFT, 3.0, ("slopes",), True, 40),
+    "cap and sinks": (HOLES, 3.0, ("sinks", "slopes"), False, 8),
+}
+
+
+def eager(how, softcap, vectors, uniform):
+    """As models write it, the mask added to scores in fp32, whose least number absorbs them."""
+
+    def function(q, k, v, *given):
+        of = dict(zip(vectors, given, strict=True))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        s = q @ k.mT * SCALE
+        if softcap is not None:
+            s = torch.tanh(s / softcap) * softcap
+        at, mask = torch.arange(S, device=q.device), mask_of(S, *how)
+        s = wide(s)
+        if "slopes" in of:
+            s = s + wide(of["slopes"])[:, None, None] * (at - at[:, None])
+        s = s + torch.where(mask, s.new_zeros(()), torch.finfo(s.dtype).min)
+        if "sinks" in of:
+            s = torch.cat((s, wide(of["sinks"])[:, None, None].expand(*s.shape[:-1], 1)), -1)
+        p = s.softmax(-1)[..., :S]
+        return (p if uniform else p * mask).to(v.dtype) @ v
+
+    return function
+
+
+def check(name, dtype, kernels=True):
+    how, softcap, vectors, uniform, E = CASES[name]
+    q, k, v = make((2, 4, S, 24), dtype), make((2, 2, S, 24), dtype, seed=1), make((2, 2, S, E), dtype, seed=2)
+    more = [make((4,), dtype, seed=3 + n) for n, _ in enumerate(vectors)]
+
+    def ours(q, k, v, *given):
+        documents, valid, ahead, behind = how
+        of = dict(zip(vectors, given, strict=True))
+        return attention(
+            q, k, v, list(documents), list(valid), ahead, behind, scale=SCALE, softcap=softcap, uniform=uniform, **of
+        )
+
+    grads = [True] * 3 + [name == "sinks" for name in vectors]
+    with interpret(module) if kernels else contextlib.nullcontext(), Recorder() as calls:
+        compare(ours, eager(how, softcap, vectors, uniform), [q, k, v, *more], grads, strides=False, slack=8.0, few=5)
+    assert bool(calls.named("interval_attention")) == kernels or DEVICE == "cuda"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_scores(name, dtype):
+    check(name, dtype)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels take it there")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_by_aten(name, dtype):
+    check(name, dtype, kernels=False)
+
+
+def test_blind_queries_take_the_mean_of_all_values():
+    """And have the gradient that eager has, whose scores were swallowed, not cut off."""
+    q, k, v = (make((2, 2, S, 8), torch.float32, seed=n).requires_grad_() for n in range(3))
+    documents, valid, ahead, behind = LEFT
+    with interpret(module):
+        out = attention(q, k, v, documents, valid, ahead, behind, uniform=True)
+        dq, dk = torch.autograd.grad(out[0, :, 0].square().sum(), (q, k))
+    assert not valid[0][0, 0]
+    torch.testing.assert_close(out[0, :, 0], v[0].mean(-2), rtol=1e-5, atol=1e-6)
+    assert dq[0, :, 0].abs().min() > 0 and dk[0].abs().amin() > 0 and not dq[0, :, 1:].any() and not dk[1].any()
+
+
+@pytest.mark.parametrize("D, E", [(192, 128), (64, 256), (16, 8)])
+def test_widths_of_values(D, E):
+    q, k, v = (
+        make((1, 2, S, D), torch.float16),
+        make((1, 1, S, D), torch.float16, seed=1),
+        make((1, 1, S, E), torch.float16, seed=2),
+    )
+    with interpret(module):
+        compare(lambda *t: attention(*t, [], [], 0, 20, scale=SCALE), eager(WINDOW, None, (), False), [q, k, v], strides=False)
+
+
+def test_no_dropout():
+    q = make((1, 1, 8, 8), torch.float32)
+    with pytest.raises(RuntimeError, match="no dropout"):
+        attention(q, q, q, [], [], 0, None, 0.5, softcap=2.0)
+
+
+def test_formula():
+    """The closed form of the docstring is the symbolic derivative: capped scores with a slope, and a sink."""
+    x, v, g = sympy.symbols("x:3"), sympy.symbols("v:3"), sympy.Symbol("g")
+    sink, slope, c = sympy.symbols("sink slope c", positive=True)
+    s = [c * sympy.tanh(x[j] / c) + slope * (j - 2) for j in range(3)]
+    total = sum(map(sympy.exp, s)) + sympy.exp(sink)
+    p, p_sink = [sympy.exp(e) / total for e in s], sympy.exp(sink) / total
+    out = sum(a * b for a, b in zip(p, v, strict=True))
+    delta = g * out
+    numbers = {e: sympy.Rational(n + 2, 7 + 3 * n) for n, e in enumerate((*x, *v, g, sink, slope, c))}
+    for j in range(3):
+        dx = p[j] * (g * v[j] - delta) * (1 - sympy.tanh(x[j] / c) ** 2)
+        assert abs((g * out.diff(x[j]) - dx).evalf(30, subs=numbers)) < 1e-25
+    assert abs((g * out.diff(sink) + p_sink * delta).evalf(30, subs=numbers)) < 1e-25
