@@ -8,7 +8,7 @@ Each module of sloth.kernels lists what to compile:
 signature   {argument: type} of the arguments that are no constants, such as "*bf16", "*fp32", "*i64", "i32". "*bf16" stands for
             "any activation dtype": it becomes fp16 on a target without bf16, and fp32 as well where DTYPES says so.
 constexprs  {argument: value} of the constant ones
-A fourth element, {"num_warps": 8}, is optional.
+A fourth element, {"num_warps": 8}, is optional. "shared" in it: the KiB of shared memory that it says it takes on sm_90.
 
     python tests/kernels/compile_targets.py         one JSON line for each compilation
 """
@@ -61,14 +61,24 @@ def compile_one(job: tuple[str, int, str, str]) -> dict:
     signature |= dict.fromkeys(constexprs, "constexpr")
     signature = {arg: signature[arg] for arg in kernel.arg_names}
     report = {"module": name, "index": index, "kernel": kernel.__name__, "target": target, "dtype": dtype, "error": ""}
+    options = dict(*options)
+    told = options.pop("shared", 0)
+    # Loads in flight take shared memory where pointers and strides are multiples of 16, as those of models are.
+    aligned = [i for i, arg in enumerate(kernel.arg_names) if "*" in signature[arg] or "_" in arg and signature[arg] == "i32"]
     try:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options[0] if options else None)
+        source = ASTSource(
+            fn=kernel,
+            signature=signature,
+            constexprs=constexprs,
+            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        )
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
         binary = compiled.asm.get("cubin") or compiled.asm.get("hsaco")
         assert binary, f"no machine code among {list(compiled.asm)}"
-        if options and options[0].get("enable_fp_fusion") is False:
+        if options.get("enable_fp_fusion") is False:
             assert "fma.rn.f32" not in compiled.asm.get("ptx", ""), "a product and a sum were contracted"
-        report["shared"] = compiled.metadata.shared
+        taken = compiled.metadata.shared
+        assert not told or target != "sm_90" or taken // 1024 <= told, f"{taken} bytes of shared memory, not {told} KiB"
     except Exception as error:  # reported to the test
         report["error"] = f"{type(error).__name__}: {error}"[:2000]
     return report

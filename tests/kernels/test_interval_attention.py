@@ -23,8 +23,8 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda") 
 def small_tiles(monkeypatch):
     """Many of them in a short sequence, of another size for queries than for keys."""
     for name in ("FORWARD", "BACKWARD_Q"):
-        monkeypatch.setattr(kernels, name, dict.fromkeys((0, 64, 128, 256), Tile(32, 16, 4, 1)))
-    monkeypatch.setattr(kernels, "BACKWARD_KV", dict.fromkeys((0, 64, 128, 256), Tile(16, 32, 4, 1)))
+        monkeypatch.setattr(kernels, name, dict.fromkeys((64, 128, 256), (Tile(32, 16, 4, 1),)))
+    monkeypatch.setattr(kernels, "BACKWARD_KV", dict.fromkeys((64, 128, 256), (Tile(16, 32, 4, 1),)))
     monkeypatch.setattr(kernels, "SMALL", Tile(16, 16, 4, 1))
 
 
@@ -136,17 +136,20 @@ def test_the_tiles_in_use(table, monkeypatch):
     monkeypatch.undo()
     q, (k, v) = make((1, 2, 300, 64), torch.float16), (make((1, 1, 300, 64), torch.float16, seed=n) for n in (1, 2))
     for name in {"FORWARD", "BACKWARD_Q", "BACKWARD_KV"} - {table}:
-        monkeypatch.setattr(kernels, name, {0: Tile(64, 64, 4, 1), 64: Tile(64, 64, 4, 1)})
+        monkeypatch.setattr(kernels, name, {64: (Tile(64, 64, 4, 1),)})
     check(q, k, v, ([ids(1, 300, 3, 0.01)], [padding(1, 300, "holes")], 0, 200), 0.125)
 
 
-@pytest.mark.parametrize("kib, width, table", [(227, 128, 128), (163, 256, 256), (99, 128, 0), (99, 256, None), (64, 64, None)])
-def test_tiles_by_shared_memory(kib, width, table, monkeypatch):
+@pytest.mark.parametrize(
+    "kib, width, index", [(227, 256, 0), (163, 256, 1), (99, 256, 2), (99, 128, 1), (99, 64, 0), (64, 256, None)]
+)
+def test_tiles_by_shared_memory(kib, width, index, monkeypatch):
     """H100, A100, RTX 4090 and T4."""
-    x = mock.Mock(dtype=torch.float16, is_cuda=True, shape=(1, 1, 1, width))
+    monkeypatch.undo()
+    x = torch.empty(1, 1, 1, width, dtype=torch.float16)
     monkeypatch.setattr(kernels, "_shared", lambda _: kib * 1024)
-    tiles = {0: "0", 64: "64", 128: "128", 256: "256"}
-    assert kernels.tile_of(tiles, x) == (kernels.SMALL if table is None else str(table))
+    tile = kernels.tile_of(kernels.FORWARD, mock.Mock(wraps=x, is_cuda=True, shape=x.shape))
+    assert tile == (kernels.SMALL if index is None else kernels.FORWARD[width][index])
 
 
 @settings(cases, max_examples=60)
