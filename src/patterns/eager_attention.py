@@ -16,8 +16,8 @@ from sloth.patterns.mask_meaning import Interval, meaning
 from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.registry import pattern
 
-DIMS = {"query": "B H S D", "key": "B H S D", "value": "B H S E", "mask": "B 1 S S"}
-GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S E"}
+DIMS = {"query": "B H S D", "key": "B H S D", "value": "B H S E", "mask": "B 1 S S", "sinks": "H"}
+GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S E", "sinks": "2*G"}
 ABSORBS = torch.finfo(torch.bfloat16).min  # a sum with it, or less, is it again, whatever the score
 ZEROS = ("zeros", "zeros_like", "new_zeros")
 
@@ -46,38 +46,88 @@ def may_see_nothing(interval: Interval) -> bool:
     return bool(interval.valid) or beyond
 
 
+def all_alike(match, interval: Interval) -> bool:
+    """May there be queries that see nothing, and then weigh all keys alike? Not with a sink, which takes all of the weight."""
+    return may_see_nothing(interval) and "sinks" not in match.tensors
+
+
 def proven(field: str) -> Callable:
     return lambda match: getattr(told(match) or Interval(), field)
 
 
 TOLD = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")}
-TOLD["uniform"] = lambda match: may_see_nothing(told(match) or Interval())
+TOLD["uniform"] = lambda match: all_alike(match, told(match) or Interval())
 
 
-def in_dtype(scores: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return F.softmax(scores, -1).to(like.dtype)
+def masked(scores, of):
+    return scores + of["mask"] if "mask" in of else scores
 
 
-def in_fp32(scores: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return F.softmax(scores, -1, dtype=torch.float32).to(like.dtype)
+def scaled(query, key, of, *, scale):
+    return masked(torch.matmul(query, key.transpose(2, 3)) * scale, of)
 
 
-def spelled(weigh: Callable, tensors: str, numbers: str, grouped: bool) -> Callable:
-    """The reference with these parameters. A mask, dropout: where it has a parameter of that name."""
+def scaled_wide(query, key, of, *, scale):
+    return scaled(query.float(), key.float(), of, scale=scale)
+
+
+def capped(query, key, of, *, scale, softcap):
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    return masked(torch.tanh(scores / softcap) * softcap, of)
+
+
+def divided(query, key, of, *, divisor):
+    return masked(torch.matmul(query, key.transpose(2, 3)) / divisor, of)
+
+
+def divided_wide(query, key, of, *, divisor):
+    return divided(query.float(), key.float(), of, divisor=divisor)
+
+
+def divided_last(query, key, of, *, divisor):
+    return masked(torch.matmul(query.float(), key.float().transpose(2, 3)), of) / divisor
+
+
+def in_dtype(scores, value, of, drop):
+    return torch.matmul(drop(F.softmax(scores, -1).to(value.dtype)), value)
+
+
+def in_fp32(scores, value, of, drop):
+    return torch.matmul(drop(F.softmax(scores, -1, dtype=torch.float32).to(value.dtype)), value)
+
+
+def with_sinks(scores, of):
+    return torch.cat((scores, of["sinks"].view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
+
+
+def sinks_behind(scores, value, of, drop):
+    return torch.matmul(drop(F.softmax(with_sinks(scores, of), -1)[..., :-1].to(value.dtype)), value)
+
+
+def sinks_less_maximum(scores, value, of, drop):
+    """The maximum changes nothing."""
+    scores = with_sinks(scores, of)
+    weights = F.softmax(scores - scores.max(-1, keepdim=True).values, -1)[..., :-1]
+    return torch.matmul(drop(weights).to(value.dtype), value)
+
+
+def sinks_after(scores, value, of, drop):
+    """The share of the weights that a sink leaves, 1 / (1 + exp(sink − L))."""
+    left = (scores.logsumexp(-1) - of["sinks"].view(1, -1, 1)).float().sigmoid()
+    out = in_fp32(scores, value, of, drop)
+    return out * left.unsqueeze(-1).to(out.dtype)
+
+
+def spelled(score: Callable, attend: Callable, tensors: str, numbers: str, grouped: bool) -> Callable:
+    """The reference with these parameters, with dropout if it is one of them."""
     names = ["query", "key", "value", *tensors.split()]
 
-    def reference(*given, **number):
+    def reference(*given, dropout_p=0.0, **number):
         of = dict(zip(names, given, strict=True))
         query, key, value = given[:3]
         if grouped:
             key, value = (repeated(t, query.shape[1]) for t in (key, value))
-        scores = torch.matmul(query, key.transpose(2, 3)) * number["scale"]
-        if "mask" in of:
-            scores = scores + of["mask"]
-        weights = weigh(scores, value)
-        if "dropout_p" in number:
-            weights = F.dropout(weights, number["dropout_p"])
-        return torch.matmul(weights, value)
+        return attend(score(query, key, of, **number), value, of, lambda weights: F.dropout(weights, dropout_p))
 
     parameters = [Parameter(n, Parameter.POSITIONAL_OR_KEYWORD) for n in names]
     parameters += [Parameter(n, Parameter.KEYWORD_ONLY, annotation=float) for n in numbers.split()]
@@ -85,31 +135,47 @@ def spelled(weigh: Callable, tensors: str, numbers: str, grouped: bool) -> Calla
     return reference
 
 
-entry = pattern(ATTENTION, op=attention, dims=DIMS, name="eager_attention", variant="fp32", **TOLD)(
-    spelled(in_fp32, "mask", "scale", grouped=False)
-)
+VARIANTS = {  # how scores are made and what is done with them, tensors, numbers; in which models
+    "fp32": (scaled, in_fp32, "mask", "scale"),  # Llama
+    "fp32_full": (scaled, in_fp32, "", "scale"),
+    "fp32_dropout": (scaled, in_fp32, "mask", "scale dropout_p"),
+    "dtype": (scaled, in_dtype, "mask", "scale"),  # BERT, BART, GPT-2
+    "dtype_full": (scaled, in_dtype, "", "scale"),
+    "dtype_dropout": (scaled, in_dtype, "mask", "scale dropout_p"),
+    "divided": (divided, in_dtype, "mask", "divisor"),  # RemBERT, RoFormer
+    "divided_dropout": (divided, in_dtype, "mask", "divisor dropout_p"),
+    "divided_wide": (divided_wide, in_dtype, "mask", "divisor"),  # GPT-J
+    "divided_last": (divided_last, in_dtype, "mask", "divisor"),  # CodeGen
+    "softcap": (capped, in_fp32, "mask", "scale softcap"),  # Gemma 2
+    "sinks": (scaled, sinks_less_maximum, "mask sinks", "scale"),  # GPT-OSS
+    "sinks_wide": (scaled_wide, sinks_behind, "mask sinks", "scale"),  # Flint
+    "sinks_after": (scaled, sinks_after, "mask sinks", "scale"),  # Granite SWA
+}
 
-for _weigh in (in_fp32, in_dtype):  # Llama; BERT, BART, GPT-2
-    for _mask in ("mask", ""):
-        for _dropout in ("", "dropout_p"):
-            for _grouped in (False, True):
-                _name = "_".join(filter(None, (_weigh.__name__[3:], _mask and "", not _mask and "full", _dropout[:7])))
-                if _grouped:
-                    _name += "_grouped"
-                if _name != "fp32":  # the entry's first variant
-                    _reference = spelled(_weigh, _mask, f"scale {_dropout}", _grouped)
-                    entry.variant(_name, GROUPED if _grouped else None, **TOLD)(_reference)
+
+def options(numbers: str) -> dict:
+    return TOLD | {"scale": lambda match: 1.0 / match.divisor} if "divisor" in numbers else TOLD
+
+
+_how = VARIANTS.pop("fp32")
+entry = pattern(ATTENTION, op=attention, dims=DIMS, name="eager_attention", variant="fp32", **TOLD)(spelled(*_how, grouped=False))
+entry.variant("fp32_grouped", GROUPED, **TOLD)(spelled(*_how, grouped=True))
+for _name, _how in VARIANTS.items():
+    entry.variant(_name, **options(_how[-1]))(spelled(*_how, grouped=False))
+    if "divisor" not in _how[-1]:
+        entry.variant(f"{_name}_grouped", GROUPED, **options(_how[-1]))(spelled(*_how, grouped=True))
 
 
 @entry.check
 def _(match):
     interval = told(match)
     match.require(interval is not None, "its mask is not proven to be an interval of keys for each query")
-    plain = interval in (Interval(), Interval(ahead=0))
-    match.require(match.numbers.get("dropout_p", 0) == 0 or plain, "it has dropout, and its mask is not causal")
+    causal = interval in (Interval(), Interval(ahead=0))
+    match.require("dropout_p" not in match.numbers or causal, "it has dropout, and its mask is not causal")
     if may_see_nothing(interval):
-        least = shown(match.mask)[1]
-        match.require(-float("inf") < least <= ABSORBS, f"a query may see nothing, and {least} does not absorb its scores")
+        least, absorbed = shown(match.mask)[1], "sinks" in match.tensors
+        match.require(-float("inf") < least, "a query may see nothing, and is nan then")
+        match.require(absorbed or least <= ABSORBS, f"a query may see nothing, and {least} does not absorb its scores")
     rows, columns = match.query.meta.shape[-2], match.key.meta.shape[-2]
     match.require(same_literal(rows, columns), f"{rows} queries, {columns} keys")
     dtypes = {match.tensors[name].meta.dtype for name in ("query", "key", "value")}

@@ -1,5 +1,7 @@
 """Attention spelled out is eager's, queries that see nothing included, and what only looks like it is left alone."""
 
+from inspect import signature
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,17 @@ from common import DEVICE, assert_no_worse
 from test_attention import AOT, BATCHES, GROUPED, SIZES, sites_of, step
 from test_mask_meaning import PADDING, RESTART, S, causal, falling, narrow_window, packed_window, padded, strict
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTJConfig,
+    GptOssConfig,
+    GraniteSWAConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+)
 
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
@@ -28,14 +40,15 @@ class Attention(nn.Module):
     def __init__(self, mask, weigh=weighted, groups=2, dropout=0.0):
         super().__init__()
         self.mask, self.weigh, self.groups, self.dropout = mask, weigh, groups, dropout
-        self.w = nn.Linear(32, 32 + 2 * 8 * groups)
+        self.w, self.sinks = nn.Linear(32, 32 + 2 * 8 * groups), nn.Parameter(torch.randn(4))
 
     def forward(self, x, *data):
         q, k, v = self.w(x).split([32, 8 * self.groups, 8 * self.groups], -1)
         q, k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
         if self.groups < 4:
             k, v = (t.repeat_interleave(4 // self.groups, 1) for t in (k, v))
-        weights = self.weigh(torch.matmul(q, k.transpose(2, 3)) * 0.3, self.mask(x, *data))
+        more = [self.sinks] if "sinks" in signature(self.weigh).parameters else []
+        weights = self.weigh(torch.matmul(q, k.transpose(2, 3)) * 0.3, self.mask(x, *data), *more)
         return torch.matmul(F.dropout(weights, self.dropout, self.training), v).transpose(1, 2).contiguous()
 
 
@@ -50,7 +63,8 @@ def same(model, *args, rtol=1e-4):
     """Result and gradient as eager's; the statuses of the sites."""
     out, statuses, sites = compiled(model, *args)
     eager = model(*args)
-    (ours,), (theirs,) = (torch.autograd.grad(o.square().sum(), [model.w.weight]) for o in (out, eager))
+    wanted = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(o.square().sum(), wanted, allow_unused=True) for o in (out, eager))
     torch.testing.assert_close(out, eager, rtol=rtol, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-4)
     return statuses, sites
@@ -89,10 +103,38 @@ def infinite(scores, mask):
     return torch.softmax(scores + torch.where(mask, 0.0, -torch.inf), -1)
 
 
-@pytest.mark.parametrize("weigh", [in_dtype, unmasked, infinite], ids=lambda f: f.__name__)
+def capped(scores, mask):
+    return weighted(torch.tanh(scores / 2.0) * 2.0, mask)
+
+
+def column(scores, sinks):
+    return sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+
+
+def with_sinks(scores, mask, sinks):
+    """GPT-OSS."""
+    scores = torch.cat([scores + additive(mask, scores.dtype), column(scores, sinks)], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+
+
+def sinks_alone(scores, mask, sinks):
+    return F.softmax(torch.cat([scores + additive(mask, scores.dtype), column(scores, sinks)], -1), -1)[..., :-1]
+
+
+SPELLINGS = [in_dtype, unmasked, infinite, capped, with_sinks, sinks_alone]
+
+
+@pytest.mark.parametrize("weigh", SPELLINGS, ids=lambda f: f.__name__)
 def test_spellings(weigh):
     model, x = model_and_input(causal, weigh)
     assert same(model, x)[0] == [MATCHED]
+
+
+@pytest.mark.parametrize("weigh", [in_dtype, capped, with_sinks], ids=lambda f: f.__name__)
+def test_spellings_where_a_query_may_see_nothing(weigh):
+    model, x = model_and_input(padded, weigh)
+    assert same(model, x, LEFT)[0] == [MATCHED]
 
 
 def doubled(scores, mask):
@@ -119,7 +161,47 @@ def squared(scores, mask):
     return weighted(scores, mask) ** 2
 
 
-@pytest.mark.parametrize("weigh", [doubled, masked_twice, small, bias, of_queries, squared], ids=lambda f: f.__name__)
+def capped_with_two_numbers(scores, mask):
+    return weighted(torch.tanh(scores / 2.0) * 3.0, mask)
+
+
+def capped_behind_the_mask(scores, mask):
+    return torch.softmax(torch.tanh((scores + additive(mask, scores.dtype)) / 2.0) * 2.0, -1)
+
+
+def sinks_in_front(scores, mask, sinks):
+    return torch.softmax(torch.cat([column(scores, sinks), scores + additive(mask, scores.dtype)], -1), -1)[..., 1:]
+
+
+def sinks_kept(scores, mask, sinks):
+    return torch.softmax(torch.cat([scores + additive(mask, scores.dtype), column(scores, sinks)], -1), -1)[..., 1:]
+
+
+def sinks_of_queries(scores, mask, sinks):
+    column = sinks.new_ones(S).view(1, 1, -1, 1).expand(2, 4, -1, -1)
+    return torch.softmax(torch.cat([scores + additive(mask, scores.dtype), column], -1), -1)[..., :-1]
+
+
+def less_another_maximum(scores, mask, sinks):
+    scores = torch.cat([scores + additive(mask, scores.dtype), column(scores, sinks)], dim=-1)
+    return F.softmax(scores - scores.max(dim=-2, keepdim=True).values, dim=-1)[..., :-1]
+
+
+NEARLY = [
+    doubled,
+    masked_twice,
+    small,
+    bias,
+    of_queries,
+    squared,
+    capped_with_two_numbers,
+    capped_behind_the_mask,
+    sinks_in_front,
+]
+NEARLY += [sinks_kept, sinks_of_queries, less_another_maximum]
+
+
+@pytest.mark.parametrize("weigh", NEARLY, ids=lambda f: f.__name__)
 def test_what_only_looks_like_it(weigh):
     model, x = model_and_input(causal, weigh)
     statuses, _ = same(model, x)
@@ -130,7 +212,7 @@ def test_infinities_where_a_query_may_see_nothing():
     """Eager gives nan there."""
     model, x = model_and_input(padded, infinite)
     _, statuses, sites = compiled(model, x, LEFT)
-    assert statuses == ["check"] and "does not absorb" in sites[0].reason
+    assert statuses == ["check"] and "nan" in sites[0].reason
 
 
 def test_half_precision_does_not_absorb():
@@ -166,12 +248,27 @@ MODELS = {
         bos_token_id=2, eos_token_id=1,
     ),
     "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "gptj": GPTJConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, use_cache=False, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, bos_token_id=2, eos_token_id=1,
+    ),
+    "gemma2": Gemma2Config(
+        **GROUPED, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
+        attn_logit_softcapping=0.5,
+    ),
+    "gpt_oss": GptOssConfig(
+        **GROUPED, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"], num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
+    "granite_swa": GraniteSWAConfig(**GROUPED, sliding_window=8),
 }  # fmt: skip
 
 
 def checked(name, batch, checkpointed=False, dtype=torch.float32):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager").to(DEVICE, dtype).train()
+    for parameter in (p for name, p in model.named_parameters() if name.endswith("sinks")):
+        nn.init.normal_(parameter)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch._dynamo.reset()
@@ -182,8 +279,8 @@ def checked(name, batch, checkpointed=False, dtype=torch.float32):
     return model, ours, theirs
 
 
-SOME = [("mistral", batch, False) for batch in BATCHES]
-SOME += [(name, batch, name != "llama") for name in MODELS for batch in ("plain", "left") if name != "mistral"]
+SOME = [(name, batch, False) for name in ("mistral", "gemma2") for batch in BATCHES]
+SOME += [(name, batch, name != "llama") for name in MODELS for batch in ("plain", "left") if (name, batch, False) not in SOME]
 
 
 @pytest.mark.parametrize(("name", "batch", "checkpointed"), SOME)
@@ -193,8 +290,9 @@ def test_models(name, batch, checkpointed):
 
 
 @pytest.mark.parametrize("batch", ["plain", "left"])
-def test_low_precision(batch):
-    model, ours, theirs = checked("mistral", batch, dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "granite_swa"])
+def test_low_precision(name, batch):
+    model, ours, theirs = checked(name, batch, dtype=torch.bfloat16)
     truth = step(model.float(), model, BATCHES[batch])  # in fp64, fp64's least number becomes −∞ in the softmax
     whole = (torch.cat([t.flatten() for t in side]) for side in (ours[1:], theirs[1:], truth[1:]))
     assert_no_worse(*whole)
