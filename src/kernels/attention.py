@@ -8,8 +8,8 @@
     cap(x) = softcap · tanh(x / softcap);   bias = slope_h · (j − i);   sink_h is one more score, of a key whose value is 0
 
 Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multiple of G, each for H / G heads in a row;
-         documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere; sinks and slopes [H], the latter
-         without a gradient. T is S unless scores are plain and the mask is causal (query 0 sees key 0) or nothing.
+         documents (integers) and valid (bool) [B or 1, S], slopes [H], all with dimensions of size 1 anywhere; sinks [H]. No
+         gradient is given to slopes. T is S unless scores are plain and the mask is causal (query 0 sees key 0) or nothing.
 By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing and scores are plain: a mask tensor keeps them off
          their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the
          same for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than
@@ -114,6 +114,7 @@ def _(
     slopes=None, uniform=False,
 ):  # fmt: skip
     plain, grouped = softcap is sinks is slopes is None, query.shape[1] != key.shape[1]
+    slopes = None if slopes is None else slopes.reshape(-1)
     if plain and not documents and not valid and ahead in (0, None) and behind is None:
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)

@@ -1,7 +1,7 @@
 """Attention spelled out: products of queries and keys, an additive mask, softmax, products with values.
 
-The mask is where(m, 0, least), and what m means is proven as for `attention.py`. Added to a score, fp32's or bf16's
-least number stays as it is, so a query that sees nothing weighs all keys alike, and the operator is told to do so too.
+The mask is where(m, 0, least), and what m means is proven as for `attention.py`. Added to a score, fp32's or bf16's least number
+stays as it is, so a query that sees nothing weighs all keys alike, and the operator is told to do so too. A bias is ALiBi's.
 """
 
 from collections.abc import Callable
@@ -11,21 +11,36 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention import attention
+from sloth.patterns.alibi import slopes
 from sloth.patterns.attention import ATTENTION, repeated
 from sloth.patterns.mask_meaning import Interval, meaning
 from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.registry import pattern
 
-DIMS = {"query": "B H S D", "key": "B H S D", "value": "B H S E", "mask": "B 1 S S", "sinks": "H"}
+DIMS = {
+    "query": "B H S D",
+    "key": "B H S D",
+    "value": "B H S E",
+    "mask": "B 1 S S",
+    "hidden": "B 1 S S",
+    "sinks": "H",
+    "bias": "1 1 S",
+}
 GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S E", "sinks": "2*G"}
 ABSORBS = torch.finfo(torch.bfloat16).min  # a sum with it, or less, is it again, whatever the score
 ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
+def around(v: Value) -> Value:
+    """What is passed into the body of a checkpoint."""
+    while v.op == "input" and v.outer is not None:
+        v = v.outer
+    return v
+
+
 def shown(mask: Value) -> tuple[Value, float] | None:
     """(m, least), if the mask is where(m, 0, least)."""
-    while mask.op == "input" and mask.outer is not None:  # passed into the body of a checkpoint
-        mask = mask.outer
+    mask = around(mask)
     if mask.op != "where" or mask.pinned:
         return None
     m, zero, least = mask.args
@@ -34,9 +49,16 @@ def shown(mask: Value) -> tuple[Value, float] | None:
 
 
 def told(match) -> Interval | None:
-    if "mask" not in match.tensors:
+    """What is proven of the mask, added or (`hidden`) as the truth of it."""
+    if "hidden" in match.tensors:
+        hidden = around(match.hidden)
+        if hidden.op in ("bitwise_not", "logical_not"):
+            return None if hidden.pinned else meaning(hidden.args[0])
+        found = shown(hidden.args[0] if hidden.op == "cast" else hidden)
+    elif "mask" in match.tensors:
+        found = shown(match.mask)
+    else:
         return Interval()
-    found = shown(match.mask)
     return found and meaning(found[0])
 
 
@@ -56,6 +78,7 @@ def proven(field: str) -> Callable:
 
 
 TOLD = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")}
+TOLD["slopes"] = lambda match: slopes(match.bias, match.query.meta.shape[1]) if "bias" in match.tensors else None
 TOLD["uniform"] = lambda match: all_alike(match, told(match) or Interval())
 
 
@@ -88,12 +111,32 @@ def divided_last(query, key, of, *, divisor):
     return masked(torch.matmul(query.float(), key.float().transpose(2, 3)), of) / divisor
 
 
+def filled(query, key, of, *, scale, least):
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    scores = scores + of["bias"] if "bias" in of else scores
+    return scores.masked_fill(of["hidden"].bool(), least)
+
+
+def flat(x):
+    return x.reshape(-1, *x.shape[2:])
+
+
+def biased_flat(query, key, of, *, scale):
+    scores = torch.bmm(flat(query), flat(key).transpose(1, 2)) * scale + of["bias"]
+    return masked(scores.view(*query.shape[:2], *scores.shape[1:]), of)
+
+
 def in_dtype(scores, value, of, drop):
     return torch.matmul(drop(F.softmax(scores, -1).to(value.dtype)), value)
 
 
 def in_fp32(scores, value, of, drop):
     return torch.matmul(drop(F.softmax(scores, -1, dtype=torch.float32).to(value.dtype)), value)
+
+
+def in_fp32_flat(scores, value, of, drop):
+    weights = drop(F.softmax(scores, -1, dtype=torch.float32).to(value.dtype))
+    return torch.bmm(flat(weights), flat(value)).view(*weights.shape[:-1], value.shape[-1])
 
 
 def with_sinks(scores, of):
@@ -147,6 +190,10 @@ VARIANTS = {  # how scores are made and what is done with them, tensors, numbers
     "divided_wide": (divided_wide, in_dtype, "mask", "divisor"),  # GPT-J
     "divided_last": (divided_last, in_dtype, "mask", "divisor"),  # CodeGen
     "softcap": (capped, in_fp32, "mask", "scale softcap"),  # Gemma 2
+    "filled": (filled, in_fp32, "hidden", "scale least"),
+    "filled_dtype": (filled, in_dtype, "hidden", "scale least"),
+    "alibi": (filled, in_fp32, "bias hidden", "scale least"),  # MPT
+    "alibi_flat": (biased_flat, in_fp32_flat, "bias mask", "scale"),  # BLOOM
     "sinks": (scaled, sinks_less_maximum, "mask sinks", "scale"),  # GPT-OSS
     "sinks_wide": (scaled_wide, sinks_behind, "mask sinks", "scale"),  # Flint
     "sinks_after": (scaled, sinks_after, "mask sinks", "scale"),  # Granite SWA
@@ -162,7 +209,7 @@ entry = pattern(ATTENTION, op=attention, dims=DIMS, name="eager_attention", vari
 entry.variant("fp32_grouped", GROUPED, **TOLD)(spelled(*_how, grouped=True))
 for _name, _how in VARIANTS.items():
     entry.variant(_name, **options(_how[-1]))(spelled(*_how, grouped=False))
-    if "divisor" not in _how[-1]:
+    if not {"divisor", "bias"} & {*_how[-2].split(), *_how[-1].split()}:  # models with these do not group
         entry.variant(f"{_name}_grouped", GROUPED, **options(_how[-1]))(spelled(*_how, grouped=True))
 
 
@@ -172,7 +219,12 @@ def _(match):
     match.require(interval is not None, "its mask is not proven to be an interval of keys for each query")
     causal = interval in (Interval(), Interval(ahead=0))
     match.require("dropout_p" not in match.numbers or causal, "it has dropout, and its mask is not causal")
-    if may_see_nothing(interval):
+    if "bias" in match.tensors:
+        match.require(TOLD["slopes"](match) is not None, "its bias is not proven to be a slope for each head")
+    if "least" in match.numbers:
+        match.require(not may_see_nothing(interval), "a query may see nothing, and has all its scores written over")
+        match.require(match.least <= ABSORBS, f"{match.least} does not hide what it is written over")
+    elif may_see_nothing(interval):
         least, absorbed = shown(match.mask)[1], "sinks" in match.tensors
         match.require(-float("inf") < least, "a query may see nothing, and is nan then")
         match.require(absorbed or least <= ABSORBS, f"a query may see nothing, and {least} does not absorb its scores")

@@ -304,6 +304,15 @@ def batched_product(n: Normal, c: Call, a: Value, b: Value):
     return n.add("matmul", (a, b), c.meta)
 
 
+@rule("baddbmm")
+def product_added(n: Normal, c: Call, x: Value, a: Value, b: Value, beta=1, alpha=1):
+    """baddbmm(x, a, b, alpha) = alpha · a b + x, or without x where that is zeros."""
+    if beta != 1:
+        return None
+    product = n.call("mul", (n.call("bmm", (a, b), c.metas), alpha), c.metas)
+    return product if x.op == "zeros" and not x.pinned else n.call("add", (product, x), c.metas)
+
+
 # ---------------------------------------------------------------- shapes
 
 

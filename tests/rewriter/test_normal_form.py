@@ -249,6 +249,23 @@ CASES = [
         ),
         (lambda x: x[1] @ x[0].mT, lambda x: (x[0].mT @ x[1]).mT, lambda x: x[0] @ x[1].reshape(3, 6, 4)),
     ),
+    Case(
+        "batched product added",
+        (
+            lambda x: torch.baddbmm(x[0, :, :, :4], x[0], x[1].mT, alpha=0.5),
+            lambda x: torch.bmm(x[0], x[1].mT) * 0.5 + x[0, :, :, :4],
+            lambda x: x[0, :, :, :4].baddbmm(x[0], x[1].mT, beta=1.0, alpha=0.5),
+        ),
+        (
+            lambda x: torch.baddbmm(x[0, :, :, :4], x[0], x[1].mT, beta=0.5),
+            lambda x: torch.baddbmm(x[0, :, :, :4], x[0], x[1].mT),
+        ),
+    ),
+    Case(
+        "batched product added to zeros",
+        (lambda x: x[0] @ x[1].mT, lambda x: torch.baddbmm(torch.zeros(3, 4, 4, device=x.device), x[0], x[1].mT)),
+        (lambda x: torch.baddbmm(torch.ones(3, 4, 4, device=x.device), x[0], x[1].mT),),
+    ),
     Case("product of matrices", (lambda m: m @ m.mT,), (lambda m: m.mT @ m, lambda m: F.linear(m, m))),
     Case(
         "softmax",
