@@ -119,7 +119,8 @@ def _(
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
     torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
-    S, D, E = query.shape[2], query.shape[3], value.shape[3]
+    S, D, E, T = query.shape[2], query.shape[3], value.shape[3], key.shape[2]
+    torch._check(S == T, lambda: f"attention: {S} queries, {T} keys")
     at = torch.arange(S, dtype=torch.int32, device=query.device)[None]
     usable = None
     for v in valid:

@@ -18,7 +18,7 @@ def is_masked(v: Value) -> bool:
     return v.op == "scaled_dot_product_attention" and isinstance(v.args[3], Value)
 
 
-BEFORE = VIEWS | {"add", "mul", "div", "tanh", "cat", "where", "masked_fill"}  # what makes scores of products
+BEFORE = VIEWS | {"add", "sub", "mul", "div", "tanh", "cat", "where", "masked_fill"}  # what makes scores of products
 BEHIND = VIEWS | {"mul", "dropout", "masked_fill"}  # … and weights of their softmax
 
 

@@ -121,8 +121,9 @@ def flat(x):
     return x.reshape(-1, *x.shape[2:])
 
 
-def biased_flat(query, key, of, *, scale):
-    scores = torch.bmm(flat(query), flat(key).transpose(1, 2)) * scale + of["bias"]
+def scaled_flat(query, key, of, *, scale):
+    scores = torch.bmm(flat(query), flat(key).transpose(1, 2)) * scale
+    scores = scores + of["bias"] if "bias" in of else scores
     return masked(scores.view(*query.shape[:2], *scores.shape[1:]), of)
 
 
@@ -134,9 +135,19 @@ def in_fp32(scores, value, of, drop):
     return torch.matmul(drop(F.softmax(scores, -1, dtype=torch.float32).to(value.dtype)), value)
 
 
+def less_maximum(scores, value, of, drop):
+    """Which changes nothing."""
+    return in_dtype(scores - scores.max(-1, keepdim=True).values, value, of, drop)
+
+
 def in_fp32_flat(scores, value, of, drop):
     weights = drop(F.softmax(scores, -1, dtype=torch.float32).to(value.dtype))
     return torch.bmm(flat(weights), flat(value)).view(*weights.shape[:-1], value.shape[-1])
+
+
+def in_dtype_flat(scores, value, of, drop):
+    weights = drop(F.softmax(flat(scores), -1))
+    return torch.bmm(weights, flat(value)).view(*scores.shape[:-1], value.shape[-1])
 
 
 def with_sinks(scores, of):
@@ -148,7 +159,6 @@ def sinks_behind(scores, value, of, drop):
 
 
 def sinks_less_maximum(scores, value, of, drop):
-    """The maximum changes nothing."""
     scores = with_sinks(scores, of)
     weights = F.softmax(scores - scores.max(-1, keepdim=True).values, -1)[..., :-1]
     return torch.matmul(drop(weights).to(value.dtype), value)
@@ -184,7 +194,10 @@ VARIANTS = {  # how scores are made and what is done with them, tensors, numbers
     "fp32_dropout": (scaled, in_fp32, "mask", "scale dropout_p"),
     "dtype": (scaled, in_dtype, "mask", "scale"),  # BERT, BART, GPT-2
     "dtype_full": (scaled, in_dtype, "", "scale"),
+    "dtype_less_maximum": (scaled, less_maximum, "mask", "scale"),  # MiMo
     "dtype_dropout": (scaled, in_dtype, "mask", "scale dropout_p"),
+    "flat": (scaled_flat, in_dtype, "mask", "scale"),  # GPT-NeoX Japanese
+    "flat_softmax": (scaled_flat, in_dtype_flat, "mask", "scale"),  # TrOCR
     "divided": (divided, in_dtype, "mask", "divisor"),  # RemBERT, RoFormer
     "divided_dropout": (divided, in_dtype, "mask", "divisor dropout_p"),
     "divided_wide": (divided_wide, in_dtype, "mask", "divisor"),  # GPT-J
@@ -193,7 +206,7 @@ VARIANTS = {  # how scores are made and what is done with them, tensors, numbers
     "filled": (filled, in_fp32, "hidden", "scale least"),
     "filled_dtype": (filled, in_dtype, "hidden", "scale least"),
     "alibi": (filled, in_fp32, "bias hidden", "scale least"),  # MPT
-    "alibi_flat": (biased_flat, in_fp32_flat, "bias mask", "scale"),  # BLOOM
+    "alibi_flat": (scaled_flat, in_fp32_flat, "bias mask", "scale"),  # BLOOM
     "sinks": (scaled, sinks_less_maximum, "mask sinks", "scale"),  # GPT-OSS
     "sinks_wide": (scaled_wide, sinks_behind, "mask sinks", "scale"),  # Flint
     "sinks_after": (scaled, sinks_after, "mask sinks", "scale"),  # Granite SWA
@@ -209,7 +222,7 @@ entry = pattern(ATTENTION, op=attention, dims=DIMS, name="eager_attention", vari
 entry.variant("fp32_grouped", GROUPED, **TOLD)(spelled(*_how, grouped=True))
 for _name, _how in VARIANTS.items():
     entry.variant(_name, **options(_how[-1]))(spelled(*_how, grouped=False))
-    if not {"divisor", "bias"} & {*_how[-2].split(), *_how[-1].split()}:  # models with these do not group
+    if not any(word in " ".join((_name, *_how[-2:])) for word in ("flat", "bias", "divisor")):  # models with these do not group
         entry.variant(f"{_name}_grouped", GROUPED, **options(_how[-1]))(spelled(*_how, grouped=True))
 
 

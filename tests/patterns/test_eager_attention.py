@@ -95,6 +95,16 @@ def in_dtype(scores, mask):
     return (scores + additive(mask, scores.dtype)).softmax(-1)
 
 
+def less_its_maximum(scores, mask):
+    """MiMo."""
+    scores = scores + additive(mask, scores.dtype)
+    return F.softmax(scores - scores.max(-1, keepdim=True).values, -1)
+
+
+def written_over(scores, mask):
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+
+
 def unmasked(scores, mask):
     return scores.softmax(-1)
 
@@ -122,7 +132,7 @@ def sinks_alone(scores, mask, sinks):
     return F.softmax(torch.cat([scores + additive(mask, scores.dtype), column(scores, sinks)], -1), -1)[..., :-1]
 
 
-SPELLINGS = [in_dtype, unmasked, infinite, capped, with_sinks, sinks_alone]
+SPELLINGS = [in_dtype, less_its_maximum, written_over, unmasked, infinite, capped, with_sinks, sinks_alone]
 
 
 @pytest.mark.parametrize("weigh", SPELLINGS, ids=lambda f: f.__name__)
@@ -215,6 +225,13 @@ def test_infinities_where_a_query_may_see_nothing():
     assert statuses == ["check"] and "nan" in sites[0].reason
 
 
+def test_scores_written_over_where_a_query_may_see_nothing():
+    """Eager has no gradient there, and where infinity is written nan."""
+    model, x = model_and_input(padded, written_over)
+    _, statuses, sites = compiled(model, x, LEFT)
+    assert statuses == ["check"] and "written over" in sites[0].reason
+
+
 def test_half_precision_does_not_absorb():
     model, x = model_and_input(padded)
     _, statuses, sites = compiled(model.half(), x.half(), LEFT)
@@ -236,6 +253,29 @@ def test_weights_that_are_used():
 def test_dropout(mask, status):
     model, x = model_and_input(mask, dropout=0.5)
     assert compiled(model, x)[1] == [status]
+
+
+class Flat(nn.Module):
+    """TrOCR, GPT-NeoX Japanese: heads and sequences in one dimension."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.w, self.last = nn.Linear(32, 3 * 32), last
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.w(x).chunk(3, -1))
+        q, k = (t.reshape(-1, S, 8) for t in (q, k))
+        if self.last:
+            scores = torch.baddbmm(torch.zeros(8, S, S, device=x.device), q, k.mT, alpha=0.3).view(2, 4, S, S)
+            return torch.matmul((scores + additive(causal(x), x.dtype)).softmax(-1), v)
+        scores = (torch.bmm(q, k.mT).view(2, 4, S, S) + additive(causal(x), x.dtype)).view(-1, S, S)
+        return torch.bmm(scores.softmax(-1), v.reshape(-1, S, 8)).view(2, 4, S, 8)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_heads_and_sequences_in_one_dimension(last):
+    torch.manual_seed(0)
+    assert same(Flat(last).to(DEVICE), torch.randn(2, S, 32, device=DEVICE))[0] == [MATCHED]
 
 
 # ---------------------------------------------------------------- models
