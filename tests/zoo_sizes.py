@@ -78,6 +78,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
                             "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v3": {"v_head_dim": 8},  # less wide than keys, as in its checkpoints
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note": {"audio_config.adapter_input_size": 64, "audio_config.adapter_out_dim": 64,
                    "vision_config.adapter_in_dim": 64, "vision_config.adapter_out_dim": 64},

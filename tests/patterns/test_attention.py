@@ -24,15 +24,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
-    DeepseekV3Config,
-    FalconConfig,
     Gemma3TextConfig,
-    GPTNeoXConfig,
-    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
-    Phi3Config,
-    Qwen3Config,
 )
 
 from sloth.rewriter.backend import listening, sloth
@@ -164,21 +158,8 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 MODELS = {
     "llama": LlamaConfig(**GROUPED),
     "mistral": MistralConfig(**GROUPED, sliding_window=8),
-    "mistral_wide": MistralConfig(**GROUPED, sliding_window=2 * S),
-    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
-    "gpt_neox": GPTNeoXConfig(**SIZES),
-    "phi3": Phi3Config(**GROUPED),
-    "falcon": FalconConfig(**SIZES),  # SDPA without a number for the scale, one head of keys
-    "deepseek_v3": DeepseekV3Config(  # keys are written part by part, and wider than values
-        **SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=4,
-        first_k_dense_replace=2,
-    ),
     "gemma3": Gemma3TextConfig(
         **GROUPED, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
-    ),
-    "llama4": Llama4TextConfig(
-        **GROUPED, head_dim=8, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=48, moe_layers=[],
-        layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
     ),
 }  # fmt: skip
 BATCHES = {
@@ -213,16 +194,6 @@ def checked(name, batch, checkpointed=False, dtype=torch.float32):
     theirs = step(model, model, more)
     assert [s.status for s in sites_of(reports)] == [MATCHED, MATCHED], sites_of(reports)
     return model, ours, theirs
-
-
-SOME = [(name, batch) for name in ("llama", "mistral", "gemma3", "llama4") for batch in BATCHES]
-SOME += [(name, batch) for name in MODELS for batch in ("plain", "left") if (name, batch) not in SOME]
-
-
-@pytest.mark.parametrize(("name", "batch"), SOME)
-def test_models(name, batch):
-    _, ours, theirs = checked(name, batch)
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

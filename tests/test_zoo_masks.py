@@ -1,0 +1,33 @@
+"""No mask, all ones, padding, packed sequences: loss and gradients are eager's, and what the masks mean is recovered."""
+
+import pytest
+import torch
+from tests.zoo import VARIANTS, architectures
+from tests.zoo_masks import KINDS, masks, right
+
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# Full and windowed layers, chunks, latent attention, no number for the scale, no norm; of groups of 1, 2 and 4 heads.
+QUICK = ["llama", "mistral+sliding", "gemma3_text", "llama4_text", "deepseek_v3", "falcon", "gpt_neox", "cohere2"]
+NO_INTERVAL = (  # why the mask of a site may be left as it is
+    "its mask is a bias",
+    "its mask comes into this graph from outside",
+)
+
+
+@floats
+@pytest.mark.parametrize("arch", QUICK)
+def test_masks(arch, dtype):
+    rows = masks(arch, dtype)
+    assert rows.keys() == set(KINDS)
+    for kind, row in rows.items():
+        assert right(row), (kind, row)
+        assert row["matched"] == row["expected"] > 0, (kind, row)
+
+
+@pytest.mark.sweep
+@floats
+@pytest.mark.parametrize("arch", [*architectures(), *VARIANTS])
+def test_masks_of_every_architecture(arch, dtype):
+    for kind, row in masks(arch, dtype).items():
+        assert "eager" in row or right(row), (kind, row)
+        assert all(why.startswith(NO_INTERVAL) for why in row.get("why_not", ())), (kind, row)
