@@ -90,4 +90,7 @@ def _(query, key, value, attn_mask, *, dropout_p: float, scale: float):
 def _(match):
     match.require(meaning(match.attn_mask) is not None, why_not(match.attn_mask))
     match.require(told(match) is not None, "its queries and keys differ in number, and its mask is not causal")
+    grouped = not same_literal(match.query.meta.shape[1], match.key.meta.shape[1])
+    same = same_literal(match.query.meta.shape[-1], match.value.meta.shape[-1])
+    match.require(same or not grouped, "values differ in width from keys, and torch has no kernel for that with groups of heads")
     match.require(match.dropout_p == 0 or told(match) in BY_TORCH, "it has dropout, and its mask is not causal")

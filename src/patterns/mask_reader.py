@@ -179,6 +179,16 @@ def _junction(r: Reader, v: Value, a: Any, b: Any) -> Any:
     return (sympy.And if "and" in v.op else sympy.Or)(x, y)
 
 
+@follow("tril", "triu")
+def _triangle(r: Reader, v: Value, x: Value, diagonal: int = 0) -> Any:
+    """x up to a diagonal, false beyond."""
+    e, rank = r.read(x), len(v.meta.shape)
+    if e is None or not is_truth(x) or not isinstance(diagonal, int):
+        return None
+    kind = sympy.Le if v.op == "tril" else sympy.Ge
+    return sympy.And(e, kind(D[rank - 1], D[rank - 2] + diagonal))
+
+
 @follow("bitwise_not", "logical_not")
 def _negation(r: Reader, v: Value, a: Any) -> Any:
     x = r.aligned(a, v)

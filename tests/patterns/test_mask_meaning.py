@@ -79,6 +79,14 @@ def everything(x):
     return (j <= i) | torch.ones_like(i, dtype=torch.bool)
 
 
+def triangle(x):
+    return torch.ones(x.shape[0], 1, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+
+
+def no_upper_triangle(x):
+    return ~torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(diagonal=1)
+
+
 def no_blocks(x):
     """Blocks that see each other, as of images, of which there are none here."""
     ids, (i, j) = torch.full(x.shape, -1, device=x.device), positions(x)
@@ -87,7 +95,11 @@ def no_blocks(x):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("fn", [causal, causal_turned, causal_shifted, causal_gathered, no_blocks], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fn",
+    [causal, causal_turned, causal_shifted, causal_gathered, triangle, no_upper_triangle, no_blocks],
+    ids=lambda f: f.__name__,
+)
 def test_causal(fn, dynamic):
     assert told(fn, dynamic=dynamic) == CAUSAL
 
@@ -116,7 +128,11 @@ def both_sides(x):
     return (i - j).abs() <= 5
 
 
-BOUNDS = {narrow_window: (0, S - 2), strict: (-1, None), exchanged: (None, 0), both_sides: (5, 5)}
+def band(x):
+    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(2).triu(-3)
+
+
+BOUNDS = {band: (2, 3), narrow_window: (0, S - 2), strict: (-1, None), exchanged: (None, 0), both_sides: (5, 5)}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -338,6 +354,11 @@ def one_block(x, p):
     return packed(x, p) | ((of_i == of_j) & (of_i >= 0) & (i - j < 3))
 
 
+def triangle_of_data(x, p):
+    i, j = positions(x)
+    return (p[batches(x), i] <= j).tril()
+
+
 def or_a_number(x, p):
     i, j = positions(x)
     return ((j <= i) | (p[batches(x), i] == 3)) | False
@@ -348,7 +369,7 @@ NOT = {
         [
             shifted_batch, falling, summed_numbers, summed_along_the_batch, negated, of_steps_of_two, of_other_positions,
             in_no_sequence, other_sequence, window_of_data, from_the_end, backwards, wrapped, written, prefix, one_block,
-            or_a_number,
+            or_a_number, triangle_of_data,
         ],
         RESTART,
     ),

@@ -104,6 +104,17 @@ def test_what_is_another_tensor_by_now_is_never_at_rest() -> None:
     assert [s.variant for s in report.sites] == ["rms_norm[no_weight]"]
 
 
+def test_an_operand_that_is_filled_with_a_result() -> None:
+    """The weight of add_rms_norm is made of its sum, though no edge of the graph says so."""
+
+    def fn(m, x):
+        h, w = x + x.sin(), torch.empty(8)
+        w.copy_(h[0, 0])
+        return h, llama_norm(h, w)
+
+    assert [s.status for s in checked(Call(fn), x_like(2, 3, 8)).sites] == ["convexity"]
+
+
 def test_memory_in_the_body_of_a_checkpoint() -> None:
     def fn(m, x):
         return checkpoint(lambda x: llama_norm(filled(x), m.w), x, use_reentrant=False)
