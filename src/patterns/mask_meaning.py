@@ -24,7 +24,7 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
-from sloth.patterns.mask_reader import D, Reader, is_one, is_truth, is_wide, source
+from sloth.patterns.mask_reader import MANY, D, Reader, is_one, is_truth, is_wide, source
 from sloth.rewriter.ir import Value, uncast
 from sloth.rewriter.memory import root
 
@@ -79,10 +79,24 @@ def _proven(mask: Value) -> tuple[Interval | None, str]:
     if unproven.pinned:
         return None, "its mask is written in place"
     name = f"`{unproven.nodes[0].name}`" if unproven.nodes else unproven.op
+    if _of_numbers(unproven):
+        return None, f"its mask depends on numbers that the model computes: {name}"
     return (
         None,
         f"its mask is not proven to be an interval of keys for each query: {name} in it is neither bound, run nor padding",
     )
+
+
+def _of_numbers(v: Value) -> bool:
+    """Is there anything in floating point that it is made of?"""
+    seen, todo = set(), [v]
+    while todo and len(seen) < MANY:
+        x = source(todo.pop())
+        if x.meta is not None and x.meta.dtype.is_floating_point:
+            return True
+        todo += [i for i in x.inputs if i not in seen]
+        seen.add(x)
+    return False
 
 
 class _Prover:

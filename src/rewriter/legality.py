@@ -65,13 +65,11 @@ def memory(match: Match, graph: Ground) -> None:
     for v in (*match.values - fresh, *others):
         if v.pinned and not (v in match.values and v.op in ALIASES and root(v) in map(root, tensors)):
             raise Refused("mutation", f"{_name(v)} is written in place")
-    view, made = graph.view, [*match.values - fresh, *made_anew(match.tensors.values())]
-    first = min((graph.order[v.origin] for v in (*made, *match.roots) if any(i.pinned for i in v.inputs)), default=0)
-    for h in tensors:
-        same = [n for v in (h, *made) if v.pinned and root(v) is root(h) for n in v.nodes]
-        if h.pinned and len({storages(n, view.gm) for n in same}) > 1:
-            raise Refused("mutation", f"{_name(h)} is written in place, and copied")
-        if h.pinned and any(graph.order[w] >= first for w in writers(h, view.writes, view.gm)):
+    view, made = graph.view, [*match.values, *made_anew(match.tensors.values())]
+    first = min((graph.order[v.origin] for v in made if any(i.pinned for i in v.inputs)), default=0)
+    for h in (h for h in tensors if h.pinned):
+        copies = [graph.order[n] for n in h.nodes if storages(n, view.gm) != storages(h.nodes[0], view.gm)]
+        if any(graph.order[w] >= min([first, *copies]) for w in writers(h, view.writes, view.gm)):
             raise Refused("mutation", f"{_name(h)} is written in place after it is read")
 
 

@@ -391,6 +391,12 @@ def four_more(x, p):
     return causal(x)[None]
 
 
+def chosen_keys(x, p):
+    """Of each query the keys that it likes most."""
+    likes = x[:, None, :, None] * x[:, None, None, :]
+    return causal(x) & torch.zeros_like(likes, dtype=torch.bool).scatter(-1, likes.topk(4).indices, True)
+
+
 def made_elsewhere(x, p):
     return p[:, None] & p[:, None].expand(-1, 3, -1)
 
@@ -398,6 +404,7 @@ def made_elsewhere(x, p):
 WHY = {
     bias: "numbers that are added", four_more: "5 dimensions", written: "written in place", window_of_data: "`gt` in it",
     valid_queries: "`getitem", made_elsewhere: "from outside",
+    chosen_keys: "numbers that the model computes: `scatter`",
 }  # fmt: skip
 
 

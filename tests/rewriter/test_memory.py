@@ -39,6 +39,7 @@ AT_REST: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "in a copy that is written itself": lambda m, x: (
         h := x.mT.reshape(x.shape), h.mul_(2), llama_norm(h.view(-1, 8), m.w))[-1],
     "of a copy in other memory": lambda m, x: (h := x * 2, y := h.mT.reshape(x.shape), h.mul_(2), llama_norm(y, m.w))[-1],
+    "in a copy from behind": lambda m, x: (h := x * 2, h.mul_(2), llama_norm(h.clone(), m.w) + h)[-1],
     "made behind the writes of another": lambda m, x: (
         g := x * 2, g.add_(1), a := llama_norm(g, m.w), h := x * 3, h.add_(1), a + llama_norm(h, m.v))[-1],
 }  # fmt: skip
@@ -73,6 +74,8 @@ NOT_AT_REST: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "behind, read through a view": lambda m, x: (
         h := x.detach() * 2, n := llama_norm(h[:, 1:], m.w), h.add_(1), n + h[:, 1:])[-1],
     "a copy from before": lambda m, x: (h := x * 2, c := h.clone(), h.add_(1), llama_norm(c, m.w) + h)[-1],
+    "a copy that is written itself": lambda m, x: (
+        h := x.detach() * 2, h.mul_(2), c := h.clone(), c.mul_(3), llama_norm(c, m.w) + h)[-1],
     "a sum of nothing from before": lambda m, x: (h := x * 2, c := h + 0, h.add_(1), llama_norm(c, m.w) + h)[-1],
     "between": mean_first,
 }  # fmt: skip
