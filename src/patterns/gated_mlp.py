@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.gated_act import gated_act, gated_act_packed
-from sloth.rewriter.ir import Value
+from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
 
 
 def is_gate(v: Value) -> bool:
-    """An activation times something else."""
-    if v.op != "mul" or not isinstance(v.args[1], Value):
+    """An activation times something else of its shape (times a vector it is a scaling, as in state space models)."""
+    if v.op != "mul" or not isinstance(v.args[1], Value) or not same_literal(*(a.meta.shape for a in v.args)):
         return False
     return any((a.args[0] if a.op == "cast" else a).op in ("silu", "gelu") for a in v.args) and v.args[0] is not v.args[1]
 

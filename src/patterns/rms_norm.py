@@ -74,6 +74,11 @@ def torch_rms_norm(x, weight, *, eps: float):
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def torch_no_weight(x, *, eps: float):
+    """torch.nn.RMSNorm(elementwise_affine=False) (diffllama)."""
+    return F.rms_norm(x, (x.shape[-1],), None, eps)
+
+
 # name → (reference, what the operator is told)
 FORMS = {
     "olmo2": (olmo2, {}),
@@ -81,6 +86,7 @@ FORMS = {
     "gemma": (gemma, {"offset": 1.0}),
     "no_weight": (no_weight, {}),
     "torch": (torch_rms_norm, {}),
+    "torch_no_weight": (torch_no_weight, {}),
 }
 DIMS = {"x": "B S D", "residual": "B S D", "weight": "D"}
 
@@ -96,7 +102,7 @@ def after_addition(form):
         h = x + residual
         return h, form(h, eps=eps)
 
-    return both_no_weight if form is no_weight else both
+    return both_no_weight if form in (no_weight, torch_no_weight) else both
 
 
 norm = pattern(RMS_NORM, op=rms_norm, dims=DIMS, name="rms_norm", variant="llama", promote=True)(llama)
