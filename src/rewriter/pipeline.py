@@ -72,7 +72,7 @@ def rewrite_view(
                 legal.append(match)
             except Refused as why:
                 refused.append((match, why))
-        accepted, _ = choose(legal)
+        accepted, losers = choose(legal)
     with _timed(report, "rewrite"):
         rewriter, placed = Rewriter(view), []
         todo = together(accepted)
@@ -84,8 +84,11 @@ def rewrite_view(
             except Refused as why:
                 if len(matches) > 1:
                     todo[:0] = [[m] for m in matches]
-                else:
+                else:  # what it took the place of may have it back
                     refused.append((matches[0], why))
+                    standing = [*placed, *(m for waiting in todo for m in waiting)]
+                    freed, losers = choose([m for m, _ in losers], standing)
+                    todo[:0] = together(freed)
                 continue
             placed += matches
             report.sites += sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import networkx as nx
 import torch
@@ -17,19 +18,25 @@ from sloth.rewriter.normal_form import VIEWS
 from sloth.rewriter.shadow import View
 
 
-def choose(matches: list[Match]) -> tuple[list[Match], list[tuple[Match, Match]]]:
-    """The largest matches that do not overlap, in graph order, and the losers, each with the match that took its place."""
-    taken: dict[Value, Match] = {}
+def choose(matches: list[Match], standing: Iterable[Match] = ()) -> tuple[list[Match], list[tuple[Match, Match]]]:
+    """The largest matches that overlap neither each other nor `standing` ones, in graph order, and the losers, each with the
+    match that took its place.
+    """
+    taken = {v: m for m in standing for v in _own(m)}
     accepted, losers = [], []
     for m in sorted(matches, key=lambda m: (*(-n for n in m.size), m.roots[0].id)):
-        own = [v for v in m.values if v.op not in VIEWS] or list(m.roots)
-        winner = next((taken[v] for v in own if v in taken), None)
+        winner = next((taken[v] for v in _own(m) if v in taken), None)
         if winner is not None:
             losers.append((m, winner))
             continue
-        taken.update(dict.fromkeys(own, m))
+        taken.update(dict.fromkeys(_own(m), m))
         accepted.append(m)
     return sorted(accepted, key=lambda m: m.roots[0].id), losers
+
+
+def _own(m: Match) -> list[Value]:
+    """What no other match may compute too: anything but views."""
+    return [v for v in m.values if v.op not in VIEWS] or list(m.roots)
 
 
 def together(accepted: list[Match]) -> list[list[Match]]:
