@@ -38,11 +38,11 @@ from sloth.kernels.launch import compute_dtype, launch, use_triton
 from sloth.kernels.rope import (
     allocate,
     arranged,
-    block,
     block_heads,
     blocks,
     heads_last,
     load_table,
+    padded,
     single_aten,
     table_args,
     unit_stride,
@@ -159,7 +159,7 @@ def _backward_kernel(
 def _constants(q, k, cos, eps: float, offset: float, interleaved: bool) -> dict:
     D = q.shape[-1]
     return dict(
-        D=D, R=cos.shape[-1], BLOCK=block(D), ROWS=block_heads(q.shape[1], D), K_ROWS=block_heads(k.shape[1], D),
+        D=D, R=cos.shape[-1], BLOCK=padded(D), ROWS=block_heads(q.shape[1], D), K_ROWS=block_heads(k.shape[1], D),
         EPS=eps, OFFSET=offset, INTERLEAVED=interleaved, num_warps=NUM_WARPS,
     )  # fmt: skip
 

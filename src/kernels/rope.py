@@ -122,17 +122,17 @@ def table_args(cos: torch.Tensor, sin: torch.Tensor, B) -> tuple[list[torch.Tens
 
 def _constants(x: torch.Tensor, R: int, interleaved: bool, transpose: bool) -> dict:
     return dict(
-        D=x.shape[-1], R=R, BLOCK=block(x.shape[-1]), ROWS=block_heads(x.shape[1], x.shape[-1]),
+        D=x.shape[-1], R=R, BLOCK=padded(x.shape[-1]), ROWS=block_heads(x.shape[1], x.shape[-1]),
         INTERLEAVED=interleaved, TRANSPOSE=transpose, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
-def block(D: int) -> int:
+def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
 def block_heads(heads: int, D: int) -> int:
-    return min(triton.next_power_of_2(heads), max(CHANNELS // block(D), 1))
+    return min(triton.next_power_of_2(heads), max(CHANNELS // padded(D), 1))
 
 
 def blocks(heads, rows: int):
