@@ -21,19 +21,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sloth.kernels.launch import compute_dtype
+from sloth.rewriter.deferred import Remade
 
 Step = Callable[[Tensor], Tensor]  # [..., V] -> [..., V], each row by itself
-
-
-@dataclass(frozen=True, eq=False)
-class Remade:
-    """A weight without gradient that is made of what it is kept as."""
-
-    make: Callable[..., Tensor]
-    kept: Sequence[Tensor]
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    requires_grad = False
 
 
 Layer = tuple[Tensor | Remade, Tensor | None]  # weight, bias
@@ -58,9 +48,9 @@ class Head:
             _trained_heads.add(self)
 
     def dtype(self, weight: Tensor | Remade) -> torch.dtype:
-        """What its layer computes in."""
+        """What its layer computes in: autocast knows no weights in other forms."""
         _, dtype, enabled = self.autocast
-        return dtype if enabled and weight.dtype != torch.float64 else weight.dtype
+        return dtype if enabled and isinstance(weight, Tensor) and weight.dtype != torch.float64 else weight.dtype
 
     def operands(self, hidden: Tensor) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """Input, weight and bias of each layer, as autocast gives them to it."""

@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sloth.kernels.dequantize_4bit import NESTED_BLOCK, dequantize_4bit
 from sloth.kernels.lora import lora_linear
 from sloth.patterns.lora import DIMS, lora
+from sloth.rewriter.emit import emit
 from sloth.rewriter.ir import Value
-from sloth.rewriter.legality import emit
 from sloth.rewriter.normal_form import rule
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern

@@ -9,7 +9,7 @@ wants the layers (`Deferral`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx
 from torch.amp.autocast_mode import _enter_autocast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sloth.rewriter.emit import EMIT, written
 from sloth.rewriter.ir import Symbol, Value, same_literal, uncast
 from sloth.rewriter.match import Match
 from sloth.rewriter.normal_form import POINTWISE
@@ -27,7 +28,21 @@ from sloth.rewriter.shadow import View
 ROW_BY_ROW = POINTWISE | {"linear", "cast"}
 
 
-Weights = tuple[int | None, int | None]  # of a layer: which inputs of the graph are its weight and bias
+@dataclass(frozen=True, eq=False)
+class Remade:
+    """A weight without gradient that is made, for each use, of what it is kept as: tensors, or which inputs of the graph."""
+
+    make: Callable[..., torch.Tensor]
+    kept: Sequence[Any]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    requires_grad = False
+
+    def of(self, inputs: Sequence[Any]) -> Remade:
+        return replace(self, kept=[inputs[i] for i in self.kept])
+
+
+Weights = tuple[int | Remade, int | None]  # of a layer, its weight and bias: which inputs of the graph
 
 
 @dataclass(frozen=True)
@@ -44,11 +59,12 @@ class Deferred:
 
 
 class Layer(NamedTuple):
-    """A call of a linear layer whose weights are inputs of the graph."""
+    """A call of a linear layer whose weights are inputs of the graph, or made of such."""
 
     node: fx.Node
     hidden: fx.Node
-    weights: list[fx.Node | None]  # weight, bias
+    weight: fx.Node | Value
+    bias: fx.Node | None
 
 
 class Chain(NamedTuple):
@@ -86,7 +102,7 @@ def defer(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> tu
             made = set() if why else {wanted[layer].make for layer in layers}
         if len(made) == 1 and None not in made:
             given[i] = _side_by_side(chain, view)
-            nodes.update(chain.nodes)
+            nodes.update((*chain.nodes, *(layer.origin for layer in layers)))
             found.append(_deferred(i, *made, chain, view))
     output.args = (tuple(given),)
     for n in reversed(view.gm.graph.nodes):
@@ -101,7 +117,8 @@ def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Cal
     def run(*args: Any) -> tuple:
         out = list(compiled(*args))
         for d in deferred:
-            first, *more = [tuple(None if i is None else args[i] for i in layer) for layer in d.weights]
+            given = lambda w: None if w is None else w.of(args) if isinstance(w, Remade) else args[w]  # noqa: E731
+            first, *more = [tuple(map(given, layer)) for layer in d.weights]
             with torch.set_grad_enabled(d.grad):
                 out[d.index] = d.make(out[d.index], *first, d.step, d.autocast, d.plain, more)
         return tuple(out)
@@ -125,6 +142,8 @@ def _chain(node: fx.Node, view: View) -> Chain | None:
         nodes.add(n)
         if _is_layer(n, view):
             layers[n] = _layer(n, view)
+        elif (layer := _remade_layer(n, view)) is not None:
+            layers[n] = layer
         elif _row_by_row(n, view):
             todo += n.all_input_nodes
         else:
@@ -157,7 +176,42 @@ def _layer(node: fx.Node, view: View) -> Layer | None:
         return None
     examples = [n.meta.get("example_value") for n in tensors]
     plain = all(isinstance(t, torch.Tensor) and not is_traceable_wrapper_subclass(t) for t in examples)
-    return Layer(node, hidden, [weight, bias]) if plain else None
+    return Layer(node, hidden, weight, bias) if plain else None
+
+
+def _remade_layer(node: fx.Node, view: View) -> Layer | None:
+    """A layer of another library's, whose weight is in 4 bits, say."""
+    v = view.env.get(node)
+    if not isinstance(v, Value) or v.op != "linear" or any(view.env.get(n) is v for n in node.all_input_nodes):
+        return None
+    x, weight, bias = v.args
+    leaves = [*_leaves(weight), *([] if bias is None else [bias])]
+    if weight.meta.requires_grad or not all(map(_is_input, leaves)) or not x.nodes or any(t.pinned for t in (x, *leaves)):
+        return None
+    return Layer(node, x.nodes[0], weight, bias and bias.nodes[0])
+
+
+def _is_input(v: Value) -> bool:
+    return bool(v.nodes) and v.nodes[0].op == "placeholder"
+
+
+def _leaves(v: Value) -> list[Value]:
+    """What it can be made of anew: inputs of the graph, if nothing else is left."""
+    return [v] if _is_input(v) or v.op not in EMIT else [leaf for x in v.inputs for leaf in _leaves(x)]
+
+
+def _remade(weight: Value, inputs: list[fx.Node]) -> Remade:
+    graph, leaves = fx.Graph(), list(dict.fromkeys(_leaves(weight)))
+    env = {leaf: graph.placeholder(leaf.nodes[0].name) for leaf in leaves}
+
+    def write(v: Value) -> fx.Node:
+        if v not in env:
+            env[v] = graph.call_function(EMIT[v.op], tuple(write(a) if isinstance(a, Value) else a for a in written(v)))
+        return env[v]
+
+    graph.output(write(weight))
+    make = fx.GraphModule(torch.nn.Module(), graph).forward
+    return Remade(make, [inputs.index(leaf.nodes[0]) for leaf in leaves], tuple(weight.meta.shape), weight.meta.dtype)
 
 
 def _is_layer(node: fx.Node, view: View) -> bool:
@@ -197,7 +251,8 @@ def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view:
     autocast = _autocast(value, view)
     plain = len(layers) == 1 and not autocast[2] and all(view.env[n].op in ("linear", "cast") for n in following)
     step = _function(following, layers, autocast, view) if following else None
-    weights = [tuple(None if n is None else inputs.index(n) for n in layer.weights) for layer in chain.layers]
+    place = lambda w: None if w is None else _remade(w, inputs) if isinstance(w, Value) else inputs.index(w)  # noqa: E731
+    weights = [(place(layer.weight), place(layer.bias)) for layer in chain.layers]
     return Deferred(index, make, weights, step, autocast, plain, value.region.grad)
 
 

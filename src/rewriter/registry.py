@@ -46,6 +46,7 @@ def pattern(
         weight, bias, step, autocast, plain, more)`, which returns a tensor for step(linear(hidden, weight, bias)), the layer
         under autocast(device type, dtype, enabled); the step may be None; plain: there is none, or casts alone, and no autocast.
         more: (weight, bias) of further layers, which read further columns of `hidden`; the step takes what each layer gives.
+        A frozen weight that is kept in another form is a `Remade`.
     also: other constructs that a match holds, each anchor of theirs a site (norms, in an entry of RoPE that norms q and k too).
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """
