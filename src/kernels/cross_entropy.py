@@ -304,21 +304,22 @@ _cross_entropy_forward.register_autograd(_backward, setup_context=_setup)
 # What models call: the operator above without lse_low, which only the backward pass wants.
 torch.library.define(
     "sloth::cross_entropy",
-    '(Tensor logits, Tensor target, int ignore_index=-100, str reduction="mean", float? softcap=None, float scale=1.0)'
-    " -> (Tensor loss, Tensor lse, Tensor count)",
+    '(Tensor logits, Tensor target, int ignore_index=-100, str reduction="mean", float? softcap=None, float scale=1.0,'
+    " ScalarType? loss_dtype=None) -> (Tensor loss, Tensor lse, Tensor count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl("sloth::cross_entropy", "CompositeImplicitAutograd")
-def _(logits, target, ignore_index=-100, reduction="mean", softcap=None, scale=1.0):
+def _(logits, target, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, loss_dtype=None):
     loss, lse, _, count = torch.ops.sloth.cross_entropy_forward.default(logits, target, ignore_index, reduction, softcap, scale)
-    return loss, lse, count
+    return loss.to(loss_dtype or loss.dtype), lse, count
 
 
 cross_entropy = torch.ops.sloth.cross_entropy.default
-"""cross_entropy(logits [..., V], target [...] int64, ignore_index=-100, reduction="mean", softcap=None, scale=1.0)
--> (loss [] , lse [N], count [] int64); loss and lse in fp32, fp64 for fp64 logits. Only loss is differentiable."""
+"""cross_entropy(logits [..., V], target [...] int64, ignore_index=-100, reduction="mean", softcap=None, scale=1.0,
+loss_dtype=None) -> (loss [] , lse [N], count [] int64); lse in fp32, fp64 for fp64 logits, and so the loss if no dtype is given.
+Only loss is differentiable."""
 
 
 # ---------------------------------------------------------------- compiled for every target by the tests

@@ -286,8 +286,8 @@ torch.library.define(
     "sloth::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? items=None, int ignore_index=-100,"
     ' str reduction="mean", float? softcap=None, float scale=1.0, int budget=0, Tensor? class_weight=None,'
-    " float label_smoothing=0.0, float z_loss=0.0, Tensor? narrow=None, Tensor? up=None, float up_scale=1.0)"
-    " -> (Tensor loss, Tensor count)",
+    " float label_smoothing=0.0, float z_loss=0.0, Tensor? narrow=None, Tensor? up=None, float up_scale=1.0,"
+    " ScalarType? loss_dtype=None) -> (Tensor loss, Tensor count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -295,19 +295,21 @@ torch.library.define(
 @torch.library.impl("sloth::linear_cross_entropy", "CompositeImplicitAutograd")
 def _(
     hidden, weight, target, bias=None, items=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, budget=0,
-    class_weight=None, label_smoothing=0.0, z_loss=0.0, narrow=None, up=None, up_scale=1.0,
+    class_weight=None, label_smoothing=0.0, z_loss=0.0, narrow=None, up=None, up_scale=1.0, loss_dtype=None,
 ):  # fmt: skip
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, narrow, up)]
     with without_autocast(hidden):
-        return linear_cross_entropy_forward(
+        loss, count, *_ = linear_cross_entropy_forward(
             hidden, weight, bias, narrow, up, target, items, ignore_index, reduction, softcap, scale,
             class_weight, label_smoothing, z_loss, up_scale, need, budget,
-        )[:2]  # fmt: skip
+        )  # fmt: skip
+    return loss.to(loss_dtype or loss.dtype), count
 
 
 linear_cross_entropy = torch.ops.sloth.linear_cross_entropy.default
 """linear_cross_entropy(hidden [..., H], weight [V, H], target [...] int64, bias=None, items=None, ignore_index=-100,
 reduction="mean", softcap=None, scale=1.0, budget=0, class_weight [V]=None, label_smoothing=0.0, z_loss=0.0, narrow [..., r]=None,
-up [V, r]=None, up_scale=1.0) -> (loss [], count [] int64). items: what a sum is divided by, a tensor of one number.
-budget: bytes of logits at a time, 0 for a good number. class_weight …: loss_terms.py; class_weight gets no gradient."""
+up [V, r]=None, up_scale=1.0, loss_dtype=None) -> (loss [], count [] int64). items: what a sum is divided by, a tensor of one
+number. budget: bytes of logits at a time, 0 for a good number. class_weight …: loss_terms.py; class_weight gets no gradient.
+loss_dtype: fp32 (fp64 for fp64) if not given."""

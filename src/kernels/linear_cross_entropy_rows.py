@@ -2,7 +2,7 @@
 
     logits = h Wᵀ + b      loss_n = row n's loss of loss_terms.py, without z-loss; 0 for ignored rows
 
-Shapes   as in linear_cross_entropy.py; loss [N] in fp32.
+Shapes   as in linear_cross_entropy.py; loss in fp32, in target's shape.
 Forward  chunks of rows, a matmul and the statistics of each. There is no ∂L/∂loss_n yet, and no gradient can be made without.
 Backward with G_n = ∂L/∂loss_n, chunk by chunk: the logits again, their gradient dz_n = G_n ∂loss_n/∂logits_n in their place, and
              dh = dz W          dW = Σ dzᵀ h          db = Σ_rows dz
@@ -129,7 +129,7 @@ torch.library.register_autograd("sloth::linear_cross_entropy_rows_backward", onc
 torch.library.define(
     "sloth::linear_cross_entropy_rows",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? class_weight=None, int ignore_index=-100,"
-    " float? softcap=None, float scale=1.0, float label_smoothing=0.0, int budget=0) -> Tensor",
+    " float? softcap=None, float scale=1.0, float label_smoothing=0.0, int budget=0, ScalarType? loss_dtype=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -137,13 +137,15 @@ torch.library.define(
 @torch.library.impl("sloth::linear_cross_entropy_rows", "CompositeImplicitAutograd")
 def _(
     hidden, weight, target, bias=None, class_weight=None, ignore_index=-100, softcap=None, scale=1.0, label_smoothing=0.0,
-    budget=0,
+    budget=0, loss_dtype=None,
 ):  # fmt: skip
     how = ignore_index, softcap, scale, label_smoothing, budget
     with without_autocast(hidden):
-        return torch.ops.sloth.linear_cross_entropy_rows_forward.default(hidden, weight, bias, target, class_weight, *how)[0]
+        loss, *_ = torch.ops.sloth.linear_cross_entropy_rows_forward.default(hidden, weight, bias, target, class_weight, *how)
+    return loss.to(loss_dtype or loss.dtype).view(target.shape)
 
 
 linear_cross_entropy_rows = torch.ops.sloth.linear_cross_entropy_rows.default
 """linear_cross_entropy_rows(hidden [..., H], weight [V, H], target [...] int64, bias=None, class_weight=None, ignore_index=-100,
-softcap=None, scale=1.0, label_smoothing=0.0, budget=0) -> loss [N]. budget: bytes of logits at a time, 0 for a good number."""
+softcap=None, scale=1.0, label_smoothing=0.0, budget=0, loss_dtype=None) -> loss [...]. budget: bytes of logits at a time, 0 for a
+good number. loss_dtype: fp32 (fp64 for fp64) if not given."""

@@ -4,12 +4,14 @@ The shift of the labels and the division by `num_items_in_batch` stay outside: i
 """
 
 import logging
+from math import prod
 
 import torch
 import torch.nn.functional as F
 
 from sloth.kernels.cross_entropy import cross_entropy
 from sloth.rewriter.ir import Value
+from sloth.rewriter.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
 from sloth.when_imported import when_imported
@@ -23,6 +25,25 @@ def _calls(module: torch.nn.Module, arguments: dict) -> int:
     """A model with a head that is given labels. Asked of the class: wrappers such as PEFT's pass attributes through."""
     headed = hasattr(type(module), "loss_function") and module.get_output_embeddings() is not None
     return int(headed and arguments.get("labels") is not None)
+
+
+@rule("cross_entropy_loss")
+def classes_last(n: Normal, c: Call, logits: Value, target: Value, weight, reduction, *how):
+    """loss(z.transpose(1, −1), t) = loss(z, t), both without batch dimensions: classes may stand in dimension 1."""
+    below = logits.args[0] if n.near(logits, "cast") else logits
+    rank = len(logits.meta.shape)
+    if rank < 3 or target.meta.dtype.is_floating_point or not n.near(below, "permute"):
+        return None
+    if below.args[1] != (0, rank - 1, *range(1, rank - 1)):
+        return None
+    z = n.cast(below.args[0], logits.meta.dtype)
+    rows = prod(z.meta.shape[:-1])
+    operands = n.view(z, (rows, z.meta.shape[-1])), n.view(target, (rows,)), weight, reduction, *how
+    shape = (rows,) if reduction == 0 else ()
+    found = n.call(c.op, operands, (c.meta._replace(shape=shape),))
+    views = [x for x in (logits, below, below.args[0]) if x.op in VIEWS]  # the loss does without them
+    found.spelled[:] = dict.fromkeys((*found.spelled, *views))
+    return n.view(found, c.meta.shape)
 
 
 CROSS_ENTROPY = Construct("cross_entropy", "cross-entropy", anchor=is_loss, module=_calls)
@@ -45,24 +66,27 @@ def same(logits):
 
 
 def loss(prepare, reduction, flatten):
-    """The loss in four spellings. `prepare` acts on the logits first; `flatten`: logits come as [B, S, V], not [N, V]."""
+    """The loss in four spellings. `prepare` acts on the logits first; `flatten`: logits come as [B, S, V], not [N, V].
 
-    def nll(z, target, ignore_index):
-        z = z.float()
+    loss_dtype: fp32, or that of the logits where nobody casts them.
+    """
+
+    def nll(z, target, ignore_index, loss_dtype):
+        z = z.to(loss_dtype)
         z = z.view(-1, z.shape[-1]) if flatten else z
         return F.cross_entropy(z, target, ignore_index=ignore_index, reduction=reduction)
 
-    def plain(logits, target, *, ignore_index: int):
-        return nll(prepare(logits), target, ignore_index)
+    def plain(logits, target, *, ignore_index: int, loss_dtype: torch.dtype):
+        return nll(prepare(logits), target, ignore_index, loss_dtype)
 
-    def softcapped(logits, target, *, ignore_index: int, softcap: float):
-        return nll(torch.tanh(prepare(logits) / softcap) * softcap, target, ignore_index)
+    def softcapped(logits, target, *, ignore_index: int, softcap: float, loss_dtype: torch.dtype):
+        return nll(torch.tanh(prepare(logits) / softcap) * softcap, target, ignore_index, loss_dtype)
 
-    def scaled(logits, target, *, ignore_index: int, scale: float):
-        return nll(prepare(logits) * scale, target, ignore_index)
+    def scaled(logits, target, *, ignore_index: int, scale: float, loss_dtype: torch.dtype):
+        return nll(prepare(logits) * scale, target, ignore_index, loss_dtype)
 
-    def divided(logits, target, *, ignore_index: int, divisor: float):
-        return nll(prepare(logits) / divisor, target, ignore_index)
+    def divided(logits, target, *, ignore_index: int, divisor: float, loss_dtype: torch.dtype):
+        return nll(prepare(logits) / divisor, target, ignore_index, loss_dtype)
 
     return {"plain": plain, "softcap": softcapped, "scale": scaled, "divisor": divided}
 
@@ -87,3 +111,13 @@ for _reduction in ("mean", "sum"):
                 )
                 _options = {"scale": lambda match: 1.0 / match.divisor} if _name == "divisor" else {}
                 entry.variant("_".join(filter(None, _parts)), LOGITS[_flatten], reduction=_reduction, **_options)(_reference)
+
+
+def in_its_own_precision(match, logits):
+    """The operators compute in fp32, or in the logits' dtype where that is wider."""
+    match.require(match.loss_dtype in (torch.float32, logits.meta.dtype), f"the loss is computed in {match.loss_dtype}")
+
+
+@entry.check
+def _(match):
+    in_its_own_precision(match, match.logits)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy
 from sloth.kernels.linear_cross_entropy_rows import linear_cross_entropy_rows
 from sloth.lazy_logits import lazy
-from sloth.patterns.cross_entropy import CROSS_ENTROPY, loss, same
+from sloth.patterns.cross_entropy import CROSS_ENTROPY, in_its_own_precision, loss, same
 from sloth.rewriter.registry import pattern
 
 DIMS = {  # flat: rows_of_logits.py
@@ -22,11 +22,9 @@ DIMS = {  # flat: rows_of_logits.py
 WHOLE = {"hidden": "B S H"}
 
 
-def adapted(
-    logits, narrow, up, *, up_scale: float, base_dtype: torch.dtype, delta_dtype: torch.dtype, dtype: torch.dtype
-):  # fmt: skip
+def adapted(logits, narrow, up, *, up_scale: float, delta_dtype: torch.dtype):
     """With a low-rank adapter on the head, as `lora.py` spells it; narrow: its first layer's result."""
-    return (logits.to(base_dtype) + (F.linear(narrow, up) * up_scale).to(delta_dtype)).to(dtype)
+    return (logits + (F.linear(narrow, up) * up_scale).to(delta_dtype)).to(logits.dtype)
 
 
 def numbers_of(fn: Callable) -> dict[str, inspect.Parameter]:
@@ -49,22 +47,22 @@ def headed(of_logits: Callable, more: tuple[str, ...]) -> Callable:
         return found / given["items"] if "items" in given else found
 
     tensors = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("hidden", "weight", "target", *more)]
-    reference.__signature__ = inspect.Signature([*tensors, *own.values(), *numbers_of(of_logits).values()])
+    reference.__signature__ = inspect.Signature([*tensors, *numbers_of(of_logits).values(), *own.values()])
     return reference
 
 
 def smooth(reduction: str) -> Callable:
-    def of_logits(logits, target, *, ignore_index: int, label_smoothing: float):
+    def of_logits(logits, target, *, ignore_index: int, label_smoothing: float, loss_dtype: torch.dtype):
         how = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-        return F.cross_entropy(logits.float(), target, **how)
+        return F.cross_entropy(logits.to(loss_dtype), target, **how)
 
     return of_logits
 
 
 def weighted(reduction: str) -> Callable:
-    def of_logits(logits, target, class_weight, *, ignore_index: int, label_smoothing: float):
+    def of_logits(logits, target, class_weight, *, ignore_index: int, label_smoothing: float, loss_dtype: torch.dtype):
         how = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-        return F.cross_entropy(logits.float(), target, class_weight.float(), **how)
+        return F.cross_entropy(logits.to(loss_dtype), target, class_weight.to(loss_dtype), **how)
 
     return of_logits
 
@@ -81,6 +79,12 @@ def with_z_loss_items(hidden, weight, target, items, *, ignore_index: int, z_los
     flat = logits.float().view(-1, logits.shape[-1])
     loss = F.cross_entropy(flat, target, ignore_index=ignore_index, reduction="sum") / items
     return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
+
+
+def of_tokens(hidden, weight, target, *, ignore_index: int, loss_dtype: torch.dtype):
+    """In the shape of the labels, as where classes stand in dimension 1."""
+    logits = F.linear(hidden, weight).to(loss_dtype)
+    return F.cross_entropy(logits, target.view(-1), ignore_index=ignore_index, reduction="none").view(target.shape)
 
 
 HOW = {"dims": DIMS, "no_grad": ("class_weight",), "deferred": lazy}
@@ -130,6 +134,7 @@ rows = pattern(CROSS_ENTROPY, op=linear_cross_entropy_rows, **HOW, name="linear_
 rows.variant("bias")(headed(loss(same, "none", False)["plain"], ("bias",)))
 rows.variant("smooth")(headed(smooth("none"), ()))
 rows.variant("weighted")(headed(weighted("none"), ("class_weight",)))
+rows.variant("tokens", {"target": "B S int64"})(of_tokens)
 for _name in ("softcap", "scale"):
     rows.variant(_name)(headed(loss(same, "none", False)[_name], ()))
     rows.variant(f"{_name}_fp32")(headed(loss(torch.Tensor.float, "none", False)[_name], ()))
@@ -142,10 +147,12 @@ def of_one_dtype(match):
     match.require(match.hidden.meta.dtype == match.weight.meta.dtype, "hidden states and weight differ in dtype")
 
 
+@rows.check
+@terms.check
 @entry.check
 def _(match):
-    there = "up" in match.tensors
-    match.require(not there or match.dtype == match.hidden.meta.dtype, "the adapter's dtype is that of the logits")
+    if "loss_dtype" in match.numbers:
+        in_its_own_precision(match, match.hidden)
 
 
 @terms.check

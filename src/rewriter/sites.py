@@ -35,7 +35,7 @@ def missed_sites(
     for construct in constructs:
         groups: dict[object, list[Value]] = {}
         for v in view.shadow.values:
-            if v not in covered and not v.spelled and construct.anchor(v):
+            if v not in covered and (v.nodes or not v.spelled) and construct.anchor(v):
                 groups.setdefault(_module(v) if construct.per_site > 1 else v, []).append(v)
         for anchors in groups.values():
             for i in range(0, len(anchors), construct.per_site):

@@ -21,7 +21,12 @@ from sloth.rewriter.pattern import Pattern, Variant
 from sloth.rewriter.registry import patterns
 from sloth.rewriter.report import MATCHED, GraphReport, Site
 
-NUMBERS = {"eps": 1e-5, "ignore_index": -100, "label_smoothing": 0.1}  # by name; others get a value that fits any scale or cap
+NUMBERS = {
+    "eps": 1e-5,
+    "ignore_index": -100,
+    "label_smoothing": 0.1,
+    "up_scale": 0.25,
+}  # by name; others get a value that fits any scale or cap
 # What must be computed in the graph is no input that could be drawn: a 4-bit weight, a mask. They have test files of their own.
 ENTRIES = [entry for entry in patterns() if entry.name not in ("linear_4bit", "attention", "eager_attention")]
 VARIANTS = [variant for entry in ENTRIES for variant in entry.variants]
@@ -30,7 +35,8 @@ VARIANTS = [variant for entry in ENTRIES for variant in entry.variants]
 def numbers(variant: Variant, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """A value for each number that the reference takes; dtypes are `dtype`."""
     values = {float: lambda i: 0.75 + i, int: lambda i: 3 + i, torch.dtype: lambda i: dtype}
-    return {n: NUMBERS.get(n, values[t](i)) for i, (n, t) in enumerate(variant.numbers.items())}
+    fixed = NUMBERS | {"loss_dtype": torch.promote_types(dtype, torch.float32)}
+    return {n: fixed.get(n, values[t](i)) for i, (n, t) in enumerate(variant.numbers.items())}
 
 
 POSITIVE = {"class_weight"}  # a sum of them is divided by

@@ -7,6 +7,7 @@ from common import DEVICE, compare, make, wide
 
 from sloth.lazy_logits import LazyLogits, read
 from sloth.rewriter.backend import listening
+from sloth.rewriter.report import MATCHED
 
 B, S, H, V = 2, 9, 16, 40
 NEXT = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(7)).to(DEVICE)
@@ -32,10 +33,15 @@ SPELLINGS = {
     "vocabulary": lambda z: mean(z[..., :30].reshape(-1, 30), FEW.reshape(-1)),
     "vocabulary, flat": lambda z: mean(z.view(-1, V)[:, :30], FEW.reshape(-1)),
     "vocabulary from 10 on, shifted": lambda z: mean(z[:, :-1, 10:].reshape(-1, 30), FEW[:, 1:].reshape(-1)),
+    "classes second": lambda z: mean(z.transpose(1, 2), NEXT),
+    "classes second, shifted": lambda z: mean(wide(z)[:, :-1].mT, NEXT[:, 1:]),
+    "classes second of four": lambda z: mean(z.view(B, 3, 3, V).permute(0, 3, 1, 2), NEXT.view(B, 3, 3)),
     "all ignored but one": lambda z: mean(z[:, :1].reshape(-1, V), NEXT[:, 1:2].reshape(-1)),
 }
 OTHERS = {  # another row or word of these is another number
     "softmax over positions": lambda z: mean(z.softmax(1)[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1)),
+    "classes and sequences exchanged": lambda z: mean(z.permute(1, 2, 0), NEXT.t()),
+    "probabilities of classes": lambda z: mean(z.transpose(1, 2), wide(z).detach().transpose(1, 2).softmax(1)),
     "positions reversed": lambda z: mean(z.flip(1)[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1)),
     "words reversed": lambda z: mean(z.flip(-1)[..., :30].reshape(-1, 30), FEW.reshape(-1)),
     "regrouped": lambda z: mean(z.reshape(B, S, 2, V // 2)[:, :, 0].reshape(-1, V // 2), FEW.clamp(max=19).reshape(-1)),
@@ -52,7 +58,7 @@ def tensors(dtype, bias=True):
 
 
 def compiled(fn, dynamic=None, **options):
-    """`fn` of hidden states and a head with the backend, and the variants of the sites of its loss."""
+    """`fn` of hidden states and a head with the backend, and the variants that its losses were matched by."""
     torch._dynamo.reset()
     ours = torch.compile(fn, backend="sloth", dynamic=dynamic, options={"sloth.inner_backend": "aot_eager", **options})
     variants = []
@@ -63,7 +69,7 @@ def compiled(fn, dynamic=None, **options):
         with listening() as reports:
             out = ours(*leaves)
         assert not any(r.untouched for r in reports), reports
-        variants.extend(s.variant for r in reports for s in r.sites if s.construct == "cross_entropy")
+        variants.extend(s.variant for r in reports for s in r.sites if (s.construct, s.status) == ("cross_entropy", MATCHED))
         return out
 
     return run, variants
@@ -100,7 +106,7 @@ def test_what_is_not_a_part_of_the_logits(name):
     fn = lambda h, w: OTHERS[name](F.linear(h, w))  # noqa: E731
     run, variants = compiled(fn)
     compare(run, fn, tensors(torch.float32, bias=False), None, [torch.tensor(0.7, device=DEVICE)], slack=8, scale=1.0)
-    assert variants and not any(v.startswith("linear_cross_entropy[") for v in variants), variants
+    assert not any(v.startswith("linear_cross_entropy[") for v in variants), variants
 
 
 @pytest.mark.parametrize("name", ["contiguous view", "cast first", "vocabulary from 10 on, shifted"])
@@ -152,15 +158,48 @@ TERMS = {
     "smooth": lambda z: F.cross_entropy(wide(z)[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1), label_smoothing=0.1),
     "classes": lambda z: F.cross_entropy(wide(z)[:, :-1].flatten(0, 1), NEXT[:, 1:].flatten(), CLASSES.to(wide(z).dtype)),
     "each token": lambda z: F.cross_entropy(wide(z)[:, :-1].flatten(0, 1), NEXT[:, 1:].flatten(), reduction="none").sum() / 7,
+    "each token, classes second": lambda z: F.cross_entropy(wide(z).mT, NEXT, reduction="none").mul(NEXT > 7).sum() / 7,
     "z-loss": lambda z: mean(z.view(-1, V), NEXT.view(-1)) + 0.01 * wide(z.logsumexp(-1)).pow(2).mean(),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name, entry", zip(TERMS, ("terms", "terms", "rows", "terms"), strict=True))
+@pytest.mark.parametrize("name, entry", zip(TERMS, ("terms", "terms", "rows", "rows", "terms"), strict=True))
 def test_what_is_added_to_a_loss(name, entry, dtype):
     fn = lambda h, w: TERMS[name](F.linear(h, w))  # noqa: E731
     run, variants = compiled(fn)
     slack = 8 if dtype == torch.float32 else 2**12
     compare(run, fn, tensors(dtype, bias=False), None, [torch.tensor(1.0, device=DEVICE)], slack=slack, few=64)
     assert [v.split("[")[0] for v in variants] == [f"linear_cross_entropy_{entry}"]
+
+
+IN_ITS_OWN_PRECISION = {
+    "mean": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1)),
+    "shifted": lambda z: F.cross_entropy(z[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1), reduction="sum"),
+    "capped": lambda z: F.cross_entropy((torch.tanh(z / 5.0) * 5.0).view(-1, V), NEXT.view(-1)),
+    "each token": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1), reduction="none").sum() / 7,
+    "smooth": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1), label_smoothing=0.1),
+    "classes": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1), CLASSES.to(z.dtype)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "disabled", ["", "linear_cross_entropy,linear_cross_entropy_terms,linear_cross_entropy_rows"], ids=["head", "logits"]
+)
+@pytest.mark.parametrize("name", IN_ITS_OWN_PRECISION)
+def test_a_loss_that_nobody_casts(name, dtype, disabled):
+    """Its result is of the logits' dtype, and computed in fp32 all the same."""
+    fn = lambda h, w: IN_ITS_OWN_PRECISION[name](F.linear(h, w))  # noqa: E731
+    run, variants = compiled(fn, **({"sloth.disable": disabled} if disabled else {}))
+    compare(run, fn, tensors(dtype, bias=False), None, [torch.tensor(1.0, device=DEVICE, dtype=dtype)], slack=2**12, few=64)
+    others = {"each token": "_rows", "smooth": "_terms", "classes": "_terms"}
+    whole = [] if name in others else ["cross_entropy"]  # of logits that are there
+    assert [v.split("[")[0] for v in variants] == (whole if disabled else [f"linear_cross_entropy{others.get(name, '')}"])
+
+
+def test_a_loss_in_another_precision_is_left_alone():
+    fn = lambda h, w: F.cross_entropy(F.linear(h, w).view(-1, V).double(), NEXT.view(-1))  # noqa: E731
+    run, variants = compiled(fn)
+    leaves = tensors(torch.bfloat16, bias=False)
+    assert torch.equal(run(*leaves), fn(*leaves)) and not variants
