@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sloth.kernels.cross_entropy import BACKWARD_BLOCK, BACKWARD_WARPS, _capped, _exp, capped_with_slope
-from sloth.kernels.launch import launch
+from sloth.kernels.launch import launch, rows
 
 
 class Terms(NamedTuple):
@@ -89,15 +89,18 @@ def _backward_kernel(
     tl.store(dx_ptr + row * V + col, dx.to(dx_ptr.dtype.element_ty), mask)
 
 
-def backward_triton(coefficients, logits, target, weight, lse, low, ignore_index: int, softcap, scale, first, vocabulary):
-    """dlogits, in place of the logits [N, V], which are the columns from `first` on; `weight`: of these."""
-    N, V = logits.shape
+def backward_triton(
+    coefficients, logits, target, weight, lse, low, ignore_index: int, softcap, scale, first, vocabulary, out=None
+):
+    """dlogits, in place of the logits [N, V] or contiguous in `out`. They are the columns from `first` on; `weight`: of these."""
+    (N, V), x_NV = logits.shape, rows(logits)
+    out = logits if out is None else out
     launch(_backward_kernel)[(N * ((V + BACKWARD_BLOCK - 1) // BACKWARD_BLOCK),)](
-        coefficients, logits, target, logits if weight is None else weight.contiguous(), lse, low, logits,
-        logits.stride(0), N, V, first, vocabulary, IGNORE=ignore_index, SCALE=scale, SOFTCAP=softcap,
+        coefficients.contiguous(), x_NV, target.contiguous(), x_NV if weight is None else weight.contiguous(), lse, low, out,
+        x_NV.stride(0), N, V, first, vocabulary, IGNORE=ignore_index, SCALE=scale, SOFTCAP=softcap,
         WEIGHTED=weight is not None, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
-    return logits
+    return out
 
 
 def backward_aten(coefficients, logits, target, weight, lse, low, ignore_index: int, softcap, scale, first, vocabulary):

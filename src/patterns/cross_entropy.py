@@ -4,12 +4,14 @@ The shift of the labels and the division by `num_items_in_batch` stay outside: i
 """
 
 import logging
+from collections.abc import Callable
 from math import prod
 
 import torch
 import torch.nn.functional as F
 
 from sloth.kernels.cross_entropy import cross_entropy
+from sloth.kernels.cross_entropy_terms import cross_entropy_terms
 from sloth.rewriter.ir import Value
 from sloth.rewriter.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.pattern import Construct
@@ -113,11 +115,64 @@ for _reduction in ("mean", "sum"):
                 entry.variant("_".join(filter(None, _parts)), LOGITS[_flatten], reduction=_reduction, **_options)(_reference)
 
 
+def smooth(reduction: str) -> Callable:
+    def of_logits(logits, target, *, ignore_index: int, label_smoothing: float, loss_dtype: torch.dtype):
+        how = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        return F.cross_entropy(logits.to(loss_dtype), target, **how)
+
+    return of_logits
+
+
+def weighted(reduction: str) -> Callable:
+    def of_logits(logits, target, class_weight, *, ignore_index: int, label_smoothing: float, loss_dtype: torch.dtype):
+        how = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        return F.cross_entropy(logits.to(loss_dtype), target, class_weight.to(loss_dtype), **how)
+
+    return of_logits
+
+
+def with_z_loss(logits, target, *, ignore_index: int, z_loss: float):
+    """Bamba: of all tokens, in the logits' dtype."""
+    loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), target, ignore_index=ignore_index)
+    return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
+
+
+def of_tokens(logits, target, *, ignore_index: int, loss_dtype: torch.dtype):
+    """In the shape of the labels, as where classes stand in dimension 1."""
+    nll = F.cross_entropy(logits.to(loss_dtype), target.view(-1), ignore_index=ignore_index, reduction="none")
+    return nll.view(target.shape)
+
+
+HOW = {"dims": {"logits": "B*S V", "target": "B*S int64", "class_weight": "V"}, "no_grad": ("class_weight",)}
+terms = pattern(
+    CROSS_ENTROPY, op=cross_entropy_terms, **HOW, name="cross_entropy_terms", variant="mean_smooth", reduction="mean"
+)(smooth("mean"))  # fmt: skip
+terms.variant("mean_z_loss", {"logits": "B S V"}, reduction="mean")(with_z_loss)
+terms.variant("tokens", {"target": "B S int64"}, reduction="none")(of_tokens)
+for _name, _reference in loss(same, "none", False).items():
+    if _name != "divisor":
+        terms.variant("_".join(filter(None, ("none", "" if _name == "plain" else _name))), reduction="none")(_reference)
+for _reduction in ("mean", "sum", "none"):
+    for _terms in (smooth, weighted):
+        if (_reduction, _terms) != ("mean", smooth):
+            terms.variant(f"{_reduction}_{_terms.__name__}", reduction=_reduction)(_terms(_reduction))
+
+
 def in_its_own_precision(match, logits):
     """The operators compute in fp32, or in the logits' dtype where that is wider."""
     match.require(match.loss_dtype in (torch.float32, logits.meta.dtype), f"the loss is computed in {match.loss_dtype}")
 
 
+def adds_something(match):
+    there = match.numbers.get("label_smoothing") != 0 or "class_weight" in match.tensors
+    match.require(there, "nothing is smoothed or weighted")
+
+
+@terms.check
 @entry.check
 def _(match):
-    in_its_own_precision(match, match.logits)
+    if "loss_dtype" in match.numbers:
+        in_its_own_precision(match, match.logits)
+
+
+terms.check(adds_something)

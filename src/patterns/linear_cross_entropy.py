@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy
 from sloth.kernels.linear_cross_entropy_rows import linear_cross_entropy_rows
 from sloth.lazy_logits import lazy
-from sloth.patterns.cross_entropy import CROSS_ENTROPY, in_its_own_precision, loss, same
+from sloth.patterns.cross_entropy import (
+    CROSS_ENTROPY,
+    adds_something,
+    in_its_own_precision,
+    loss,
+    of_tokens,
+    same,
+    smooth,
+    weighted,
+    with_z_loss,
+)
 from sloth.rewriter.registry import pattern
 
 DIMS = {  # flat: rows_of_logits.py
@@ -51,40 +61,11 @@ def headed(of_logits: Callable, more: tuple[str, ...]) -> Callable:
     return reference
 
 
-def smooth(reduction: str) -> Callable:
-    def of_logits(logits, target, *, ignore_index: int, label_smoothing: float, loss_dtype: torch.dtype):
-        how = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-        return F.cross_entropy(logits.to(loss_dtype), target, **how)
-
-    return of_logits
-
-
-def weighted(reduction: str) -> Callable:
-    def of_logits(logits, target, class_weight, *, ignore_index: int, label_smoothing: float, loss_dtype: torch.dtype):
-        how = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-        return F.cross_entropy(logits.to(loss_dtype), target, class_weight.to(loss_dtype), **how)
-
-    return of_logits
-
-
-def with_z_loss(hidden, weight, target, *, ignore_index: int, z_loss: float):
-    """Bamba: of all tokens, in the logits' dtype."""
-    logits = F.linear(hidden, weight)
-    loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), target, ignore_index=ignore_index)
-    return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
-
-
 def with_z_loss_items(hidden, weight, target, items, *, ignore_index: int, z_loss: float):
     logits = F.linear(hidden, weight)
     flat = logits.float().view(-1, logits.shape[-1])
     loss = F.cross_entropy(flat, target, ignore_index=ignore_index, reduction="sum") / items
     return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
-
-
-def of_tokens(hidden, weight, target, *, ignore_index: int, loss_dtype: torch.dtype):
-    """In the shape of the labels, as where classes stand in dimension 1."""
-    logits = F.linear(hidden, weight).to(loss_dtype)
-    return F.cross_entropy(logits, target.view(-1), ignore_index=ignore_index, reduction="none").view(target.shape)
 
 
 HOW = {"dims": DIMS, "no_grad": ("class_weight",), "deferred": lazy}
@@ -118,7 +99,7 @@ for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
 terms = pattern(
     CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy_terms", variant="mean_smooth", reduction="mean"
 )(headed(smooth("mean"), ()))
-terms.variant("mean_z_loss", WHOLE, reduction="mean")(with_z_loss)
+terms.variant("mean_z_loss", WHOLE, reduction="mean")(headed(with_z_loss, ()))
 terms.variant("sum_z_loss_items", WHOLE, reduction="sum")(with_z_loss_items)
 
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
@@ -134,7 +115,7 @@ rows = pattern(CROSS_ENTROPY, op=linear_cross_entropy_rows, **HOW, name="linear_
 rows.variant("bias")(headed(loss(same, "none", False)["plain"], ("bias",)))
 rows.variant("smooth")(headed(smooth("none"), ()))
 rows.variant("weighted")(headed(weighted("none"), ("class_weight",)))
-rows.variant("tokens", {"target": "B S int64"})(of_tokens)
+rows.variant("tokens", {"target": "B S int64"})(headed(of_tokens, ()))
 for _name in ("softcap", "scale"):
     rows.variant(_name)(headed(loss(same, "none", False)[_name], ()))
     rows.variant(f"{_name}_fp32")(headed(loss(torch.Tensor.float, "none", False)[_name], ()))
@@ -155,7 +136,4 @@ def _(match):
         in_its_own_precision(match, match.hidden)
 
 
-@terms.check
-def _(match):
-    there = match.numbers.get("label_smoothing") != 0 or "class_weight" in match.tensors
-    match.require(there, "nothing is smoothed or weighted")
+terms.check(adds_something)
