@@ -28,8 +28,8 @@ class Model(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def compiled(module):
-    return torch.compile(module, backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+def compiled(module, inner="aot_eager"):
+    return torch.compile(module, backend="sloth", options={"sloth.inner_backend": inner})
 
 
 def nobody(out):
@@ -43,6 +43,7 @@ def everybody(out):
 
 CASES = {  # who reads the logits, and how the model is wrapped
     "around": (everybody, lambda model: DistributedDataParallel(compiled(model))),
+    "around, by Inductor": (everybody, lambda model: DistributedDataParallel(compiled(model, "inductor"))),
     "inside": (everybody, lambda model: compiled(DistributedDataParallel(model))),
     # Unused parameters are looked for in the autograd graph of what the model returns.
     "unused": (nobody, lambda model: DistributedDataParallel(compiled(model), find_unused_parameters=True)),
