@@ -169,14 +169,18 @@ def _row_by_row(node: fx.Node, view: View) -> bool:
 
 
 def _layer(node: fx.Node, view: View) -> Layer | None:
-    """None where its weights are no plain matrices (DTensor) that the graph is given."""
+    """None where its tensors are not plain, or its weights no inputs of the graph."""
     hidden, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
     tensors = [n for n in (hidden, weight, bias) if n is not None]
     if any(n.op != "placeholder" for n in tensors[1:]) or any(v.pinned for v in view.env[node].inputs):
         return None
-    examples = [n.meta.get("example_value") for n in tensors]
-    plain = all(isinstance(t, torch.Tensor) and not is_traceable_wrapper_subclass(t) for t in examples)
-    return Layer(node, hidden, weight, bias) if plain else None
+    return Layer(node, hidden, weight, bias) if all(map(_is_plain, tensors)) else None
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Not a DTensor, say."""
+    example = node.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and not is_traceable_wrapper_subclass(example)
 
 
 def _remade_layer(node: fx.Node, view: View) -> Layer | None:
@@ -186,13 +190,13 @@ def _remade_layer(node: fx.Node, view: View) -> Layer | None:
         return None
     x, weight, bias = v.args
     leaves = [*_leaves(weight), *([] if bias is None else [bias])]
-    if weight.meta.requires_grad or not all(map(_is_input, leaves)) or not x.nodes or any(t.pinned for t in (x, *leaves)):
+    if weight.meta.requires_grad or not all(map(_is_input, leaves)) or any(t.pinned for t in (x, *leaves)):
         return None
-    return Layer(node, x.nodes[0], weight, bias and bias.nodes[0])
+    return Layer(node, x.nodes[0], weight, bias and bias.nodes[0]) if x.nodes and _is_plain(x.nodes[0]) else None
 
 
 def _is_input(v: Value) -> bool:
-    return bool(v.nodes) and v.nodes[0].op == "placeholder"
+    return bool(v.nodes) and v.nodes[0].op == "placeholder" and _is_plain(v.nodes[0])
 
 
 def _leaves(v: Value) -> list[Value]:
