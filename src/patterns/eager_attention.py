@@ -164,6 +164,10 @@ def sinks_less_maximum(scores, value, of, drop):
     return torch.matmul(drop(weights).to(value.dtype), value)
 
 
+def sinks_in_fp32(scores, value, of, drop):
+    return sinks_less_maximum(scores.float(), value, of | {"sinks": of["sinks"].float()}, drop)
+
+
 def sinks_after(scores, value, of, drop):
     """The share of the weights that a sink leaves, 1 / (1 + exp(sink − L))."""
     left = (scores.logsumexp(-1) - of["sinks"].view(1, -1, 1)).float().sigmoid()
@@ -200,6 +204,7 @@ VARIANTS = {  # how scores are made and what is done with them, tensors, numbers
     "flat_softmax": (scaled_flat, in_dtype_flat, "mask", "scale"),  # TrOCR
     "divided": (divided, in_dtype, "mask", "divisor"),  # RemBERT, RoFormer
     "divided_dropout": (divided, in_dtype, "mask", "divisor dropout_p"),
+    "divided_fp32": (divided, in_fp32, "mask", "divisor"),  # … under autocast
     "divided_wide": (divided_wide, in_dtype, "mask", "divisor"),  # GPT-J
     "divided_last": (divided_last, in_dtype, "mask", "divisor"),  # CodeGen
     "softcap": (capped, in_fp32, "mask", "scale softcap"),  # Gemma 2
@@ -208,6 +213,7 @@ VARIANTS = {  # how scores are made and what is done with them, tensors, numbers
     "alibi": (filled, in_fp32, "bias hidden", "scale least"),  # MPT
     "alibi_flat": (scaled_flat, in_fp32_flat, "bias mask", "scale"),  # BLOOM
     "sinks": (scaled, sinks_less_maximum, "mask sinks", "scale"),  # GPT-OSS
+    "sinks_fp32": (scaled, sinks_in_fp32, "mask sinks", "scale"),  # … under autocast
     "sinks_wide": (scaled_wide, sinks_behind, "mask sinks", "scale"),  # Flint
     "sinks_after": (scaled, sinks_after, "mask sinks", "scale"),  # Granite SWA
 }

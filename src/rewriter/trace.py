@@ -70,13 +70,15 @@ class _Recorder(SchemaCheckMode):
         """Make the casts of ambient autocast steps of their own: they leave no trace but the dtype of the result."""
         if not isinstance(out, torch.Tensor) or not torch.is_autocast_enabled(out.device.type):
             return args, kwargs
-        with torch.autocast(out.device.type, enabled=False):
-            try:
-                plain = func(*args, **kwargs).dtype
-            except RuntimeError:  # mixed dtypes, which only autocast lets pass
-                plain = None
-        if func._schema.is_mutable or plain == out.dtype and not _mixed(func, args, out.device):
+        if func._schema.is_mutable:
             return args, kwargs
+        if not _mixed(func, args, out.device):  # mixed dtypes only autocast lets pass
+            with torch.autocast(out.device.type, enabled=False):
+                try:
+                    if func(*args, **kwargs).dtype == out.dtype:
+                        return args, kwargs
+                except RuntimeError:
+                    pass
 
         def cast(x):
             if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == out.dtype:

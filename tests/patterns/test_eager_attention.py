@@ -336,3 +336,28 @@ def test_low_precision(name, batch):
     truth = step(model.float(), model, BATCHES[batch])  # in fp64, fp64's least number becomes −∞ in the softmax
     whole = (torch.cat([t.flatten() for t in side]) for side in (ours[1:], theirs[1:], truth[1:]))
     assert_no_worse(*whole)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "granite_swa", "gptj"])
+def test_autocast(name):
+    """Casts stand at the products."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager").to(DEVICE).train()
+    torch._dynamo.reset()
+    with torch.autocast(DEVICE, torch.bfloat16), listening() as reports:
+        ours = step(model, torch.compile(model, backend="sloth", options=AOT), {})
+    assert [s.status for s in sites_of(reports)] == [MATCHED, MATCHED], sites_of(reports)
+    torch.testing.assert_close(ours[0], step(model, model, {})[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("weigh", [weighted, capped, with_sinks], ids=lambda f: f.__name__)
+def test_autocast_is_no_worse(weigh):
+    model, _ = model_and_input(causal, weigh)
+    x = torch.randn(64, S, 32, device=DEVICE)  # in many sequences luck averages out
+    results = []
+    for run, enabled in ((lambda: compiled(model, x)[0], True), (lambda: model(x), True), (lambda: model(x), False)):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            out = run().float()
+        grads = torch.autograd.grad(out.square().sum(), model.parameters(), allow_unused=True)
+        results.append((out, *(g for g in grads if g is not None and g.dim() > 1)))
+    assert_no_worse(*results)

@@ -266,6 +266,11 @@ CASES = [
         (lambda x: x[0] @ x[1].mT, lambda x: torch.baddbmm(torch.zeros(3, 4, 4, device=x.device), x[0], x[1].mT)),
         (lambda x: torch.baddbmm(torch.ones(3, 4, 4, device=x.device), x[0], x[1].mT),),
     ),
+    Case(
+        "batched product of casts",
+        (lambda x: x[0].bfloat16() @ x[1].mT.bfloat16(), lambda x: torch.bmm(x[0].bfloat16(), x[1].bfloat16().mT)),
+        (lambda x: x[0] @ x[1].mT, lambda x: (x[0] @ x[1].mT).bfloat16()),
+    ),
     Case("product of matrices", (lambda m: m @ m.mT,), (lambda m: m.mT @ m, lambda m: F.linear(m, m))),
     Case(
         "softmax",
