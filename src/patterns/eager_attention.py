@@ -28,7 +28,7 @@ DIMS = {
 }
 GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S E", "sinks": "2*G"}
 ABSORBS = torch.finfo(torch.bfloat16).min  # a sum with it, or less, is it again, whatever the score
-ZEROS = ("zeros", "zeros_like", "new_zeros")
+ZEROS = ("zeros", "zeros_like", "new_zeros", "full")
 
 
 def around(v: Value) -> Value:
@@ -44,8 +44,9 @@ def shown(mask: Value) -> tuple[Value, float] | None:
     if mask.op != "where" or mask.pinned:
         return None
     m, zero, least = mask.args
-    is_zero = zero.op in ZEROS and not zero.pinned if isinstance(zero, Value) else zero == 0
-    return (m, least) if is_zero and isinstance(least, float) and least <= torch.finfo(mask.meta.dtype).min else None
+    if isinstance(zero, Value) and zero.op in ZEROS and not zero.pinned:
+        zero = zero.args[1] if zero.op == "full" else 0
+    return (m, least) if zero == 0 and isinstance(least, float) and least <= torch.finfo(mask.meta.dtype).min else None
 
 
 def told(match) -> Interval | None:

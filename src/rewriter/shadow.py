@@ -347,6 +347,8 @@ def _flat(a: Any) -> Any:
 def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any]:
     if node.op == "call_method":
         return getattr(torch.Tensor, node.target)
+    if node.target is torch.tensor and isinstance(node.args[0], bool | int | float):  # no ATen operation
+        return lambda number, **how: torch.full((), number, **how)
     return node.target if node.op == "call_function" else gm.get_submodule(node.target)
 
 

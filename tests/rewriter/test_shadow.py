@@ -332,6 +332,12 @@ def test_inference_mode_is_a_region_without_gradient() -> None:
     only(checked(Call(fn), x_like(2, 3, 8)), rms_norm="2/2")
 
 
+def test_tensors_of_one_number_are_lowered() -> None:
+    """torch.tensor is no operator."""
+    report = checked(Call(lambda m, x: torch.where(x > 0, torch.tensor(0.5, dtype=x.dtype), x) * m.w), torch.randn(2, 3, 8))
+    assert report.graphs[0].opaque == {}
+
+
 def test_calls_that_cannot_be_lowered_are_opaque_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = shadow_module.trace
 
