@@ -19,7 +19,7 @@ from sloth.kernels.gemm import as_matrix
 from sloth.kernels.launch import compute_dtype, without_autocast
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy_forward
 from sloth.lazy_head import Head, Step, stepped, versions
-from sloth.lazy_tensor import STAYS_LAZY, LazyLogits, by_rows, gates, is_lazy, lazy, made, read
+from sloth.lazy_tensor import STAYS_LAZY, LazyLogits, at_once, by_rows, gates, is_lazy, lazy, made, read
 
 __all__ = ["LazyLogits", "lazy", "read"]
 
@@ -170,12 +170,22 @@ def _summed(func: Callable, x: LazyLogits, dim: Any = None, keepdim: bool = Fals
     return (total / x.numel() if func.__name__ == "mean" else total).to(func(_example(x)).dtype)
 
 
+# The largest logits are what code compares logits with (`logits < logits.topk(k).values[..., -1:]`, to sample). Products of other
+# shapes may differ in their last bit, so both are taken from one computation where all is computed at once.
+
+
+def _amax(func: Callable, x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
+    return NotImplemented if at_once(x) else _reduced(func, x, dim, keepdim)
+
+
 def _max(func: Callable, x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-    return torch.return_types.max(_by_rows(x, lambda z: func(z, -1, keepdim))) if _is_last(x, dim) else NotImplemented
+    if not _is_last(x, dim) or at_once(x):
+        return NotImplemented
+    return torch.return_types.max(_by_rows(x, lambda z: func(z, -1, keepdim)))
 
 
 def _topk(func: Callable, x: LazyLogits, k: int, dim: Any = -1, *args: Any, **kwargs: Any) -> Any:
-    if not _is_last(x, dim):
+    if not _is_last(x, dim) or at_once(x):
         return NotImplemented
     return torch.return_types.topk(_by_rows(x, lambda z: func(z, k, -1, *args, **kwargs)))
 
@@ -256,7 +266,8 @@ STAYS_LAZY |= {
     **dict.fromkeys(_functions("view", "reshape"), _view),
     **dict.fromkeys(_functions("flatten", "unbind", "split", "chunk", "squeeze", "unsqueeze"), _of_positions),
     Tensor.__iter__: lambda func, x: iter(x.unbind()),
-    **dict.fromkeys(_functions("argmax", "logsumexp", "amax"), _reduced),
+    **dict.fromkeys(_functions("argmax", "logsumexp"), _reduced),
+    **dict.fromkeys(_functions("amax"), _amax),
     **dict.fromkeys(_functions("sum", "mean"), _summed),
     **dict.fromkeys(_functions("max"), _max),
     **dict.fromkeys(_functions("topk"), _topk),

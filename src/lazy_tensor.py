@@ -318,6 +318,11 @@ def gates(x: LazyLogits) -> list[Tensor | None]:
     return [x.gate, *x.head.gates] if torch.is_grad_enabled() and x.requires_grad else [None] * (1 + len(x.head.gates))
 
 
+def at_once(x: LazyLogits) -> bool:
+    """Are they so few that all of them are computed at once?"""
+    return x.nbytes <= CHUNK
+
+
 def by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
     """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
     x.head.check(x.hidden, x.version)

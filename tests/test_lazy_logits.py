@@ -129,6 +129,21 @@ REAL = {
 }
 
 
+def test_the_largest_are_equal_to_the_last_bit():
+    """Sampling keeps what is no less than the k-th largest. A product of other rows may round otherwise."""
+    calls = []
+
+    def step(z):
+        calls.append(z.numel())
+        return z + len(calls) * 1e-3  # another result each time
+
+    logits = lazy(torch.randn(B, S, H), torch.randn(V, H), None, step)
+    calls.clear()
+    for largest in (logits.topk(3).values[..., -1:], logits.max(-1, keepdim=True).values, logits.amax(-1, keepdim=True)):
+        assert (logits >= largest).any(-1).all()
+    assert calls == [B * S * V]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", [*LAZY, *CHUNKED, *REAL])
 def test_values_and_gradients(name, bias):

@@ -211,7 +211,6 @@ def test_hidden_states_that_have_changed_are_noticed():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_generation(mode, monkeypatch):
-    monkeypatch.setattr(lazy_tensor, "CHUNK", 1)  # a single row is many
     model, ids = model_of("llama").eval(), tokens(6)
     texts = []
     for compiled in (True, False):
