@@ -38,8 +38,8 @@ def _reaches(v: Value, neighbours: Callable[[Value], Iterable[Value]], through: 
 
 ATTENTION = Construct("attention", "attention mask", anchor=lambda v: is_masked(v) or is_spelled(v))
 DIMS = {"query": "B H S D", "key": "B H T D", "value": "B H T E", "attn_mask": "B 1 S T"}
-BY_TORCH = (Interval(), Interval(ahead=0))  # masks that torch's kernels know
 GROUPED = {"query": "B 2*G S D", "key": "B G T D", "value": "B G T E"}
+BY_TORCH = (Interval(), Interval(ahead=0))  # masks that torch's kernels know
 
 
 @rule("scaled_dot_product_attention")
