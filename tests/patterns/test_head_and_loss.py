@@ -222,15 +222,14 @@ def test_an_adapter_on_the_head(name):
     assert [s.variant for s in sites] == [f"linear_cross_entropy[{variant}]"] and is_lazy(ours.logits)
     assert (ours.logits.shape, ours.logits.dtype) == (eager.logits.shape, eager.logits.dtype)
     own = [p for p in model.parameters() if p.requires_grad]
-    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 and name != "autocast" else {"rtol": 3e-2, "atol": 3e-2}
+    tolerance = 1e-4 if dtype == torch.float32 and name != "autocast" else 2e-2
     for loss in (
         lambda out: out.loss,
         lambda out: out.loss + out.logits.logsumexp(-1).sum() + out.logits.float().square().mean(),
     ):
         got, expected = (torch.autograd.grad(loss(out), own, retain_graph=True) for out in (ours, eager))
-        torch.testing.assert_close(got, expected, **tolerance)
-        assert all(g.any() for g in expected)
-    torch.testing.assert_close(ours.logits + 0, eager.logits, **tolerance)
+        assert all((g - e).norm() <= tolerance * e.norm() > 0 for g, e in zip(got, expected, strict=True))
+    assert (ours.logits - eager.logits).norm() <= tolerance * eager.logits.norm()
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])

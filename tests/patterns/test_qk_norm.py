@@ -83,7 +83,9 @@ MODELS = [
     ("qwen3", "autocast"),
     ("gemma3_text", "plain"),
     ("gemma4_text", "plain"),
-    ("glm4_moe+qknorm", "plain"),
+    pytest.param(
+        "glm4_moe+qknorm", "plain", marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="its experts break the graph")
+    ),
 ]
 
 
