@@ -77,6 +77,13 @@ def intervals(documents: list[Tensor], valid: Tensor | None, ahead: int | None, 
     return lo, hi, first, last
 
 
+def holed(lo: Tensor, hi: Tensor, valid: Tensor) -> Tensor:
+    """[B or 1, S] bool: is a key between a query's bounds not valid? Where padding stands at one end, none is."""
+    before = F.pad(valid.cumsum(-1), (1, 0)).expand(lo.shape[0], -1)
+    between = before.gather(-1, (hi + 1).long()) - before.gather(-1, lo.long())
+    return (lo <= hi) & (between != hi - lo + 1)
+
+
 def seen(lo: Tensor, hi: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
     """[B or 1, 1, S, S] bool: the mask."""
     mask = (lo[:, None, :, None] <= at) & (at <= hi[:, None, :, None])
@@ -131,13 +138,14 @@ def _(
         if plain and not uniform:
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
         return spelled(query, key, value, mask, D**-0.5 if scale is None else scale, softcap, sinks, slopes, uniform)
+    holes = None if usable is None else holed(lo, hi, usable)
     lo, hi, blind = with_the_blind(lo, hi, at) if uniform else (lo, hi, None)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     bounds = [b.contiguous() for b in (lo, hi, first, last)]
     scale = D**-0.5 if scale is None else scale
-    return interval_attention(query, key, value, *bounds, usable, scale, softcap, sinks, slopes, blind)[0]
+    return interval_attention(query, key, value, *bounds, usable, holes, scale, softcap, sinks, slopes, blind)[0]
 
 
 attention = torch.ops.sloth.attention.default

@@ -11,12 +11,14 @@ slope_h ALiBi's (Press, Smith, Lewis, "Train short, test long", 2022). Not given
 Shapes   query [B, H, S, D], key [B, G, T, D] and value [B, G, T, E] with H a multiple of G, each for H / G heads in a row, D and
          E ≤ 256; lo, hi [B or 1, S], first, last [B or 1, T] int32, valid [B or 1, T] bool or None. first and last say the same
          of a key: it is seen from the queries first_j ≤ i ≤ last_j, from none where it is not valid (`intervals` makes all four).
+         holes [B or 1, S] bool, with valid: is a key between a query's bounds not valid? The padding of most batches leaves none.
          sinks and slopes [H]. blind [B or 1, 2] int32: the first and the last query that sees nothing, or None.
 Forward  a program holds a tile of queries and walks the tiles of keys between the least lo and the greatest hi of its rows. Their
          maximum m and sum l are kept up online (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018):
              m' = max(m, max_j s_j),   l' = l·e^(m−m') + Σ_j e^(s_j−m'),   out' = out·e^(m−m') + Σ_j e^(s_j−m') v_j
          from m = −∞, l = 0, or with a sink from m = sink_h, l = 1.
-         Tiles that all rows see whole, from the greatest lo to the least hi, are walked apart, without the comparisons.
+         Tiles that all rows see whole, from the greatest lo to the least hi, are walked apart, without the comparisons; there are
+         none where a row has holes.
          A query that sees nothing gives 0 and has no gradient, as in torch's scaled_dot_product_attention. Or, with `blind`, it
          weighs all keys alike, as where a mask adds the least number there is: lo_i = −1, hi_i = T − 1, and s_ij = 0 for it.
 Backward with g = ∂L/∂out, after Dao, "FlashAttention-2" (2023):
@@ -135,15 +137,16 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 @triton_op("sloth::interval_attention", mutates_args={})
 def _interval_attention(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, first: Tensor, last: Tensor, valid: Tensor | None,
-    scale: float, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None, blind: Tensor | None,
+    holes: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None, blind: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = map(_unit_stride, (query, key, value))
     B, H, S, _ = q.shape
     (buffer, out), lse = _like(q, v.shape[-1]), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     tile, seen = tile_of(FORWARD, q, v), _or(valid, lo)
     launch(forward_kernel)[(_blocks(S, tile.queries), B * H)](
-        q, k, v, buffer, lse, lo, hi, seen, _or(sinks, lse), _or(slopes, lse), S, k.shape[2], H, *_strides(q, k, v, out),
-        _batch_stride(lo), _batch_stride(seen), VALID=valid is not None, SINKS=sinks is not None, BLIND=blind is not None,
+        q, k, v, buffer, lse, lo, hi, seen, _or(holes, lo), _or(sinks, lse), _or(slopes, lse), S, k.shape[2], H,
+        *_strides(q, k, v, out), _batch_stride(lo), _batch_stride(seen),
+        VALID=valid is not None, SINKS=sinks is not None, BLIND=blind is not None,
         **_options(q, k, v, scale, softcap, slopes, tile),
     )  # fmt: skip
     return out, lse
@@ -152,15 +155,15 @@ def _interval_attention(
 @triton_op("sloth::interval_attention_dq", mutates_args={})
 def _interval_attention_dq(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, lo: Tensor, hi: Tensor,
-    valid: Tensor | None, scale: float, softcap: float | None, slopes: Tensor | None, blind: bool,
+    valid: Tensor | None, holes: Tensor | None, scale: float, softcap: float | None, slopes: Tensor | None, blind: bool,
 ) -> Tensor:  # fmt: skip
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, H, S, D = q.shape
     buffer, dq = _like(q, D)
     tile, seen = tile_of(BACKWARD_Q, q, v), _or(valid, lo)
     launch(backward_q_kernel)[(_blocks(S, tile.queries), B * H)](
-        q, k, v, g, buffer, lse, delta, lo, hi, seen, _or(slopes, lse), S, k.shape[2], H, *_strides(q, k, v, g, dq),
-        _batch_stride(lo), _batch_stride(seen), VALID=valid is not None, BLIND=blind,
+        q, k, v, g, buffer, lse, delta, lo, hi, seen, _or(holes, lo), _or(slopes, lse), S, k.shape[2], H,
+        *_strides(q, k, v, g, dq), _batch_stride(lo), _batch_stride(seen), VALID=valid is not None, BLIND=blind,
         **_options(q, k, v, scale, softcap, slopes, tile),
     )  # fmt: skip
     return dq
@@ -184,7 +187,7 @@ def _interval_attention_dkv(
 
 
 interval_attention = torch.ops.sloth.interval_attention.default
-"""interval_attention(query, key, value, lo, hi, first, last, valid, scale, softcap, sinks, slopes, blind)
+"""interval_attention(query, key, value, lo, hi, first, last, valid, holes, scale, softcap, sinks, slopes, blind)
 -> (out [B, H, S, E], L [B, H, S] over log 2)"""
 interval_attention_dq = torch.ops.sloth.interval_attention_dq.default
 interval_attention_dkv = torch.ops.sloth.interval_attention_dkv.default
@@ -200,20 +203,20 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 13
-    q, k, v, lo, hi, first, last, valid, sinks, slopes, blind, out, lse = ctx.saved_tensors
+        return (None,) * 14
+    q, k, v, lo, hi, first, last, valid, holes, sinks, slopes, blind, out, lse = ctx.saved_tensors
     delta = (dout.float() * out.float()).sum(-1).contiguous()
     dq = dk = dv = dsinks = None
     if ctx.needs_input_grad[0]:
         more = (ctx.scale, ctx.softcap, slopes, blind is not None)
-        dq = interval_attention_dq(dout, q, k, v, lse, delta, lo, hi, valid, *more)
+        dq = interval_attention_dq(dout, q, k, v, lse, delta, lo, hi, valid, holes, *more)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         more = (ctx.scale, ctx.softcap, slopes, blind)
         dk, dv = interval_attention_dkv(dout, q, k, v, lse, delta, first, last, lo, *more)
-    if ctx.needs_input_grad[10]:
+    if ctx.needs_input_grad[11]:
         p = torch.exp2(sinks.float()[:, None] * LOG2E.value - lse)
         dsinks = -(p * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, *[None] * 7, dsinks, None, None
+    return dq, dk, dv, *[None] * 8, dsinks, None, None
 
 
 _interval_attention.register_autograd(_backward, setup_context=_setup)
@@ -227,7 +230,9 @@ _interval_attention_dkv.register_autograd(once)
 def _compile_case(kernel, tile: Tile, D: int, E: int, dtype: str, softcap: float | None = None, **flags: bool):
     """Tiles belong to a dtype, so it stands here and is not the target's."""
     flags = dict.fromkeys(("VALID", "SINKS", "SLOPES", "BLIND"), False) | flags
-    types = {"valid_ptr": "*i1" if flags["VALID"] else "*i32"} | dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr"), "*fp32")
+    types = dict.fromkeys(("valid_ptr", "holes_ptr"), "*i1" if flags["VALID"] else "*i32") | dict.fromkeys(
+        ("lse_ptr", "delta_ptr", "slopes_ptr"), "*fp32"
+    )
     types |= dict.fromkeys(("lo_ptr", "hi_ptr", "first_ptr", "last_ptr", "blind_ptr"), "*i32")
     constants = dict(SCALE=0.1, SOFTCAP=softcap, GROUP=4, D=D, BD=D, E=E, BE=E, BM=tile.queries, BN=tile.keys, **flags)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -48,7 +48,7 @@ def _tile(i, start, whole, wholes, REST: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _queries(S, H, lo_ptr, hi_ptr, lo_b, BM: tl.constexpr, BN: tl.constexpr):
+def _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr):
     """Of program (tile, b·H + h): b, h, its queries, their intervals, and the walk over all of these. The last tile comes first:
     in causal masks it is the longest."""
     pid = tl.program_id(1).to(tl.int64)
@@ -57,6 +57,8 @@ def _queries(S, H, lo_ptr, hi_ptr, lo_b, BM: tl.constexpr, BN: tl.constexpr):
     bounds = b * lo_b + tl.minimum(at_M, S - 1)  # rows beyond the last do as it does
     lo_M, hi_M = tl.load(lo_ptr + bounds), tl.load(hi_ptr + bounds)
     start, tiles, whole, wholes = _walk(tl.min(lo_M), tl.max(hi_M), tl.max(lo_M), tl.min(hi_M), BN)
+    if VALID:
+        wholes = tl.where(tl.max(tl.load(holes_ptr + bounds).to(tl.int32)) > 0, 0, wholes)
     return b, pid % H, at_M, lo_M, hi_M, start, tiles, whole, wholes
 
 
@@ -82,12 +84,12 @@ def _seen_scores(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr,
     BLIND: tl.constexpr,
 ):  # fmt: skip
-    """Scores [M, N], −∞ for what is not seen (of a whole tile only what is not valid), all alike for the blind; derivatives."""
+    """Scores [M, N], −∞ for what is not seen (of a whole tile all is), all alike for the blind; derivatives."""
     qk = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
     s, derivative = _scores(qk, at_M[:, None], at_N[None, :], slope, SCALE, SOFTCAP, SLOPES, k_ND.dtype == tl.float32)
     if not WHOLE:
         s = tl.where((lo_M[:, None] <= at_N[None, :]) & (at_N[None, :] <= hi_M[:, None]), s, -float("inf"))
-    if VALID:
+    if VALID and not WHOLE:
         s = tl.where(tl.load(valid_ptr + at_N, at_N < T, 0).to(tl.int1)[None, :], s, -float("inf"))
     if BLIND:
         s = tl.where((lo_M < 0)[:, None] & (at_N < T)[None, :], 0.0, s)
@@ -125,14 +127,14 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, valid_ptr, sinks_ptr, slopes_ptr, S, T, H,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, valid_ptr, holes_ptr, sinks_ptr, slopes_ptr, S, T, H,
     q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_s, lo_b, valid_b,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, SINKS: tl.constexpr, SLOPES: tl.constexpr,
     BLIND: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries of one head."""
-    b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, lo_b, BM, BN)
+    b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM, BN, VALID)
     k_ptr += b * k_b + h // GROUP * k_h
     v_ptr += b * v_b + h // GROUP * v_h
     valid_ptr += b * valid_b
@@ -178,13 +180,13 @@ def _add_dq(
 
 @triton.jit
 def backward_q_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, dq_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, valid_ptr, slopes_ptr, S, T, H,
+    q_ptr, k_ptr, v_ptr, g_ptr, dq_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, valid_ptr, holes_ptr, slopes_ptr, S, T, H,
     q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_s, dq_b, dq_h, dq_s, lo_b, valid_b,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, SLOPES: tl.constexpr, BLIND: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, programs as in the forward pass."""
-    b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, lo_b, BM, BN)
+    b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM, BN, VALID)
     k_ptr += b * k_b + h // GROUP * k_h
     v_ptr += b * v_b + h // GROUP * v_h
     valid_ptr += b * valid_b

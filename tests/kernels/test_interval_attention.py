@@ -171,6 +171,8 @@ def test_intervals(data):
         none = lo > hi
         assert (none == ~mask.any(-1).expand_as(none)).all()
         assert usable.expand_as(lo).gather(-1, lo.clamp(max=S - 1).long())[~none].all()
+        between = (lo[..., None] <= at) & (at <= hi[..., None])
+        assert torch.equal(module.holed(lo, hi, usable), (between & ~usable[:, None]).any(-1))
 
 
 def test_who_sees_nothing():
@@ -246,7 +248,9 @@ def test_opcheck():
     bounds = [b.contiguous() for b in intervals([], None, 0, 3, torch.arange(8, dtype=torch.int32, device=DEVICE)[None])]
     tests = ["test_schema", "test_autograd_registration"]  # the interpreter takes no fake tensors
     tests += ["test_faketensor", "test_aot_dispatch_dynamic"] * (DEVICE == "cuda")
-    torch.library.opcheck(kernels.interval_attention, (q, k, v, *bounds, None, 0.3, None, None, None, None), test_utils=tests)
+    torch.library.opcheck(
+        kernels.interval_attention, (q, k, v, *bounds, None, None, 0.3, None, None, None, None), test_utils=tests
+    )
 
 
 def test_formula():
