@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ class Ground:
     mode: FakeTensorMode
     tried: dict[Any, list[Meta]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.order = {n: i for i, n in enumerate(self.view.gm.graph.nodes)}
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        return {n: i for i, n in enumerate(self.view.gm.graph.nodes)}
 
 
 def check(match: Match, graph: Ground) -> None:
