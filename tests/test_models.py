@@ -7,12 +7,14 @@ import torch
 from zoo import gradient_difference, step, tiny_batch, tiny_model
 
 import sloth
+from sloth.rewriter.backend import listening
+from sloth.rewriter.report import Report
 
 # sites of two layers, by hand: what `explain` must find, and rewrite all of
 SITES = {
     "llama": {"rms_norm": 5, "rope": 2, "gated_mlp": 2, "attention": 2, "cross_entropy": 1},
     "qwen3": {"rms_norm": 9, "rope": 2, "gated_mlp": 2, "attention": 2, "cross_entropy": 1},
-    "gemma2": {"rms_norm": 9, "rope": 2, "gated_mlp": 2, "cross_entropy": 1},
+    "gemma2": {"rms_norm": 9, "rope": 2, "gated_mlp": 2, "attention": 2, "cross_entropy": 1},
     "gpt_neox": {"layer_norm": 5, "rope": 2, "attention": 2, "cross_entropy": 1},
     "phi3": {"rms_norm": 5, "rope": 2, "gated_mlp": 2, "attention": 2, "cross_entropy": 1},
     "mixtral": {"rms_norm": 5, "rope": 2, "gated_mlp": 2, "attention": 2, "cross_entropy": 1},
@@ -45,6 +47,20 @@ def assert_bit_close(ours, theirs, tolerance=2e-6):
 
 def matched(report):
     return {name: c["matched"] for name, c in report.constructs.items() if c["expected"]}
+
+
+def test_layers_compiled_by_themselves():
+    """One graph serves all of them: a first step as short as a layer's."""
+    model = tiny_model("llama")
+    batch, layers = tiny_batch(model, "llama"), model.model.layers
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    theirs = step(model, model, batch)
+    for layer in layers:
+        layer.compile(backend="sloth", options=AOT)
+    with listening() as graphs:
+        ours = step(model, model, batch)
+    assert_bit_close(ours, theirs)
+    assert len(layers) > 1 and [matched(Report([g])) for g in graphs] == [{"rms_norm": 2, "rope": 1, "gated_mlp": 1}]
 
 
 @each_model
