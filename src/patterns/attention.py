@@ -29,11 +29,19 @@ def is_spelled(v: Value) -> bool:
     )
 
 
-def _reaches(v: Value, neighbours: Callable[[Value], Iterable[Value]], through: Set[str]) -> bool:
-    """Is there a product of tensors of at least three dimensions, by way of these operations?"""
-    if v.op in ("matmul", "matmul_transposed", "baddbmm"):
-        return len(v.meta.shape) > 2
-    return v.op in through and v.meta is not None and any(_reaches(x, neighbours, through) for x in neighbours(v))
+def _reaches(start: Value, neighbours: Callable[[Value], Iterable[Value]], through: Set[str]) -> bool:
+    """Is there a product of tensors of at least three dimensions, by way of these operations? Each is looked at once."""
+    seen, todo = set(), [start]
+    while todo:
+        v = todo.pop()
+        if v in seen or v.meta is None:
+            continue
+        seen.add(v)
+        if v.op not in ("matmul", "matmul_transposed", "baddbmm"):
+            todo += neighbours(v) if v.op in through else ()
+        elif len(v.meta.shape) > 2:
+            return True
+    return False
 
 
 ATTENTION = Construct("attention", "attention mask", anchor=lambda v: is_masked(v) or is_spelled(v))
