@@ -28,6 +28,7 @@ from toys import (
     turned,
 )
 
+from sloth.rewriter import backend
 from sloth.rewriter.ir import Shadow, Value
 from sloth.rewriter.match import Match, Matcher
 from sloth.rewriter.registry import patterns
@@ -73,7 +74,7 @@ def test_numbers_are_bound_wherever_they_stand() -> None:
         return F.cross_entropy(z.float().view(-1, z.shape[-1]), target, ignore_index=-7)
 
     match = largest(capped, torch.empty(2, 3, 11, dtype=BF16), torch.empty(6, dtype=torch.int64))
-    assert match is not None and match.numbers == {"softcap": 30.0, "ignore_index": -7}
+    assert match is not None and match.numbers == {"softcap": 30.0, "ignore_index": -7, "loss_dtype": torch.float32}
 
 
 def test_one_number_bound_twice_must_be_one_number() -> None:
@@ -345,7 +346,13 @@ def test_reason_missing_cast() -> None:
     assert status == "dtype" and "float32" in reason or "cast" in reason, (variant, status, reason)
 
 
-def test_reason_weight_where_there_should_be_none() -> None:
+@pytest.fixture
+def without_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only entries that know neither weights of classes nor smoothing."""
+    monkeypatch.setattr(backend, "patterns", lambda: [p for p in patterns() if p.name != "cross_entropy_terms"])
+
+
+def test_reason_weight_where_there_should_be_none(without_terms: None) -> None:
     """Weights of classes: the entries have None there."""
     target = torch.randint(8, (6,))
 
@@ -357,7 +364,7 @@ def test_reason_weight_where_there_should_be_none() -> None:
     assert "cross_entropy_loss with None" in reason, reason
 
 
-def test_reason_another_constant() -> None:
+def test_reason_another_constant(without_terms: None) -> None:
     target = torch.randint(8, (6,))
     _, status, reason = only_miss(
         lambda m, x: F.cross_entropy((x * m.w).view(-1, 8), target, label_smoothing=0.1), construct="cross_entropy"
