@@ -14,6 +14,7 @@ from sloth.kernels.attention import attention
 from sloth.patterns.alibi import slopes
 from sloth.patterns.attention import ATTENTION, repeated
 from sloth.patterns.mask_meaning import Interval, meaning
+from sloth.patterns.mask_reader import source
 from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.registry import pattern
 
@@ -31,16 +32,9 @@ ABSORBS = torch.finfo(torch.bfloat16).min  # a sum with it, or less, is it again
 ZEROS = ("zeros", "zeros_like", "new_zeros", "full")
 
 
-def around(v: Value) -> Value:
-    """What is passed into the body of a checkpoint."""
-    while v.op == "input" and v.outer is not None:
-        v = v.outer
-    return v
-
-
 def shown(mask: Value) -> tuple[Value, float] | None:
     """(m, least), if the mask is where(m, 0, least)."""
-    mask = around(mask)
+    mask = source(mask)
     if mask.op != "where" or mask.pinned:
         return None
     m, zero, least = mask.args
@@ -52,7 +46,7 @@ def shown(mask: Value) -> tuple[Value, float] | None:
 def told(match) -> Interval | None:
     """What is proven of the mask, added or (`hidden`) as the truth of it."""
     if "hidden" in match.tensors:
-        hidden = around(match.hidden)
+        hidden = source(match.hidden)
         if hidden.op in ("bitwise_not", "logical_not"):
             return None if hidden.pinned else meaning(hidden.args[0])
         found = shown(hidden.args[0] if hidden.op == "cast" else hidden)
