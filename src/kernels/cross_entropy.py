@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from sloth.kernels.launch import compute_dtype, launch, rows, use_triton
+from sloth.kernels.launch import compiling, compute_dtype, launch, rows, use_triton
 
 # Tuning. Forward, one program a row: a step of its walk takes FORWARD_UNROLL × FORWARD_LANES columns. With 8 lanes (16 bytes of
 # bf16) to a thread, that is FORWARD_LANES = 256 · FORWARD_WARPS, the reduction over UNROLL stays inside a thread.
@@ -129,14 +129,15 @@ def _forward_kernel(
     nll = tl.where(inside, log_l + (m - z_t), float("nan"))
     tl.store(nll_ptr + row, tl.where(ignored, 0.0, nll))
     tl.store(lse_ptr + row, tl.where(wanted, lse, 0.0))
-    tl.store(low_ptr + row, tl.where(wanted, (m - lse) + log_l, 0.0))
+    low = tl.where(ignored | inside, (m - lse) + log_l, float("nan"))  # which makes the whole row's gradient nan
+    tl.store(low_ptr + row, tl.where(wanted, low, 0.0))
     if SPREAD:
         tl.store(spread_ptr + row, tl.where(ignored, 0.0, tl.sum(spread, 0)))
 
 
 @triton.jit
 def _backward_kernel(
-    dloss_ptr, x_ptr, target_ptr, lse_ptr, low_ptr, count_ptr, dx_ptr, x_stride, V, first, vocabulary,
+    dloss_ptr, x_ptr, target_ptr, lse_ptr, low_ptr, count_ptr, dx_ptr, x_stride, V, first,
     IGNORE: tl.constexpr, MEAN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row; neighbouring programs work on neighbouring memory. The V columns are those from `first` on."""
@@ -151,7 +152,6 @@ def _backward_kernel(
         G = tl.load(dloss_ptr).to(tl.float32)
         if MEAN:
             G = G / tl.load(count_ptr).to(tl.float32)
-        G = tl.where((target >= 0) & (target < vocabulary), G, float("nan"))
         EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
         z, slope = _capped(tl.load(x_ptr + row * x_stride + col, mask, other=0.0), SCALE, SOFTCAP, EXACT)
         p = _exp((z - tl.load(lse_ptr + row)) - tl.load(low_ptr + row), EXACT)
@@ -179,7 +179,7 @@ def forward_triton(
 
 def backward_triton(
     dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float,
-    out: Tensor | None = None, first: int = 0, vocabulary: int | None = None,
+    out: Tensor | None = None, first: int = 0,
 ):  # fmt: skip
     """dlogits, contiguous, in logits' dtype; into `out`, which may be the logits themselves where they are contiguous.
     `first`: the logits are columns of a vocabulary from there on.
@@ -188,7 +188,7 @@ def backward_triton(
     N, V = x_NV.shape
     dx = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     launch(_backward_kernel)[(N * ((V + BACKWARD_BLOCK - 1) // BACKWARD_BLOCK),)](
-        dloss, x_NV, target_N, lse, low, count, dx, x_NV.stride(0), V, first, vocabulary or V,
+        dloss, x_NV, target_N, lse, low, count, dx, x_NV.stride(0), V, first,
         IGNORE=ignore_index, MEAN=mean, SCALE=scale, SOFTCAP=softcap, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return dx
@@ -280,7 +280,8 @@ def _cross_entropy_backward(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    backward = backward_triton if use_triton(logits) else backward_aten
+    over_logits = compiling() and logits.itemsize == 2  # Inductor writes one kernel of these formulas, over logits nobody needs
+    backward = backward_triton if use_triton(logits) and not over_logits else backward_aten
     return backward(dloss, logits, target, lse, lse_low, count, ignore_index, reduction == "mean", softcap, scale)
 
 
@@ -338,7 +339,7 @@ def _compile_case(kernel, softcap: float | None, warps: int):
         STAGES=FORWARD_STAGES,
     )
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    sizes = [name for name in ("x_stride", "V", "first", "vocabulary") if name in kernel.arg_names]
+    sizes = [name for name in ("x_stride", "V", "first") if name in kernel.arg_names]
     return kernel, signature | dict.fromkeys(sizes, "i32"), constants, {"num_warps": warps}
 
 

@@ -1,6 +1,7 @@
 """Where a kernel runs, and how it is launched so that Inductor can see it."""
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.library import wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -13,6 +14,11 @@ def use_triton(x: torch.Tensor) -> bool:
 def launch(kernel):
     """The kernel as a node that Inductor can see, or as it is under Triton's interpreter (TRITON_INTERPRET=1)."""
     return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
+
+
+def compiling() -> bool:
+    """Is a graph being traced for a compiler, so that what is done here in ATen becomes its kernels?"""
+    return detect_fake_mode() is not None
 
 
 def without_autocast(x: torch.Tensor) -> torch.autocast:

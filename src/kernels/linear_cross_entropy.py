@@ -9,30 +9,36 @@ Adapter  t [..., r] ("narrow") and U [V, r] ("up") of a head with a low-rank ada
 Method   rows are taken in chunks whose logits fill `budget` bytes (Hsu et al., "Liger Kernel", 2024, chunk so too, by V/H). Each
          chunk is a matmul into the same buffer, the statistics of its rows, and, where gradients are wanted, its gradient in
          place and two more matmuls. Nothing is computed twice and nothing waits for the device.
-Lean     with a budget of the user's and a trained head: first the statistics of all rows, then slabs of the vocabulary whose
+Lean     with a budget of the user's and a trained head: dW waits for the backward pass, which takes slabs of the vocabulary whose
          logits, computed again, fill the budget for all rows. dW of a slab is then one product, and needs no copy in fp32.
+Whole    in a graph that is being compiled, where all logits take no more than dW in fp32 would: a linear layer and the
+         cross-entropy of its logits, whose gradient the compiler writes over them. Each product is done once, for all rows.
 Backward with G = ∂L/∂loss, and dz = ∂loss/∂logits of the chunk, already made in the forward pass:
              dh = G · dz W          dW = G · Σ dzᵀ h          db = G · Σ_rows dz        dt = s G · dz U      dU = s G · Σ dzᵀ t
          In low precision dz/n would lose small probabilities (fp16) or be rounded twice: dz is made 2^k times larger, 2^k the
          next power of two of n (the rows that count, or `items`), and dh is multiplied by G/2^k at the end, in fp32.
 Dtypes   logits in h's dtype, as the head alone would give them; t and U in one of their own, often fp32 where h is bf16: their
          product is then in fp32 too. Gradients are added up and kept in fp32, rounded once.
-         With a budget of the user's dh, dW and db are kept in h's dtype: a second rounding, unless G is a power of two.
+         With a budget of the user's dh and db are kept in h's dtype: a second rounding, unless G is a power of two.
 Saved    dh [N, H], and dW [V, H], db [V], dt [N, r], dU [V, r] only if wanted: 4·N·H bytes where the logits were 2·N·V.
+         Lean: the operands and the rows' lse in place of dW. Whole: the logits.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sloth.kernels import loss_terms
-from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, forward_aten, forward_triton
+from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, cross_entropy, forward_aten, forward_triton
 from sloth.kernels.gemm import add_product, as_matrix, product
-from sloth.kernels.launch import compute_dtype, use_triton, without_autocast
+from sloth.kernels.launch import compiling, compute_dtype, use_triton, without_autocast
 from sloth.kernels.loss_terms import Terms
+from sloth.kernels.tiles import once
 
 BUDGET = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # bytes of logits: enough rows to keep the matmuls fast, few enough for caches
 STEPS = (1024, 64)  # chunks are a multiple of the first of these that fits: on an H200 1408 rows are 8 % slower than 1024
 TRAINED = 0.9  # bytes of logits over those of W where it is trained: fewer passes over dW; the backward pass needs as much
+WHOLE = ("cuda",)  # devices on which more memory is worth larger products
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
@@ -50,7 +56,7 @@ torch.library.define(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? narrow, Tensor? up, Tensor target, Tensor? items, int ignore_index,"
     " str reduction, float? softcap, float scale, Tensor? class_weight, float label_smoothing, float z_loss, float up_scale,"
     " bool[] need, int budget) -> (Tensor loss, Tensor count, Tensor unit,"
-    " Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dnarrow, Tensor dup)",
+    " Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dnarrow, Tensor dup, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -77,6 +83,10 @@ def check(hidden, weight, bias, target, items, reduction, class_weight, label_sm
 def _kept(dtype: torch.dtype, budget: int) -> torch.dtype:
     """What gradients wait for the backward pass in."""
     return dtype if budget else torch.promote_types(dtype, torch.float32)
+
+
+def _is_lean(need: list[bool], budget: int) -> bool:
+    return budget > 0 and need[1]
 
 
 def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
@@ -129,14 +139,14 @@ class _Rows:
             return logits_of(*layer, out)
         return with_adapter(*layer, self.t_NR[rows], self.up[columns], self.up_scale, out)
 
-    def adapter_gradients(self, dz: Tensor, rows: slice, columns: slice) -> None:
-        """dt and dU but for s, of these rows and columns, are added up."""
+    def adapter_gradients(self, dz: Tensor, rows: slice) -> None:
+        """dt and dU but for s, of these rows, are added up."""
         if self.need_t or self.need_up:
             dz = dz.to(self.up.dtype)
         if self.need_t:
-            add_product(dz, self.up[columns], self.dt[rows])
+            add_product(dz, self.up, self.dt[rows])
         if self.need_up:
-            add_product(dz.t(), self.t_NR[rows], self.dup[columns])
+            add_product(dz.t(), self.t_NR[rows], self.dup)
 
     def statistics(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The loss of these rows is added up; lse and its rounding error are returned."""
@@ -164,7 +174,7 @@ class _Rows:
             return backward(numbers, z, target, weight, lse, low, *self.how, first, V)
         how = self.unit, z, target, lse, low, self.over, ignore_index, True, softcap, scale
         if self.kernels:
-            return backward_triton(*how, out=z, first=first, vocabulary=V)
+            return backward_triton(*how, out=z, first=first)
         return backward_aten(*how, first=first)
 
     def total(self) -> Tensor:
@@ -184,20 +194,23 @@ class _Rows:
         return p.mul_(torch.where(counts, self.unit / self.over, 0).unsqueeze(1)).to(z.dtype)
 
 
-def _by_rows(r: _Rows) -> Tensor:
-    """Chunks of rows, each with all that is wanted of it. dW, added up in fp32."""
+def _by_rows(r: _Rows, keep: bool) -> tuple[Tensor, Tensor]:
+    """Chunks of rows, each with all that is wanted of it. dW, added up in fp32, and if they are to be kept lse and lse_low."""
     (N, H), V, all_columns = r.h_NH.shape, r.weight.shape[0], slice(None)
     C = chunk_rows(N, V, r.h_NH.element_size(), r.budget)
     buffer, dw = r.h_NH.new_empty(C * V), r.h_NH.new_empty(V if r.need_w else 0, H, dtype=r.wide)
+    kept = r.h_NH.new_empty(2, N if keep else 0, dtype=r.wide)
     if not N:
         dw.zero_()
     for start in range(0, N, C):
         rows = slice(start, start + C)
         z = r.logits(rows, all_columns, buffer)
-        if not r.kernels and r.how[1:] == (None, 1.0) and r.terms.plain:
+        if not r.kernels and r.how[1:] == (None, 1.0) and r.terms.plain and not keep:
             dz = r.by_log_softmax(z, rows)
         else:
             lse, low = r.statistics(z, rows)
+            if keep:
+                kept[0, rows], kept[1, rows] = lse, low
             dz = r.gradient(z, rows, lse, low) if r.wanted else None
         if r.need_h:
             product(dz, r.weight, r.dh[rows])
@@ -205,29 +218,8 @@ def _by_rows(r: _Rows) -> Tensor:
             (add_product if start else product)(dz.t(), r.h_NH[rows], dw)
         if r.need_b:
             r.db += dz.sum(0, dtype=r.wide)
-        r.adapter_gradients(dz, rows, all_columns)
-    return dw
-
-
-def _by_slabs(r: _Rows) -> Tensor:
-    """The statistics of all rows, then slabs of the vocabulary. dW, in W's dtype."""
-    N, V = len(r.h_NH), len(r.weight)
-    C, columns = chunk_rows(N, V, r.h_NH.element_size(), r.budget), chunk_rows(V, N, r.h_NH.element_size(), r.budget)
-    buffer = r.h_NH.new_empty(max(C * V, N * columns))
-    dw, dh = torch.empty_like(r.weight), torch.empty_like(r.dh, dtype=r.wide)
-    parts = [r.statistics(r.logits(rows, slice(None), buffer), rows) for rows in (slice(i, i + C) for i in range(0, N, C))]
-    lse, low = (torch.cat(part) for part in zip(*parts, strict=True))
-    for first in range(0, V, columns):
-        slab, rows = slice(first, first + columns), slice(None)
-        dz = r.gradient(r.logits(rows, slab, buffer), rows, lse, low, first)
-        torch.mm(dz.t(), r.h_NH, out=dw[slab])
-        if r.need_h:
-            (add_product if first else product)(dz, r.weight[slab], dh)
-        if r.need_b:
-            r.db[slab] = dz.sum(0, dtype=r.wide)
-        r.adapter_gradients(dz, rows, slab)
-    r.dh.copy_(dh)
-    return dw
+        r.adapter_gradients(dz, rows)
+    return dw, kept
 
 
 @torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
@@ -237,11 +229,12 @@ def _(
 ):  # fmt: skip
     check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, narrow, up)
     layer, terms = (hidden, weight, bias, narrow, up, up_scale), Terms(label_smoothing, class_weight, z_loss)
-    r = _Rows(*layer, target, items, ignore_index, reduction, softcap, scale, terms, need, budget)
-    dw = (_by_slabs if budget and r.need_w and len(r.h_NH) else _by_rows)(r)
-    kept = _kept(weight.dtype, budget)
+    lean = _is_lean(need, budget)
+    now = [needed and not (lean and n == 1) for n, needed in enumerate(need)]
+    r = _Rows(*layer, target, items, ignore_index, reduction, softcap, scale, terms, now, budget)
+    dw, lse = _by_rows(r, lean)
     dh, dt = r.dh.view(hidden.shape) if r.need_h else r.dh, r.dt.view(narrow.shape) if r.need_t else r.dt
-    return r.total(), r.count, r.unit, dh, dw.to(kept), r.db.to(kept), dt, r.dup
+    return r.total(), r.count, r.unit, dh, dw, r.db.to(_kept(weight.dtype, budget)), dt, r.dup, lse
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_forward")
@@ -252,16 +245,57 @@ def _(
     check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, narrow, up)
     need_h, need_w, need_b, need_t, need_up = need
     wide, kept = compute_dtype(hidden), _kept(hidden.dtype, budget)
-    (V, H), scalar = weight.shape, hidden.new_empty((), dtype=wide)
+    (V, H), scalar, lean = weight.shape, hidden.new_empty((), dtype=wide), _is_lean(need, budget)
     dh = hidden.new_empty(hidden.shape if need_h else (0, H), dtype=kept)
-    dw, db = hidden.new_empty(V if need_w else 0, H, dtype=kept), hidden.new_empty(V if need_b else 0, dtype=kept)
+    dw = hidden.new_empty(V if need_w and not lean else 0, H, dtype=wide)
+    db = hidden.new_empty(V if need_b else 0, dtype=kept)
     dt, dup = (hidden.new_empty(t.shape if needed else 0, dtype=wide) for t, needed in ((narrow, need_t), (up, need_up)))
-    return scalar, target.new_empty((), dtype=torch.int64), torch.empty_like(scalar), dh, dw, db, dt, dup
+    lse = hidden.new_empty(2, target.numel() if lean else 0, dtype=wide)
+    return scalar, target.new_empty((), dtype=torch.int64), torch.empty_like(scalar), dh, dw, db, dt, dup, lse
+
+
+torch.library.define(
+    "sloth::linear_cross_entropy_dweight",
+    "(Tensor dloss, Tensor lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? narrow, Tensor? up, Tensor target,"
+    " Tensor? items, Tensor? class_weight, int ignore_index, str reduction, float? softcap, float scale, float label_smoothing,"
+    " float z_loss, float up_scale, int budget) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("sloth::linear_cross_entropy_dweight", "CompositeExplicitAutograd")
+def _(
+    dloss, lse, hidden, weight, bias, narrow, up, target, items, class_weight, ignore_index, reduction, softcap, scale,
+    label_smoothing, z_loss, up_scale, budget,
+):  # fmt: skip
+    """By slabs of the vocabulary, with all rows at a time."""
+    layer, terms = (hidden, weight, bias, narrow, up, up_scale), Terms(label_smoothing, class_weight, z_loss)
+    r = _Rows(*layer, target, items, ignore_index, reduction, softcap, scale, terms, [False] * 5, budget)
+    r.unit = dloss.to(r.wide)
+    V, N, rows, dw = len(weight), len(r.h_NH), slice(None), torch.empty_like(weight)
+    columns = chunk_rows(V, max(N, 1), r.h_NH.element_size(), budget)
+    buffer = r.h_NH.new_empty(N * columns)
+    for first in range(0, V, columns):
+        slab = slice(first, first + columns)
+        dz = r.gradient(r.logits(rows, slab, buffer), rows, *lse, first)
+        torch.mm(dz.t(), r.h_NH, out=dw[slab])
+    return dw
+
+
+@torch.library.register_fake("sloth::linear_cross_entropy_dweight")
+def _(dloss, lse, hidden, weight, *_):
+    return torch.empty_like(weight)
+
+
+torch.library.register_autograd("sloth::linear_cross_entropy_dweight", once)
 
 
 def _setup(ctx, inputs, output):
+    *layer, class_weight = *inputs[:7], inputs[11]
+    ctx.how = *inputs[7:11], *inputs[12:15], inputs[16]
     ctx.dtypes, ctx.up_scale, ctx.need = [t if t is None else t.dtype for t in inputs[:5]], inputs[14], inputs[15]
-    ctx.save_for_backward(*output[2:])
+    ctx.lean = _is_lean(ctx.need, inputs[16])
+    ctx.save_for_backward(*output[2:8], *((output[8], *layer, class_weight) if ctx.lean else ()))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -270,10 +304,13 @@ def _backward(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 17
     unit, *kept = ctx.saved_tensors
-    factor = dloss / unit
+    kept, lean, factor = kept[:5], kept[5:], dloss / unit
     factors = [factor] * 3 + [factor * ctx.up_scale] * 2
     each = zip(kept, factors, ctx.dtypes, ctx.need, strict=True)
-    return *((d * f).to(dtype) if need else None for d, f, dtype, need in each), *[None] * 12
+    found = [(d * f).to(dtype) if need else None for d, f, dtype, need in each]
+    if ctx.lean:
+        found[1] = torch.ops.sloth.linear_cross_entropy_dweight.default(dloss, *lean, *ctx.how)
+    return *found, *[None] * 12
 
 
 torch.library.register_autograd("sloth::linear_cross_entropy_forward", _backward, setup_context=_setup)
@@ -281,6 +318,12 @@ torch.library.register_autograd("sloth::linear_cross_entropy_forward", _backward
 linear_cross_entropy_forward = torch.ops.sloth.linear_cross_entropy_forward.default
 """The loss, and what its backward pass needs: `unit` times the gradients that were asked for, in fp32 where budget is 0, those of
 the adapter but for up_scale."""
+
+
+def _is_whole(hidden: Tensor, weight: Tensor) -> bool:
+    rows, H = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
+    return hidden.device.type in WHOLE and hidden.itemsize == 2 and compiling() and rows * hidden.itemsize <= H * 4
+
 
 torch.library.define(
     "sloth::linear_cross_entropy",
@@ -299,7 +342,12 @@ def _(
 ):  # fmt: skip
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, narrow, up)]
+    plain = up is None and Terms(label_smoothing, class_weight, z_loss).plain
     with without_autocast(hidden):
+        if plain and need[1] and not budget and _is_whole(hidden, weight):
+            check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
+            loss, _, count = cross_entropy(F.linear(hidden, weight, bias), target, ignore_index, reduction, softcap, scale)
+            return (loss if items is None else loss / items).to(loss_dtype or loss.dtype), count
         loss, count, *_ = linear_cross_entropy_forward(
             hidden, weight, bias, narrow, up, target, items, ignore_index, reduction, softcap, scale,
             class_weight, label_smoothing, z_loss, up_scale, need, budget,

@@ -138,7 +138,11 @@ def test_a_target_out_of_range():
         with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
             ours(make((2, 8), torch.float32), weight, torch.tensor([1, 30]))
     else:
-        assert ours(make((2, 8), torch.float32), weight, torch.tensor([1, 30], device=DEVICE)).isnan()
+        hidden, target = make((2, 8), torch.bfloat16).requires_grad_(), torch.tensor([1, 30], device=DEVICE)
+        weight = weight.bfloat16().requires_grad_()
+        for fn in (ours, torch.compile(ours)):
+            loss = fn(hidden, weight, target)
+            assert loss.isnan() and torch.autograd.grad(loss, hidden)[0][1].isnan().all()
 
 
 def test_wrong_arguments():
@@ -156,11 +160,12 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("budget", [0, 4096])
 def test_a_budget_bounds_the_chunk(budget):
-    """The same loss; gradients that wait for the backward pass in the dtype of what they belong to."""
+    """The same loss; the gradient that waits for the backward pass in the dtype of what it belongs to, dW does not wait."""
     hidden, weight = make((40, 8), torch.bfloat16).requires_grad_(), make((50, 8), torch.bfloat16, seed=2).requires_grad_()
     target = random_targets((40,), 50, 0.2, 3)
     loss = ours(hidden, weight, target, None, None, -100, "mean", None, 1.0, budget)
-    assert {t.dtype for t in loss.grad_fn.saved_tensors[1:3]} == {torch.bfloat16 if budget else torch.float32}
+    dhidden, dweight = loss.grad_fn.saved_tensors[1:3]
+    assert (dhidden.dtype, len(dweight)) == ((torch.bfloat16, 0) if budget else (torch.float32, 50))
     got = torch.autograd.grad(loss, (hidden, weight))
     expected = torch.autograd.grad(eager(hidden, weight, target), (hidden, weight))
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-4)
@@ -178,6 +183,38 @@ def test_chunks_are_even():
     assert chunk_rows(8192, 128256, 2, 902 * 2**20) == 3072
     assert chunk_rows(8192, 128256, 2, 80 * 2**20) == 320
     assert chunk_rows(100, 1000, 2, 60 * 2000) == 60
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_whole(how, monkeypatch):
+    """Where a compiler sees it and the logits are no larger than dW in fp32: no chunks. A rounded loss scale is no reason to."""
+    monkeypatch.setattr(module, "WHOLE", ("cpu", "cuda"))
+    bias, items, reduction, *rest = HOW[how]
+    hidden, weight = make((2, 60, 64), torch.bfloat16, seed=1), make((1000, 64), torch.bfloat16, seed=2, scale=0.3)
+    bias = make((1000,), torch.bfloat16, seed=4) if bias else None
+    items = None if items is None else torch.tensor(items, device=DEVICE)
+    target = random_targets((2, 60), 1000, 0.2, 3)
+    torch._dynamo.reset()
+    whole = torch.compile(lambda *tensors: ours(*tensors, -100, reduction, *rest), fullgraph=True, dynamic=False)
+    with mock.patch.object(module, "_by_rows") as chunked:
+        compare(
+            whole, lambda *tensors: eager(*tensors, -100, reduction, *rest), [hidden, weight, target, bias, items],
+            [True, True, False, bias is not None, False], [torch.tensor(0.3, device=DEVICE)], slack=0.0,
+        )  # fmt: skip
+    assert not chunked.called
+
+
+@pytest.mark.parametrize("case", ["frozen", "budget", "many rows", "fp32"])
+def test_not_whole(case, monkeypatch):
+    monkeypatch.setattr(module, "WHOLE", ("cpu", "cuda"))
+    dtype, rows = torch.float32 if case == "fp32" else torch.bfloat16, 17 if case == "many rows" else 16
+    hidden, weight = make((rows, 8), dtype).requires_grad_(), make((50, 8), dtype, seed=2).requires_grad_(case != "frozen")
+    target = random_targets((rows,), 50, 0.2, 3)
+    torch._dynamo.reset()
+    chunked = lambda h, w: ours(h, w, target, None, None, -100, "mean", None, 1.0, int(case == "budget"))  # noqa: E731
+    with mock.patch.object(module, "_by_rows", wraps=module._by_rows) as spy:
+        torch.compile(chunked, backend="aot_eager", dynamic=False)(hidden, weight).backward()
+    assert spy.called
 
 
 def test_compiled():
