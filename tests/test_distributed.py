@@ -1,4 +1,6 @@
-"""Two processes: DistributedDataParallel around compiled code and inside of it gives eager's gradients, whoever reads logits."""
+"""Two processes: DistributedDataParallel around compiled code and inside of it gives eager's gradients, whoever reads logits.
+
+On two GPUs through NCCL, otherwise on the CPU through gloo."""
 
 import os
 
@@ -15,6 +17,7 @@ from sloth.lazy_logits import LazyLogits, lazy
 from sloth.rewriter.backend import listening
 
 V = 40_000  # embedding and head are a bucket each
+GPUS = torch.cuda.device_count() >= 2
 
 
 class Model(nn.Module):
@@ -53,17 +56,17 @@ CASES = {  # who reads the logits, and how the model is wrapped
 def gradients(wrap, loss, ids):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = Model()
+    model = Model().to(ids.device)
     wrapped = wrap(model)  # it averages gradients as long as it lives
     out = wrapped(ids, ids if loss is nobody else None)
     loss(out).backward()
     return [p.grad for p in model.parameters()], isinstance(out["logits"], LazyLogits)
 
 
-def gathered(rank: int) -> None:
+def gathered(rank: int, device: torch.device) -> None:
     """What Trainer's evaluation does with logits of batches that differ in length, in both processes."""
-    accelerator = Accelerator(cpu=True)
-    h, w = torch.randn(2, 3 + rank, 4, requires_grad=True), torch.randn(10, 4)
+    accelerator = Accelerator(cpu=not GPUS)
+    h, w = torch.randn(2, 3 + rank, 4, device=device, requires_grad=True), torch.randn(10, 4, device=device)
     ours, real = (accelerator.gather(accelerator.pad_across_processes(z, dim=1)) for z in (lazy(h, w), F.linear(h, w)))
     assert type(ours) is torch.Tensor and ours.shape == (4, 4, 10)
     torch.testing.assert_close(ours, real)
@@ -71,6 +74,9 @@ def gathered(rank: int) -> None:
 
 def work(rank: int, file: str) -> None:
     torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if GPUS else torch.device("cpu")
+    if GPUS:
+        torch.cuda.set_device(device)
     told = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -79,16 +85,16 @@ def work(rank: int, file: str) -> None:
         "MASTER_PORT": 0,
     }  # what accelerate asks
     os.environ |= {name: str(value) for name, value in told.items()}
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    dist.init_process_group("nccl" if GPUS else "gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     lazy_tensor.CHUNK = 4 * V * 4
-    ids = torch.randint(0, V, (2, 12), generator=torch.Generator().manual_seed(rank))
+    ids = torch.randint(0, V, (2, 12), generator=torch.Generator().manual_seed(rank)).to(device)
     for name, (loss, wrap) in CASES.items():
         expected, _ = gradients(DistributedDataParallel, loss, ids)
         with listening() as reports:
             found, is_lazy = gradients(wrap, loss, ids)
         assert is_lazy and len(reports) == 2, name  # Dynamo splits graphs between buckets of parameters
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-    gathered(rank)
+    gathered(rank, device)
     everyone = [torch.empty_like(found[-1]) for _ in range(2)]
     dist.all_gather(everyone, found[-1])
     assert torch.equal(*everyone) and everyone[0].any()  # they were averaged
