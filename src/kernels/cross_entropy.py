@@ -23,7 +23,7 @@ Bytes    forward reads the logits once, backward reads them and writes the gradi
          3·N·V·itemsize over the copy rate.
 
 A target out of range: PyTorch's "index out of bounds" error in eager code on the CPU; on a GPU the row's loss and gradient are
-nan, nothing is read out of bounds, and nothing waits for the device.
+nan, and its lse; nothing is read out of bounds, and nothing waits for the device.
 """
 
 import torch
@@ -125,12 +125,11 @@ def _forward_kernel(
     ignored = target == IGNORE
     m = tl.max(peak, 0)
     log_l = tl.log(tl.sum(total * _exp(peak - m, EXACT), 0))
-    lse = m + log_l
     nll = tl.where(inside, log_l + (m - z_t), float("nan"))
+    lse = tl.where(inside | ignored, m + log_l, float("nan"))  # so the row's gradient is nan too
     tl.store(nll_ptr + row, tl.where(ignored, 0.0, nll))
     tl.store(lse_ptr + row, tl.where(wanted, lse, 0.0))
-    low = tl.where(ignored | inside, (m - lse) + log_l, float("nan"))  # which makes the whole row's gradient nan
-    tl.store(low_ptr + row, tl.where(wanted, low, 0.0))
+    tl.store(low_ptr + row, tl.where(wanted, (m - lse) + log_l, 0.0))
     if SPREAD:
         tl.store(spread_ptr + row, tl.where(ignored, 0.0, tl.sum(spread, 0)))
 
@@ -237,13 +236,14 @@ def forward_aten(
 
 
 def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float, first: int = 0):
-    """As backward_triton."""
+    """As backward_triton. Without `low`, which matters to fp32 alone, it reads less for each element."""
     V = logits.shape[-1]
     z_NV, slope = capped_with_slope(logits.reshape(-1, V), softcap, scale)
     target_N1 = target.reshape(-1, 1)
     G = dloss.to(z_NV.dtype)
     G = G / count if mean else G
-    p = torch.exp((z_NV - lse.unsqueeze(-1)) - low.unsqueeze(-1))
+    z_NV = z_NV - lse.unsqueeze(-1)
+    p = torch.exp(z_NV if low is None else z_NV - low.unsqueeze(-1))
     dz = p - (torch.arange(first, first + V, device=logits.device) == target_N1).to(p.dtype)
     return torch.where(target_N1 != ignore_index, (G * slope) * dz, 0.0).to(logits.dtype).reshape(logits.shape)
 
@@ -280,9 +280,13 @@ def _cross_entropy_backward(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    over_logits = compiling() and logits.itemsize == 2  # Inductor writes one kernel of these formulas, over logits nobody needs
-    backward = backward_triton if use_triton(logits) and not over_logits else backward_aten
-    return backward(dloss, logits, target, lse, lse_low, count, ignore_index, reduction == "mean", softcap, scale)
+    how = ignore_index, reduction == "mean", softcap, scale
+    if (
+        compiling() and logits.itemsize == 2
+    ):  # Inductor writes one kernel of these formulas, over logits that nobody needs any more
+        return backward_aten(dloss, logits, target, lse, None, count, *how)
+    backward = backward_triton if use_triton(logits) else backward_aten
+    return backward(dloss, logits, target, lse, lse_low, count, *how)
 
 
 def _setup(ctx, inputs, output):
