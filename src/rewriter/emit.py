@@ -20,11 +20,15 @@ EMIT: dict[str, torch._ops.OpOverload] = {
     "detach": torch.ops.aten.detach.default,
     "mul": torch.ops.aten.mul.Tensor,
 }
+OWN: set[torch._ops.OpOverload] = set()  # operators that were added
 
 
 def emit(op: str, operator: torch._ops.OpOverload) -> None:
-    """Let rewrites write the canonical operation `op` as `operator`, called with its arguments in their order."""
+    """Let rewrites write the canonical operation `op` as `operator`, called with its arguments in their order. Its result is not
+    kept for the backward pass (`again.py`).
+    """
     EMIT[op] = operator
+    OWN.add(operator)
 
 
 def held(v: Value) -> list[Value]:

@@ -15,13 +15,17 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._higher_order_ops import triton_kernel_wrap
 
+from sloth.rewriter.again import MadeAgain
 from sloth.rewriter.ir import Symbol
 
 
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        return torch._TorchCompileInductorWrapper(mode, options, None)
+        inductor = torch._TorchCompileInductorWrapper(mode, options, None)
+        if torch._inductor.config.post_grad_custom_post_pass is None:  # nobody's own
+            inductor.config.setdefault("post_grad_custom_post_pass", MadeAgain(_sources()))
+        return inductor
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
     return lookup_backend(name)
