@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import sloth.lazy_trl  # noqa: F401  more of the table
 from sloth.kernels.gemm import as_matrix
 from sloth.kernels.launch import compute_dtype, without_autocast
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy_forward

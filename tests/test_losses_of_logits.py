@@ -4,6 +4,7 @@ TRL's own functions, as its trainers call them: DPO, GRPO, ORPO; and distillatio
 """
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from common import DEVICE, DTYPES, compare, make
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
+from trl.kernels import logprob_entropy
 from trl.kernels import selective_log_softmax_and_entropy as trl_kernel
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 
 from sloth import lazy_tensor
@@ -64,6 +67,7 @@ def distillation(logits):
 
 
 LOSSES = [dpo, grpo, orpo, with_entropy, distillation]
+TRLS = [dpo, grpo, orpo, with_entropy]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 
 
@@ -112,6 +116,27 @@ def test_kernels_that_read_all_logits():
     compare(lambda h, w: [t.cpu() for t in loss(lazy(h, w))], real, tensors, slack=64, strides=False)
 
 
+@pytest.fixture
+def with_kernel(monkeypatch):
+    """TRL's own choice on a GPU."""
+    monkeypatch.setattr(trl_utils, "_supports_trl_loss_kernel", lambda *_: True)
+
+
+@pytest.mark.parametrize("loss", TRLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_exact_as_the_kernel_of_trl(loss, dtype, with_kernel):
+    """Real logits go to TRL's kernel, lazy ones do not."""
+    tensors = [make((B, S, H), dtype, seed=1), make((V, H), dtype, seed=2, scale=H**-0.5)]
+    given, logits = [], lazy(*tensors)
+    with mock.patch.object(logprob_entropy._LogProbEntropyFunction, "apply", lambda z, *_: given.append(z) or (z[..., 0],) * 2):
+        loss(logits)
+        assert not given and logits.known is None
+        loss(F.linear(*tensors))
+        assert given
+    few = 200 if dtype != torch.float32 else 0
+    compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, few=few, strides=False)
+
+
 def largest(fn: Callable[[], object]) -> int:
     """Bytes of the largest allocation that it makes."""
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -120,8 +145,9 @@ def largest(fn: Callable[[], object]) -> int:
 
 
 @each_loss
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU TRL runs a kernel that reads all logits")
-def test_never_all_logits_at_once(loss):
+@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
+def test_never_all_logits_at_once(loss, kernel, monkeypatch):
+    monkeypatch.setattr(trl_utils, "_supports_trl_loss_kernel", lambda *_: kernel)
     tensors = [make((B, S, H), torch.float32, seed=1), make((V, H), torch.float32, seed=2)]
 
     def step(logits_of):
@@ -133,7 +159,6 @@ def test_never_all_logits_at_once(loss):
     assert largest(lambda: step(lazy)) <= max(2 * lazy_tensor.CHUNK, weight) < everything / 4
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU TRL runs a kernel that reads all logits")
 def test_never_all_logits_of_a_model(monkeypatch):
     """Policy and reference of DPO, forward and backward: the largest tensor is the head."""
     words = 30_000
