@@ -23,6 +23,7 @@ from sloth.patterns.cross_entropy import (
     weighted,
     with_z_loss,
 )
+from sloth.patterns.lora import LORA
 from sloth.rewriter.registry import pattern
 
 DIMS = {  # flat: rows_of_logits.py
@@ -69,9 +70,9 @@ def with_z_loss_items(hidden, weight, target, items, *, ignore_index: int, z_los
 
 
 HOW = {"dims": DIMS, "no_grad": ("class_weight",), "deferred": lazy}
-entry = pattern(CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy", variant="mean", reduction="mean")(
-    headed(loss(same, "mean", False)["plain"], ())
-)
+entry = pattern(
+    CROSS_ENTROPY, op=linear_cross_entropy, **HOW, also=(LORA,), name="linear_cross_entropy", variant="mean", reduction="mean"
+)(headed(loss(same, "mean", False)["plain"], ()))
 
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
     for _prepare in (same, torch.Tensor.float):

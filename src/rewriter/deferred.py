@@ -82,14 +82,27 @@ def deferrable(match: Match, v: Value, view: View) -> bool:
     return all(c is not None and all(view.env[layer.node] in match.values for layer in c.layers) for c in chains)
 
 
+def left_alone(view: View, deferrals: Sequence[Deferral]) -> set[Value]:
+    """What no match is to compute, a layer with its adapter say: a deferral wants it, and nobody but the caller reads it."""
+    if view.path:
+        return set()
+    wanted, found = _wanted(view, [], deferrals), set()
+    given = view.gm.graph.output_node().args[0] if wanted else ()
+    for chain in (_chain(node, view) for node in given if isinstance(node, fx.Node)):
+        if chain and all(view.env[layer.node] in wanted for layer in chain.layers) and not _kept(chain, view):
+            found |= {view.env[n] for n in chain.nodes}
+    return found
+
+
 def defer(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> tuple[list[Deferred], list[Site]]:
-    """Let the graph give out the inputs of layers. Also a site for each layer that a deferral wants."""
+    """Let the graph give out the inputs of layers. Also a site for each layer that a deferral wants, adapters aside."""
     if view.path:
         return [], []
     makers = {v: m.pattern.deferred for m in matches if m.pattern.deferred is not None for v in m.values}
     wanted, sites = _wanted(view, matches, deferrals), {}
     for v, entry in wanted.items():
-        sites[v] = _site(v, entry, "escape", "the graph uses its result")
+        reader = next(user for n in v.nodes for user in n.users)
+        sites[v] = _site(v, entry, "escape", f"`{reader.name}` in the graph reads it")
     output = view.gm.graph.output_node()
     given, found, nodes = list(output.args[0]), [], set()
     for i, node in enumerate(given):
@@ -98,7 +111,8 @@ def defer(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> tu
         made = {makers.get(layer) for layer in layers}
         if layers and all(layer in wanted for layer in layers):
             why = _kept(chain, view)
-            sites |= {layer: _site(layer, wanted[layer], "escape" if why else MATCHED, why) for layer in layers}
+            sites |= {layers[0]: _site(layers[0], wanted[layers[0]], "escape" if why else MATCHED, why)}
+            sites = {v: site for v, site in sites.items() if v not in layers[1:]}
             made = set() if why else {wanted[layer].make for layer in layers}
         if len(made) == 1 and None not in made:
             given[i] = _side_by_side(chain, view)

@@ -198,8 +198,10 @@ def _around(v: Value, graph: Ground) -> bool:
 
 
 def _alive(v: Value) -> bool:
-    """Does anybody read it in the end? Dead code of the model counts as nobody."""
-    return any(n.users for n in v.nodes) or any(_alive(u) for u in v.users)
+    """Does anybody read it in the end? Dead code of the model counts as nobody, and so does what a rule made of other values:
+    those read the same, and whoever computes it computes them.
+    """
+    return any(n.users for n in v.nodes) or not v.spelled and any(_alive(u) for u in v.users)
 
 
 def _name(v: Value) -> str:

@@ -11,13 +11,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter import legality
-from sloth.rewriter.deferred import defer
+from sloth.rewriter.deferred import defer, left_alone
 from sloth.rewriter.match import Match, Matcher, Refused
 from sloth.rewriter.pattern import Construct, Deferral, Pattern
 from sloth.rewriter.report import MATCHED, GraphReport
 from sloth.rewriter.rewrite import Rewriter, choose, together
 from sloth.rewriter.shadow import View, shape_env_of, views
-from sloth.rewriter.sites import matched_sites, missed_sites
+from sloth.rewriter.sites import deferred_sites, matched_sites, missed_sites
 
 
 def rewrite(
@@ -72,7 +72,8 @@ def rewrite_view(
                 legal.append(match)
             except Refused as why:
                 refused.append((match, why))
-        accepted, losers = choose(legal)
+        spared = left_alone(view, deferrals)
+        accepted, losers = choose([m for m in legal if not m.values & spared])
     with _timed(report, "rewrite"):
         rewriter, placed = Rewriter(view), []
         todo = together(accepted)
@@ -92,11 +93,13 @@ def rewrite_view(
                 continue
             placed += matches
             report.sites += sites
+        later = deferred_sites(spared, constructs)
         deferred, sites = defer(view, placed, deferrals)
         report.deferred += deferred
-        report.sites += sites
+        report.sites += [*sites, *later]
     with _timed(report, "report"):
-        report.sites += missed_sites(view, matcher, placed, refused, constructs)
+        covered = spared.union(*(m.values for m in placed))
+        report.sites += missed_sites(view, matcher, covered, refused, constructs)
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

@@ -6,6 +6,7 @@ reached it from above, the largest part of a pattern that does match around it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 
 from sloth.rewriter.ir import Value
@@ -21,16 +22,22 @@ def matched_sites(match: Match) -> list[Site]:
     """One of its construct, and one for each anchor of others that it holds too. To be taken before the graph is rewritten: the
     rewrite removes the nodes they point to.
     """
-    anchors = [(c, v) for c in match.pattern.also for v in sorted(match.values, key=lambda v: v.id) if c.anchor(v)]
-    places = [(match.pattern.construct, match.roots[-1].nodes[0]), *((c, v.origin) for c, v in anchors)]
-    return [Site(construct.name, str(match.variant), MATCHED, *source(node)) for construct, node in places]
+    own = Site(match.pattern.construct.name, str(match.variant), MATCHED, *source(match.roots[-1].nodes[0]))
+    return [own, *_held(match.values, match.pattern.also, str(match.variant))]
 
 
-def missed_sites(
-    view: View, matcher: Matcher, accepted: list[Match], refused: Refusals, constructs: list[Construct]
-) -> list[Site]:
-    """One site for each anchor, or group of anchors of one module, that no accepted match covers."""
-    covered = {v for m in accepted for v in m.values}
+def deferred_sites(values: set[Value], constructs: list[Construct]) -> list[Site]:
+    """One for each anchor in what is left to be computed later: an adapter on a head."""
+    return _held(values, constructs, "deferred")
+
+
+def _held(values: Iterable[Value], constructs: Iterable[Construct], variant: str) -> list[Site]:
+    found = [v for v in sorted(values, key=lambda v: v.id) if v.nodes or not v.spelled]
+    return [Site(c.name, variant, MATCHED, *source(v.origin)) for c in constructs for v in found if c.anchor(v)]
+
+
+def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Refusals, constructs: list[Construct]) -> list[Site]:
+    """One site for each anchor, or group of anchors of one module, that is not covered by what was replaced or deferred."""
     sites = []
     for construct in constructs:
         groups: dict[object, list[Value]] = {}

@@ -42,6 +42,17 @@ def model_of(name: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(config(**SIZES, **more)).to(DEVICE).train()
 
 
+def with_adapters(model: nn.Module, configs: list[dict]) -> nn.Module:
+    """PEFT's, on the head."""
+    peft = pytest.importorskip("peft")
+    configs = [peft.LoraConfig(**{"r": 2, "target_modules": ["lm_head"], "init_lora_weights": False} | c) for c in configs]
+    model = peft.get_peft_model(model, configs[0], adapter_name="0")
+    for i, config in enumerate(configs[1:], 1):
+        model.add_adapter(str(i), config)
+    model.base_model.set_adapter([str(i) for i in range(len(configs))])
+    return model.to(DEVICE).train()
+
+
 def tokens(length: int = 12) -> torch.Tensor:
     return torch.randint(3, V, (2, length), generator=torch.Generator().manual_seed(length)).to(DEVICE)
 
@@ -84,6 +95,44 @@ def test_models(name, how):
         torch.testing.assert_close(*losses, **tolerance)
         torch.testing.assert_close(*(torch.autograd.grad(x, parameters) for x in losses), **tolerance)
         torch.testing.assert_close(ours.logits + torch.zeros_like(eager.logits), eager.logits, **tolerance)
+
+
+ADAPTERS = {  # adapters, how the model is called, sites of the head and of adapters without a loss, is it lazy beside one
+    "lora": ([{}], "fp32", [MATCHED], ["deferred"], True),
+    "autocast": ([{}], "autocast", [MATCHED], ["deferred"], True),
+    "dropout": ([{"lora_dropout": 0.3}], "fp32", [MATCHED], ["deferred"], True),
+    "two": ([{}, {"r": 3, "lora_alpha": 7}], "fp32", [MATCHED], ["deferred"] * 2, False),
+    "dora": ([{"use_dora": True}], "fp32", ["escape"] * 2, ["adapter[dora]"], False),  # a trained factor for each word
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("labels", [False, True], ids=["logits", "loss"])
+def test_adapters_on_the_head(name, labels):
+    """Of a loss one may be a part: more, and DoRA's, are computed for it."""
+    configs, how, heads, loras, beside = ADAPTERS[name]
+    if name == "dropout" and DEVICE == "cuda":
+        pytest.skip("compiled code draws other numbers there")
+    model, ids, outs = with_adapters(model_of("llama"), configs), tokens(), []
+    more = {"labels": ids} if labels else {}
+    compiled = torch.compile(model, backend="sloth", options=OPTIONS)
+    with listening() as reports:
+        for call in (compiled, model):
+            torch.manual_seed(0)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=how == "autocast"):
+                outs.append(call(input_ids=ids, **more))
+    assert not any(r.untouched for r in reports)
+    ours, eager = outs
+    sites = {c: [s for r in reports for s in r.sites if s.construct == c] for c in ("head", "lora")}
+    assert [s.status for s in sites["lora"]] == [MATCHED] * len(loras)
+    if not labels:
+        assert ([s.status for s in sites["head"]], [s.variant for s in sites["lora"]]) == (heads, loras)
+    assert is_lazy(ours.logits) == (beside if labels else MATCHED in heads)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    tolerance = {"rtol": 3e-2, "atol": 3e-2} if how == "autocast" else {"rtol": 1e-4, "atol": 1e-5}
+    for loss in (lambda out: out.loss if labels else next_token_loss(out.logits, ids), lambda out: out.logits.square().mean()):
+        both = [[loss(out), *torch.autograd.grad(loss(out), parameters, retain_graph=True)] for out in (ours, eager)]
+        torch.testing.assert_close(*both, **tolerance)
 
 
 def test_numbers_that_are_inputs_of_the_graph():
