@@ -19,8 +19,8 @@ import sloth.lazy_trl  # noqa: F401  more of the table
 from sloth.kernels.gemm import as_matrix
 from sloth.kernels.launch import compute_dtype, without_autocast
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy_forward
-from sloth.lazy_head import Head, Step, stepped, versions
-from sloth.lazy_tensor import STAYS_LAZY, LazyLogits, at_once, by_rows, gates, is_lazy, lazy, made, read
+from sloth.lazy_head import Head, Step, stepped
+from sloth.lazy_tensor import STAYS_LAZY, LazyLogits, Rows, at_once, by_rows, is_lazy, lazy, made, read
 
 __all__ = ["LazyLogits", "lazy", "read"]
 
@@ -29,18 +29,17 @@ __all__ = ["LazyLogits", "lazy", "read"]
 
 def _picked(x: LazyLogits, pick: Callable[[Tensor], Tensor]) -> Tensor:
     """Other rows of `x`."""
-    x.head.check(x.hidden, x.version)
-    hidden = pick(x.hidden)
-    gate = hidden if x.gate is x.hidden else x.gate if x.gate is None else pick(x.gate)
-    return made(x.head, hidden, versions(hidden), gate, x.steps, x.plain, _example(x), _wants_grad(x))
+    x.rows.check()
+    hidden, gate = pick(x.rows.hidden), x.rows.gate
+    gate = hidden if gate is x.rows.hidden else gate if gate is None else pick(gate)
+    return made(Rows(x.rows.head, hidden, gate), x.steps, x.plain, _example(x), _wants_grad(x))
 
 
 def _with(x: LazyLogits, *more: Step, plain: bool = True) -> Tensor:
     """`x` with something done to each row."""
-    x.head.check(x.hidden, x.version)
+    x.rows.check()
     more = tuple(_as_here(x, step) for step in more)
-    like = stepped(more, _example(x))
-    return made(x.head, x.hidden, x.version, x.gate, x.steps + more, x.plain and plain, like, _wants_grad(x))
+    return made(x.rows, x.steps + more, x.plain and plain, stepped(more, _example(x)), _wants_grad(x))
 
 
 def _example(x: LazyLogits) -> Tensor:
@@ -90,12 +89,11 @@ def _pointwise(func: Callable, x: LazyLogits, *others: Any, **kwargs: Any) -> An
     rest = [o.steps[shared:] if isinstance(o, LazyLogits) else o for o in operands]
     like = func(*(_example(o) if isinstance(o, LazyLogits) else o for o in operands))
     step = _as_here(x, lambda z: func(*(stepped(o, z) if isinstance(o, tuple) else o for o in rest)))
-    return made(x.head, x.hidden, x.version, x.gate, (*x.steps[:shared], step), False, like, _wants_grad(x))
+    return made(x.rows, (*x.steps[:shared], step), False, like, _wants_grad(x))
 
 
 def _of_same_logits(x: LazyLogits, y: Any) -> bool:
-    same = isinstance(y, LazyLogits) and is_lazy(y) and y.head is x.head and y.hidden is x.hidden
-    return same and y.requires_grad == x.requires_grad
+    return isinstance(y, LazyLogits) and is_lazy(y) and y.rows is x.rows and y.requires_grad == x.requires_grad
 
 
 def _along_rows(func: Callable, x: LazyLogits, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -146,10 +144,11 @@ def _of_positions(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> A
         return NotImplemented
     if found is not parts:
         return _picked(x, lambda h: func(h, *args, **kwargs))
-    hidden = func(x.hidden, *args, **kwargs)
-    gates = hidden if x.gate is x.hidden else [None] * len(parts) if x.gate is None else func(x.gate, *args, **kwargs)
-    how = x.steps, x.plain, _example(x), _wants_grad(x)
-    return tuple(made(x.head, h, versions(h), g, *how) for h, g in zip(hidden, gates, strict=True))
+    rows, like = x.rows, _example(x)
+    hidden = func(rows.hidden, *args, **kwargs)
+    gates = hidden if rows.gate is rows.hidden else [None] * len(parts) if rows.gate is None else func(rows.gate, *args, **kwargs)
+    parts = (Rows(rows.head, h, g) for h, g in zip(hidden, gates, strict=True))
+    return tuple(made(part, x.steps, x.plain, like, _wants_grad(x)) for part in parts)
 
 
 # ---------------------------------------------------------------- what is computed by rows
@@ -234,11 +233,12 @@ def _cross_entropy(
     strange = size_average is not None or reduce is not None or x.dim() != 2 or weight is not None and weight.requires_grad
     if strange or target.dim() != 1 or reduction not in ("mean", "sum", "none"):
         return NotImplemented
-    x.head.check(x.hidden, x.version)
-    _, _, casts = x.head.autocast
+    x.rows.check()
+    _, _, casts = x.rows.head.autocast
     if x.plain and not casts and reduction != "none":
         how = ignore_index, reduction, None, 1.0, weight, label_smoothing, 0.0
-        return _CrossEntropy.apply(x.head, target, how, x.hidden.detach(), *gates(x)).to(x.dtype)
+        gates = x.rows.gates if _wants_grad(x) else [None] * len(x.rows.gates)
+        return _CrossEntropy.apply(x.rows.head, target, how, x.rows.hidden.detach(), *gates).to(x.dtype)
     how = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
     nll = _by_rows(x, lambda z, t: func(z, t, **how), target)
     if reduction != "mean":

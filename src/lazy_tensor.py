@@ -8,16 +8,16 @@ that takes part in autograd. What acts on each position alone stays lazy (casts,
 numbers of each row is computed some rows at a time, forward and backward; all else is given the logits themselves, which are
 computed once and kept.
 
-Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through head, steps and result,  and
+Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through head, steps and results,  and
     dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32, for each layer of the head
-Each result's part of dz is rounded: where several results of the same rows have gradients in low precision, dh and dW may be some
-percent less exact than those of real logits.
+All results of the same rows wait for each other in a backward pass: there is one dz of all of them, added up where real logits
+would be, and rounded as theirs, and one product each for dh and dW.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +47,38 @@ METADATA = {getattr(Tensor, name).__get__ for name in _GETTERS} | {getattr(Tenso
 METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 
 
+class Term(NamedTuple):
+    """A result of some rows, fn(steps(logits), *beside), and the gradients that came to it."""
+
+    steps: tuple[Step, ...]
+    fn: Callable
+    beside: tuple[Tensor, ...]
+    grads: tuple[Tensor | None, ...]
+
+
+class Rows:
+    """Rows of a head's logits: what all that is computed of them shares."""
+
+    def __init__(self, head: Head, hidden: Tensor, gate: Tensor | None):
+        self.head, self.hidden, self.gate = head, hidden, gate  # gate: where the gradient of hidden states goes
+        self.version = versions(hidden)
+        self.terms: dict[int, list[Term]] = {}  # by backward pass: what has come so far
+        self.products = None  # what the layers give, as autograd sees it
+        if torch.is_grad_enabled() and any(g is not None for g in self.gates):
+            self.products = _Products.apply(head, self.terms, hidden.detach(), *self.gates)
+
+    @property
+    def gates(self) -> list[Tensor | None]:
+        return [self.gate, *self.head.gates]
+
+    def check(self) -> None:
+        self.head.check(self.hidden, self.version)
+
+
 class LazyLogits(Tensor):
     """[..., V] = steps(head(hidden)). Made by `lazy`."""
 
-    head: Head
-    hidden: Tensor
-    version: tuple[int, ...]  # of hidden states when the logits were to be computed
-    gate: Tensor | None  # where the gradient of hidden states goes
+    rows: Rows
     steps: tuple[Step, ...]
     plain: bool  # the steps are casts
     connected: bool  # its gradient goes into hidden states and weights
@@ -100,26 +125,12 @@ def lazy(
     """
     head = Head([(weight, bias), *more], step, autocast)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))
-    return made(head, hidden, versions(hidden), gate_of(hidden), (), plain, head.example(hidden), grad)
+    return made(Rows(head, hidden, gate_of(hidden)), (), plain, head.example(hidden), grad)
 
 
-def made(
-    head: Head,
-    hidden: Tensor,
-    version: tuple[int, ...],
-    gate: Tensor | None,
-    steps: tuple[Step, ...],
-    plain: bool,
-    like: Tensor,
-    grad: bool,
-) -> Tensor:
-    if grad:
-        x = _Connected.apply((head, steps), like, hidden.detach(), gate, *head.gates)
-    else:
-        x = _wrapper(like, hidden)
-        hidden = hidden.detach() if hidden.requires_grad else hidden  # the same object for all of the same rows
-    x.head, x.hidden, x.version, x.gate = head, hidden, version, gate
-    x.steps, x.plain, x.connected, x.known = steps, plain, grad, None
+def made(rows: Rows, steps: tuple[Step, ...], plain: bool, like: Tensor, grad: bool) -> Tensor:
+    x = _Connected.apply(rows, steps, like, rows.products) if grad else _wrapper(like, rows.hidden)
+    x.rows, x.steps, x.plain, x.connected, x.known = rows, steps, plain, grad, None
     x.origin, x.written = None, False
     return x
 
@@ -143,8 +154,8 @@ def read(logits: Any) -> Any:
 
 
 def _values(x: LazyLogits) -> Tensor:
-    x.head.check(x.hidden, x.version)
-    return x.head.logits(_products(x.head.operands(x.hidden)), x.steps)
+    x.rows.check()
+    return x.rows.head.logits(_products(x.rows.head.operands(x.rows.hidden)), x.steps)
 
 
 def _products(operands: Sequence[tuple], rows: slice = slice(None)) -> list[Tensor]:
@@ -208,19 +219,46 @@ def _of_origin(x: LazyLogits, parent: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------- gradients
 
 
+class _Products(torch.autograd.Function):
+    """A stand-in without values for what the layers give. It hands on what has come of all that was computed of it."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Head, terms: dict[int, list[Term]], hidden: Tensor, *gates: Any) -> Tensor:
+        ctx.head, ctx.terms, ctx.version = head, terms, versions(hidden)
+        ctx.save_for_backward(hidden)
+        return hidden.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple:
+        (hidden,) = ctx.saved_tensors
+        ctx.head.check(hidden, ctx.version)
+        terms, need = ctx.terms.pop(torch._C._current_graph_task_id(), None), ctx.needs_input_grad[3:]
+        return None, None, None, *(_gradients(ctx.head, hidden, terms, need) if terms else [None] * len(need))
+
+
+def _waits(terms: dict[int, list[Term]], term: Term) -> Tensor | None:
+    """The term is for `_Products`, which autograd runs when all have come. It is given a gradient without a value."""
+    given = [g for g in term.grads if g is not None]
+    if not given:
+        return None
+    terms.setdefault(torch._C._current_graph_task_id(), []).append(term)
+    return given[0].new_zeros(())
+
+
 class _ByRows(torch.autograd.Function):
     """fn(logits of some rows [n, V], *beside of these rows) for all rows, one result or several."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple, fn: Callable, beside: tuple[Tensor, ...], hidden: Tensor, *gates: Any) -> tuple:
-        head, steps = how
-        operands, found = head.operands(as_matrix(hidden)), []
-        for rows in _chunks(operands):
-            one = fn(head.logits(_products(operands, rows), steps), *(b[rows] for b in beside))
+    def forward(
+        ctx: Any, rows: Rows, steps: tuple[Step, ...], fn: Callable, beside: tuple[Tensor, ...], products: Tensor | None
+    ) -> tuple:
+        operands, found = rows.head.operands(as_matrix(rows.hidden)), []
+        for part in _chunks(operands):
+            one = fn(rows.head.logits(_products(operands, part), steps), *(b[part] for b in beside))
             found.append(one if isinstance(one, tuple) else (one,))
         found = tuple(map(torch.cat, zip(*found, strict=True)))
-        ctx.how, ctx.version = (head, steps, fn, beside), versions(hidden)
-        ctx.save_for_backward(hidden)
+        ctx.terms, ctx.how = rows.terms, (steps, fn, beside)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in found if not t.is_floating_point()))
         return found
@@ -228,27 +266,22 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        (hidden,) = ctx.saved_tensors
-        ctx.how[0].check(hidden, ctx.version)
-        return None, None, None, None, *_gradients(*ctx.how, hidden, grads, ctx.needs_input_grad[4:])
+        return None, None, None, None, _waits(ctx.terms, Term(*ctx.how, grads))
 
 
 class _Connected(torch.autograd.Function):
     """A lazy tensor as autograd sees it where code takes it as it is (an autograd function of somebody's, C++)."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple, like: Tensor, hidden: Tensor, *gates: Any) -> Tensor:
-        ctx.how, ctx.version = how, versions(hidden)
-        ctx.save_for_backward(hidden)
-        return _wrapper(like, hidden)
+    def forward(ctx: Any, rows: Rows, steps: tuple[Step, ...], like: Tensor, products: Tensor) -> Tensor:
+        ctx.terms, ctx.steps = rows.terms, steps
+        return _wrapper(like, rows.hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        (hidden,) = ctx.saved_tensors
-        ctx.how[0].check(hidden, ctx.version)
         grad = as_matrix(read(grad))
-        return None, None, None, *_gradients(*ctx.how, lambda z: z, (), hidden, (grad,), ctx.needs_input_grad[3:])
+        return None, None, None, _waits(ctx.terms, Term(ctx.steps, lambda z: z, (), (grad,)))
 
 
 class _Values(torch.autograd.Function):
@@ -263,34 +296,44 @@ class _Values(torch.autograd.Function):
         return grad
 
 
-def _chunks(operands: Sequence[tuple], trained: int = 0) -> list[slice]:
-    """Rows at a time. Each chunk adds to all of dW: chunks are as large as the weights that are trained, of so many bytes."""
+def _chunks(operands: Sequence[tuple], trained: int = 0, terms: int = 1) -> list[slice]:
+    """Rows at a time, fewer for many terms. Each chunk adds to all of dW: as many as the weights that are trained, of so many
+    bytes, have.
+    """
     row = sum(len(weight) * weight.element_size() for _, weight, _ in operands)
-    n = max(1, max(CHUNK, trained) // row)
+    n = max(1, max(CHUNK, trained) // row // terms)
     return [slice(i, i + n) for i in range(0, max(len(operands[0][0]), 1), n)]
 
 
-def _gradients(
-    head: Head, steps: tuple, fn: Callable, beside: tuple, hidden: Tensor, grads: tuple, need: tuple[bool, ...]
-) -> list[Tensor | None]:
+def _gradients(head: Head, hidden: Tensor, terms: Sequence[Term], need: tuple[bool, ...]) -> list[Tensor | None]:
     """dh, and dW and db of each layer, in fp32 (or fp64), computed some rows at a time; None for what is not needed."""
     operands, wide = head.operands(as_matrix(hidden)), compute_dtype(hidden)
-    if all(g is None for g in grads):
-        return [None] * len(need)
     need_h, needs = need[0], list(zip(need[1::2], need[2::2], strict=True))
     parts = [_Part(*o, *n, need_h, wide) for o, n in zip(operands, needs, strict=True)]
-    for rows in _chunks(
-        operands, sum(weight.nbytes for (_, weight, _), (need_w, _) in zip(operands, needs, strict=True) if need_w)
-    ):
+    trained = sum(weight.nbytes for (_, weight, _), (need_w, _) in zip(operands, needs, strict=True) if need_w)
+    for rows in _chunks(operands, trained, len(terms)):
         zs = [z.requires_grad_() for z in _products(operands, rows)]
-        with torch.enable_grad():
-            one = fn(head.logits(zs, steps), *(b[rows] for b in beside))
-        pairs = zip(one if isinstance(one, tuple) else (one,), grads, strict=True)
-        wanted, given = zip(*((o, g[rows]) for o, g in pairs if g is not None), strict=True)
-        for part, dz in zip(parts, torch.autograd.grad(wanted, zs, given), strict=True):
+        for part, dz in zip(parts, _dz(head, zs, terms, rows), strict=True):
             part.add(dz, rows)
     dh = parts[0].dx if len(parts) == 1 or not need_h else torch.cat([p.dx for p in parts], 1)
     return [dh.view(hidden.shape) if need_h else None, *(d for p in parts for d in (p.dw, p.db))]
+
+
+def _dz(head: Head, zs: list[Tensor], terms: Sequence[Term], rows: slice) -> tuple[Tensor, ...]:
+    """Of all terms; the steps that they share are computed once, and their gradients added up there, as those of a tensor are."""
+    wanted, given = [], []
+    with torch.enable_grad():
+        known = {(): head.logits(zs)}
+        for steps, fn, beside, grads in terms:
+            for i, step in enumerate(steps):
+                if steps[: i + 1] not in known:
+                    known[steps[: i + 1]] = step(known[steps[:i]])
+            one = fn(known[steps], *(b[rows] for b in beside))
+            pairs = zip(one if isinstance(one, tuple) else (one,), grads, strict=True)
+            used = [(o, g[rows]) for o, g in pairs if g is not None]
+            wanted += [o for o, _ in used]
+            given += [g for _, g in used]
+    return torch.autograd.grad(wanted, zs, given)
 
 
 class _Part:
@@ -313,11 +356,6 @@ class _Part:
             self.db += dz.sum(0, dtype=self.db.dtype)
 
 
-def gates(x: LazyLogits) -> list[Tensor | None]:
-    """What the gradients of hidden states, weight and bias are given to, in fp32."""
-    return [x.gate, *x.head.gates] if torch.is_grad_enabled() and x.requires_grad else [None] * (1 + len(x.head.gates))
-
-
 def at_once(x: LazyLogits) -> bool:
     """Are they so few that all of them are computed at once?"""
     return x.nbytes <= CHUNK
@@ -325,7 +363,8 @@ def at_once(x: LazyLogits) -> bool:
 
 def by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
     """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
-    x.head.check(x.hidden, x.version)
-    found = _ByRows.apply((x.head, x.steps), fn, beside, x.hidden.detach(), *gates(x))
+    x.rows.check()
+    products = x.rows.products if torch.is_grad_enabled() and x.requires_grad else None
+    found = _ByRows.apply(x.rows, x.steps, fn, beside, products)
     found = [t.view((*x.shape[:-1], *t.shape[1:])) for t in found]
     return found[0] if len(found) == 1 else tuple(found)

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import weakref
 from unittest import mock
 
 import pytest
@@ -224,6 +225,45 @@ def test_views_show_what_is_written_in_place(fn, grad):
     ours, theirs = fn(x), fn(real * 1)
     torch.testing.assert_close(read(ours), theirs)
     same_gradients(read(ours), theirs, leaves)
+
+
+class Nothing(torch.autograd.Function):
+    """It gives no gradient, or an error."""
+
+    @staticmethod
+    def forward(ctx, x, fails):
+        ctx.fails = fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        assert not ctx.fails
+        return None, None
+
+
+def test_results_wait_for_each_other_in_each_backward_pass():
+    """Together, one by one, again, for some of the leaves, and after a pass that went wrong."""
+    x, real, leaves = pair(bias=True)
+    found, index = [], torch.arange(B * S).view(B, S, 1) % V
+    for t in (x.float() / 2, real / 2):
+        found.append((t.logsumexp(-1), t.log_softmax(-1).gather(-1, index), t.max(-1).values))
+    how = {"retain_graph": True, "allow_unused": True}
+    for of in (leaves, leaves[:1], leaves[1:]):
+        for results in ([0, 1, 2], [1], [2, 0], [0, 1, 2]):
+            losses = [sum((i + 1) * t[i].sum() for i in results) for t in found]
+            torch.testing.assert_close(*(torch.autograd.grad(loss, of, **how) for loss in losses), rtol=1e-4, atol=1e-5)
+        (first, second, third), _ = found
+        assert not any(torch.autograd.grad(Nothing.apply(first, False).sum(), of, **how))
+        with pytest.raises(AssertionError):
+            torch.autograd.grad(Nothing.apply(second, True).sum() + first.sum() + third.sum(), of, **how)
+
+
+def test_what_only_waits_is_not_kept_alive():
+    x, _, _ = pair()
+    loss, hidden = x.logsumexp(-1).sum() + x.sum(), weakref.ref(x.rows)
+    loss.backward()
+    del x, loss
+    assert hidden() is None
 
 
 def test_what_was_read_and_what_was_not_add_up():

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE, DTYPES, compare, make
+from common import DEVICE, DTYPES, compare, make, wide
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 from trl.kernels import logprob_entropy
@@ -66,7 +66,15 @@ def distillation(logits):
     return logits.logsumexp(-1), values, logits.log_softmax(-1).gather(-1, where.flip(-1)), logits.max(-1).values
 
 
-LOSSES = [dpo, grpo, orpo, with_entropy, distillation]
+def several(logits):
+    """Results of the same rows, each with a gradient of its own: of one cast, and of the logits themselves."""
+    z = wide(logits)
+    logp = z.log_softmax(-1)
+    picked = logp.gather(-1, IDS[..., None]).squeeze(-1)
+    return z.logsumexp(-1), picked, -(logp.exp() * logp).sum(-1), logits.logsumexp(-1), logits.max(-1).values
+
+
+LOSSES = [dpo, grpo, orpo, with_entropy, distillation, several]
 TRLS = [dpo, grpo, orpo, with_entropy]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 
@@ -98,6 +106,20 @@ def test_results_of_a_trained_head_are_rounded_once_together():
     tensors = [make((B, 16 * S, H), torch.bfloat16, seed=1), make((V, H), torch.bfloat16, seed=2, scale=H**-0.5)]
     loss = lambda logits: torch.cat([part.logsumexp(-1) for part in logits.split(4, dim=1)], 1)  # noqa: E731
     compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, slack=0, strides=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_of_the_same_rows_are_added_before_they_are_rounded(dtype):
+    """Log-probabilities at two temperatures: the gradients of their difference nearly cancel."""
+    tensors = [make((B, S, H), dtype, seed=1), make((V, H), dtype, seed=2, scale=H**-0.5)]
+    index = F.linear(*tensors).argmax(-1, keepdim=True)
+
+    def loss(logits):
+        z = wide(logits)
+        return [(z / t).log_softmax(-1).gather(-1, index).squeeze(-1) for t in (1.0, 2.0)]
+
+    douts = [torch.full((B, S), d, device=DEVICE) for d in (1.0, -1.0)]
+    compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, douts=douts, slack=0, strides=False)
 
 
 def test_label_smoothing_of_the_trainer():
