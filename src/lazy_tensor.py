@@ -10,8 +10,8 @@ computed once and kept.
 
 Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through head, steps and results,  and
     dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32, for each layer of the head
-All results of the same rows wait for each other in a backward pass: there is one dz of all of them, added up where real logits
-would be, and rounded as theirs, and one product each for dh and dW.
+All results of the same rows (but losses that an operator computes) wait for each other in a backward pass: there is one dz of all
+of them, added up where those of real logits are, and rounded as those, and one product each for dh and dW.
 """
 
 from __future__ import annotations
@@ -96,12 +96,13 @@ class LazyLogits(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in STAYS_LAZY and isinstance(args[0], LazyLogits) and is_lazy(args[0]):
+        first = args[0] if args else None
+        if func in STAYS_LAZY and isinstance(first, LazyLogits) and is_lazy(first):
             found = STAYS_LAZY[func](func, *args, **kwargs)
             if found is not NotImplemented:
                 return _noted(found, func, args, kwargs)
-        if _writes(func) and isinstance(args[0], LazyLogits):
-            _share(args[0])
+        if _writes(func) and isinstance(first, LazyLogits):
+            _share(first)
         return func(*tree_map_only(LazyLogits, read, args), **tree_map_only(LazyLogits, read, kwargs))
 
     @classmethod

@@ -122,6 +122,7 @@ REAL = {
     "flat": lambda t: t.reshape(-1),
     "softmax over positions": lambda t: t.softmax(1),
     "cat": lambda t: torch.cat([t, t]),
+    "by its name": lambda t: torch.logsumexp(input=t, dim=-1),
     "sorted": lambda t: t.sort(-1).values,
     "largest of all": lambda t: t.max(),
     "sum over positions": lambda t: t.sum(1),
