@@ -69,10 +69,11 @@ def with_z_loss_items(hidden, weight, target, items, *, ignore_index: int, z_los
     return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
 
 
-HOW = {"dims": DIMS, "no_grad": ("class_weight",), "deferred": lazy}
-entry = pattern(
-    CROSS_ENTROPY, op=linear_cross_entropy, **HOW, also=(LORA,), name="linear_cross_entropy", variant="mean", reduction="mean"
-)(headed(loss(same, "mean", False)["plain"], ()))
+HOW = {"dims": DIMS, "no_grad": ("class_weight",), "deferred": lazy, "also": (LORA,)}
+ADAPTER = ("narrow", "up")
+entry = pattern(CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy", variant="mean", reduction="mean")(
+    headed(loss(same, "mean", False)["plain"], ())
+)
 
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
     for _prepare in (same, torch.Tensor.float):
@@ -94,20 +95,28 @@ for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
         _parts = _reduction, "" if _name == "plain" else _name, "adapter", *_more
         if _name == "plain" or (_reduction, _more) != ("sum", ()):
             entry.variant("_".join(filter(None, _parts)), reduction=_reduction, **_options)(
-                headed(_reference, ("narrow", "up", *_more))
+                headed(_reference, (*ADAPTER, *_more))
             )
+    entry.variant("_".join((_reduction, "bias", "adapter", *_more)), reduction=_reduction)(
+        headed(loss(same, _reduction, False)["plain"], ("bias", *ADAPTER, *_more))
+    )
 
 terms = pattern(
     CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy_terms", variant="mean_smooth", reduction="mean"
 )(headed(smooth("mean"), ()))
 terms.variant("mean_z_loss", WHOLE, reduction="mean")(headed(with_z_loss, ()))
 terms.variant("sum_z_loss_items", WHOLE, reduction="sum")(with_z_loss_items)
+terms.variant("mean_z_loss_adapter", WHOLE | {"narrow": "B S 2"}, reduction="mean")(headed(with_z_loss, ADAPTER))
 
+CLASSES = ("class_weight",)
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
-    for _terms, _own in ((smooth, ()), (smooth, ("bias",)), (weighted, ("class_weight",))):
-        if (_reduction, _own) != ("mean", ()):  # the first one
-            _name = "_".join((_reduction, _terms.__name__, *(n for n in _own if n == "bias"), *_more))
-            terms.variant(_name, reduction=_reduction)(headed(_terms(_reduction), (*_own, *_more)))
+    for _terms, _classes, _own in (
+        (smooth, (), ()), (smooth, (), ("bias",)), (smooth, (), ADAPTER), (weighted, CLASSES, ()), (weighted, CLASSES, ADAPTER),
+    ):  # fmt: skip
+        if (_reduction, _terms, _own) != ("mean", smooth, ()):  # the first one
+            _part = {(): "", ("bias",): "bias", ADAPTER: "adapter"}[_own]
+            _name = "_".join(filter(None, (_reduction, _terms.__name__, _part, *_more)))
+            terms.variant(_name, reduction=_reduction)(headed(_terms(_reduction), (*_classes, *_own, *_more)))
 
 rows = pattern(CROSS_ENTROPY, op=linear_cross_entropy_rows, **HOW, name="linear_cross_entropy_rows", variant="plain")(
     headed(loss(same, "none", False)["plain"], ())

@@ -14,11 +14,18 @@ from sloth.rewriter.registry import pattern
 
 
 def is_up_projection(v: Value) -> bool:
-    """The second of two linear layers in a row, over fewer channels than both ends have. DoRA's norm makes one of an identity."""
+    """The second of two linear layers in a row, over fewer channels than both ends have, that is added to something. DoRA's norm
+    makes one of an identity.
+    """
     if v.op != "linear" or (inner := uncast(v.args[0])).op != "linear" or inner.args[2] is not None:
         return False
     rank, width = inner.args[1].meta.shape
-    return isinstance(rank, int) and rank < width and rank < v.args[1].meta.shape[0] and uncast(inner.args[0]).op != "eye"
+    thin = isinstance(rank, int) and rank < width and rank < v.args[1].meta.shape[0]
+    return thin and uncast(inner.args[0]).op != "eye" and _is_added(v)
+
+
+def _is_added(v: Value) -> bool:
+    return any(u.op == "add" or u.op in ("mul", "cast") and _is_added(u) for u in v.users)
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:

@@ -173,6 +173,33 @@ def test_what_is_added_to_a_loss(name, entry, dtype):
     assert [v.split("[")[0] for v in variants] == [f"linear_cross_entropy_{entry}"]
 
 
+ADAPTED = TERMS | {
+    "bias": lambda z: mean(z.view(-1, V), NEXT.view(-1)),
+    "items": lambda z: F.cross_entropy(
+        wide(z).view(-1, V), NEXT.view(-1), label_smoothing=0.1, reduction="sum"
+    ) / torch.tensor(37.0, device=DEVICE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_what_is_added_to_a_loss_of_an_adapted_head(name, dtype):
+    """Each row's loss has no operator that knows adapters: the adapter's own computes the logits."""
+    given = tensors(dtype, bias=name == "bias")
+    given += [make((B, S, 3), dtype, seed=4), make((V, 3), dtype, seed=5, scale=0.3)]
+
+    def fn(h, w, *more):
+        *bias, a, b = more
+        base = F.linear(h, w, *bias)
+        return ADAPTED[name]((base + F.linear(a, b) * 1.7).to(base.dtype))
+
+    run, variants = compiled(fn)
+    slack = 8 if dtype == torch.float32 else 2**12
+    compare(run, fn, given, None, [torch.tensor(1.0, device=DEVICE)], slack=slack, few=64)
+    headed = [v.startswith("linear_cross_entropy") and "adapter" in v for v in variants]
+    assert headed == ["each" not in name] and len(variants) == 1, variants
+
+
 IN_ITS_OWN_PRECISION = {
     "mean": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1)),
     "shifted": lambda z: F.cross_entropy(z[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1), reduction="sum"),
