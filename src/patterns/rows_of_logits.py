@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sloth.rewriter.canonical import POINTWISE
 from sloth.rewriter.ir import Value, same_literal
-from sloth.rewriter.normal_form import POINTWISE, Normal, rule
+from sloth.rewriter.normal_form import Normal, rule
 
 Part = Callable[[Value], Value]
 

@@ -17,10 +17,10 @@ from torch import fx
 from torch.amp.autocast_mode import _enter_autocast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sloth.rewriter.canonical import POINTWISE
 from sloth.rewriter.emit import EMIT, written
 from sloth.rewriter.ir import Symbol, Value, same_literal, uncast
 from sloth.rewriter.match import Match
-from sloth.rewriter.normal_form import POINTWISE
 from sloth.rewriter.pattern import Deferral
 from sloth.rewriter.report import MATCHED, Site, source
 from sloth.rewriter.shadow import View

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from sloth.rewriter.canonical import INT_MAX
 from sloth.rewriter.ir import Symbol, Value
-from sloth.rewriter.normal_form import INT_MAX
 
 # By canonical operation: how it is written. `emit` adds to it.
 EMIT: dict[str, torch._ops.OpOverload] = {

@@ -12,12 +12,12 @@ from torch import fx
 from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.rewriter.canonical import ALIASES, POINTWISE, VIEWS
 from sloth.rewriter.deferred import deferrable
 from sloth.rewriter.emit import held, made_anew
 from sloth.rewriter.ir import Meta, Value, literal_key, same_literal, values_in
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.memory import root, storages, writers
-from sloth.rewriter.normal_form import ALIASES, POINTWISE, VIEWS
 from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.shadow import View
 from sloth.rewriter.trace import fakes, rebuilt

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.rewriter.canonical import COMMUTATIVE, VIEWS
 from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
-from sloth.rewriter.normal_form import COMMUTATIVE, VIEWS
 from sloth.rewriter.pattern import Graph, Pattern, Variant
 
 Bindings = dict[Any, Any]  # pattern Value → graph Value, and name of a number → number

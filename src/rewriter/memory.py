@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from sloth.rewriter.canonical import ALIASES
 from sloth.rewriter.ir import Value
-from sloth.rewriter.normal_form import ALIASES
 
 
 def storages(node: fx.Node, gm: fx.GraphModule) -> frozenset[int]:

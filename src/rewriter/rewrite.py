@@ -10,12 +10,12 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sloth.rewriter.canonical import VIEWS
 from sloth.rewriter.emit import EMIT, held, written
 from sloth.rewriter.ir import Value, literal_key, values_in
 from sloth.rewriter.legality import call_arguments, is_list, match_arguments, operands_of, takes_many
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.memory import writers
-from sloth.rewriter.normal_form import VIEWS
 from sloth.rewriter.shadow import View
 
 

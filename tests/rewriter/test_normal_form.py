@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from toys import captured, inputs_like, normalise
 
-from sloth.rewriter import normal_form
+from sloth.rewriter import canonical, normal_form
 from sloth.rewriter.ir import Meta, Shadow, Value, same_literal
 from sloth.rewriter.normal_form import RULES
 
@@ -598,7 +598,7 @@ def test_every_entry_of_the_table_is_exercised(monkeypatch: pytest.MonkeyPatch) 
     brought = lambda r: r.__module__ != normal_form.__name__  # noqa: E731 — by patterns, which have tests of them
     own = {op: [r for r in rules if not brought(r)] for op, rules in RULES.items()}
     counting = {op: [counted(op, r) for r in rules] for op, rules in own.items()}
-    monkeypatch.setattr(normal_form, "RULES", counting)
+    monkeypatch.setattr(canonical, "RULES", counting)
     for case in CASES:
         forms(case.alike)
     entries = {(op, r.__name__) for op, rules in own.items() for r in rules}
@@ -977,7 +977,7 @@ def test_the_evaluation_would_notice_a_wrong_rule(monkeypatch: pytest.MonkeyPatc
     shadow = Shadow()
     values = inputs_like(shadow, [torch.empty(3), torch.empty(3)])
     wrong = {**RULES, "sub": [lambda n, c, a, b, alpha=1: n.add("sub", (b, a), c.meta)]}
-    monkeypatch.setattr(normal_form, "RULES", wrong)
+    monkeypatch.setattr(canonical, "RULES", wrong)
     form = normalise(shadow, lambda x, y: x - y, values)
     x, y = torch.rand(3), torch.rand(3)
     assert not math.isclose(evaluate(form, {"x0": x, "x1": y}, {}).sum().item(), (x - y).sum().item(), rel_tol=1e-3)
