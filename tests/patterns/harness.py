@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import make, wide
+from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from sloth.rewriter import legality
+from sloth.rewriter.backend import sloth
 from sloth.rewriter.ir import Meta
 from sloth.rewriter.match import Match
 from sloth.rewriter.pattern import Pattern, Variant
@@ -163,6 +166,25 @@ def captured(variant: Variant, dtype: torch.dtype) -> fx.GraphModule:
         next(iter(gm.graph.nodes)).prepend(n)
     gm.recompile()
     return gm
+
+
+def compiled_graphs(model: Callable, train: Callable[[Callable], None]) -> list[fx.Graph]:
+    """What AOTAutograd makes of the rewritten graphs of one `train(compiled model)`, forward before backward."""
+    graphs = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> Callable:
+        graphs.append(gm.graph)
+        return gm.forward
+
+    inner = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+
+    def backend(gm: fx.GraphModule, inputs: list) -> Callable:
+        sloth(gm, inputs, options={"sloth.inner_backend": "eager"})
+        return inner(gm, inputs)
+
+    torch._dynamo.reset()
+    train(torch.compile(model, backend=backend))
+    return graphs
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import DEVICE, assert_no_worse
-from functorch.compile import min_cut_rematerialization_partition
+from harness import compiled_graphs
 from test_mask_meaning import (
     PADDING,
     RESTART,
@@ -22,7 +22,6 @@ from test_mask_meaning import (
     written,
 )
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -235,23 +234,8 @@ def test_low_precision(batch, checkpointed):
     assert_no_worse(*whole)
 
 
-def compiled_graphs(model, more):
-    """What AOTAutograd makes of the rewritten graphs: forward and backward."""
-    graphs = []
-
-    def keep(gm, _):
-        graphs.append(gm.graph)
-        return gm.forward
-
-    inner = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-
-    def backend(gm, inputs):
-        sloth(gm, inputs, options={"sloth.inner_backend": "eager"})
-        return inner(gm, inputs)
-
-    torch._dynamo.reset()
-    step(model, torch.compile(model, backend=backend), more)
-    return graphs
+def graphs_of(model, more):
+    return compiled_graphs(model, lambda compiled: step(model, compiled, more))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there the mask is made of its meaning, for torch's kernels")
@@ -261,7 +245,7 @@ def test_the_mask_is_never_made(batch, checkpointed):
     model = model_of("mistral", torch.bfloat16)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    shapes = [tuple(n.meta["val"].shape) for g in compiled_graphs(model, BATCHES[batch]) for n in g.nodes if _is_tensor(n)]
+    shapes = [tuple(n.meta["val"].shape) for g in graphs_of(model, BATCHES[batch]) for n in g.nodes if _is_tensor(n)]
     assert shapes and not [s for s in shapes if s[-2:] == (S, S)]
 
 
@@ -274,7 +258,7 @@ def test_all_layers_share_what_is_made_of_the_mask(checkpointed):
     model = model_of("llama")
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    forward, *_ = compiled_graphs(model, BATCHES["right"])
+    forward, *_ = graphs_of(model, BATCHES["right"])
     assert len([n for n in forward.nodes if n.target is torch.ops.aten.cummax.default]) == 1
 
 

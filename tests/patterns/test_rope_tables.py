@@ -4,11 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
+from harness import compiled_graphs
 from tests import zoo
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-from sloth.rewriter.backend import sloth
 
 LAYERS = 3
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16}
@@ -26,25 +23,6 @@ CASES = [
 ]
 
 
-def compiled_graphs(model, batch):
-    """What AOTAutograd makes of the rewritten graphs of one step, forward before backward."""
-    graphs = []
-
-    def keep(gm, _):
-        graphs.append(gm.graph)
-        return gm.forward
-
-    inner = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-
-    def backend(gm, inputs):
-        sloth(gm, inputs, options={"sloth.inner_backend": "eager"})
-        return inner(gm, inputs)
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=backend)(**batch).loss.backward()
-    return graphs
-
-
 @pytest.mark.parametrize("arch, scaled, checkpointed", CASES)
 def test_once_for_all_layers(arch, scaled, checkpointed):
     """One cosine and one sine in the forward pass; the backward pass may keep them or compute them again, once. What layers make
@@ -55,7 +33,7 @@ def test_once_for_all_layers(arch, scaled, checkpointed):
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     found = 0
-    for graph in compiled_graphs(model, zoo.tiny_batch(model, arch)):
+    for graph in compiled_graphs(model, lambda compiled: compiled(**zoo.tiny_batch(model, arch)).loss.backward()):
         tables = {n for n in graph.nodes if n.target in (torch.ops.aten.cos.default, torch.ops.aten.sin.default)}
         found += len(tables)
         assert all(count == 1 for count in Counter(n.target for n in tables).values())
