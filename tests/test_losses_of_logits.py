@@ -147,14 +147,16 @@ def with_kernel(monkeypatch):
 @pytest.mark.parametrize("loss", TRLS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_exact_as_the_kernel_of_trl(loss, dtype, with_kernel):
-    """Real logits go to TRL's kernel, lazy ones do not."""
+    """Which is given rows of lazy logits, and real ones as they are."""
     tensors = [make((B, S, H), dtype, seed=1), make((V, H), dtype, seed=2, scale=H**-0.5)]
-    given, logits = [], lazy(*tensors)
-    with mock.patch.object(logprob_entropy._LogProbEntropyFunction, "apply", lambda z, *_: given.append(z) or (z[..., 0],) * 2):
+    logits, given = lazy(*tensors), []
+    apply = logprob_entropy._LogProbEntropyFunction.apply
+    with mock.patch.object(logprob_entropy._LogProbEntropyFunction, "apply", lambda z, *more: given.append(z) or apply(z, *more)):
         loss(logits)
-        assert not given and logits.known is None
+        assert given and all(type(z) is torch.Tensor and z.nbytes <= lazy_tensor.CHUNK for z in given) and logits.known is None
+        given.clear()
         loss(F.linear(*tensors))
-        assert given
+        assert all(z.numel() > 10 * V for z in given)
     few = 200 if dtype != torch.float32 else 0
     compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, few=few, strides=False)
 
