@@ -135,6 +135,29 @@ def test_adapters_on_the_head(name, labels):
         torch.testing.assert_close(*both, **tolerance)
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["frozen", "adapter"])
+def test_a_head_in_4_bits(adapter):
+    """Dequantised whenever somebody reads; neither its own entry nor the adapter's computes the logits."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model, ids = model_of("llama"), tokens()
+    model.lm_head = bnb.nn.LinearNF4(32, V, bias=False, compute_dtype=torch.float32)
+    model.lm_head.load_state_dict({"weight": torch.randn(V, 32, generator=torch.Generator().manual_seed(3)) / 4})
+    model.to(DEVICE)
+    model = with_adapters(model, [{}]) if adapter else model
+    compiled = torch.compile(model, backend="sloth", options=OPTIONS)
+    with listening() as reports:
+        ours, eager = compiled(input_ids=ids), model(input_ids=ids)
+    sites = [
+        (s.construct, s.variant, s.status) for r in reports for s in r.sites if s.construct in ("head", "lora", "linear_4bit")
+    ]
+    expected = [("head", "head", MATCHED), ("lora", "deferred", MATCHED), ("linear_4bit", "deferred", MATCHED)]
+    assert is_lazy(ours.logits) and sites == [site for site in expected if adapter or site[0] != "lora"]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    losses = [next_token_loss(out.logits, ids) for out in (ours, eager)]
+    both = [[loss, *torch.autograd.grad(loss, parameters)] for loss in losses]
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+
+
 def test_numbers_that_are_inputs_of_the_graph():
     """As those of modules with dynamic=True: the logits are real."""
     layer, x = Wide(16, V, lambda x, w: F.linear(x, w) * scale), torch.randn(64, 16, device=DEVICE)
