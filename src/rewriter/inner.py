@@ -22,10 +22,9 @@ from sloth.rewriter.ir import Symbol
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        inductor = torch._TorchCompileInductorWrapper(mode, options, None)
         if torch._inductor.config.post_grad_custom_post_pass is None:  # nobody's own
-            inductor.config.setdefault("post_grad_custom_post_pass", MadeAgain(_sources()))
-        return inductor
+            options = {"post_grad_custom_post_pass": MadeAgain(_sources())} | options
+        return torch._TorchCompileInductorWrapper(mode, options, None)
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
     return lookup_backend(name)
