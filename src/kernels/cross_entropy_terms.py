@@ -25,7 +25,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def _check(logits, target, class_weight, reduction, label_smoothing, z_loss) -> None:
     if reduction not in REDUCTIONS or reduction == "none" and z_loss:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, the last without z-loss, got {reduction!r}")
-    V, rows = logits.shape[-1], logits.shape[:-1].numel()
+    V, rows = logits.shape[-1], logits.numel() // logits.shape[-1]  # of a shape numel() is a constant
     torch._check(target.numel() == rows, lambda: f"{rows} rows of logits, but {target.numel()} targets")
     torch._check(class_weight is None or class_weight.shape == (V,), lambda: f"{V} words, and weights of other classes")
     torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must be in [0, 1], got {label_smoothing}")

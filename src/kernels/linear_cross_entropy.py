@@ -77,7 +77,7 @@ def check(hidden, weight, bias, target, items, reduction, class_weight, label_sm
     if up is not None:
         told += f", narrow {narrow.dtype} {list(narrow.shape)}, up {up.dtype} {list(up.shape)}"
         fits = up.shape == (weight.shape[0], narrow.shape[-1]) and narrow.dtype == up.dtype
-        torch._check(fits and narrow.shape[:-1].numel() == rows, lambda: told)
+        torch._check(fits and narrow.numel() // narrow.shape[-1] == rows, lambda: told)
 
 
 def _kept(dtype: torch.dtype, budget: int) -> torch.dtype:

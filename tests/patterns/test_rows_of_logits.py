@@ -200,6 +200,24 @@ def test_what_is_added_to_a_loss_of_an_adapted_head(name, dtype):
     assert headed == ["each" not in name] and len(variants) == 1, variants
 
 
+@pytest.mark.parametrize("entry", ["linear_cross_entropy_terms", "linear_cross_entropy", "cross_entropy_terms", "cross_entropy"])
+def test_sizes_stay_symbols(entry):
+    """No operator's check of its operands makes them constants."""
+    h, w, _, a, b = *tensors(torch.float32), make((B, S, 3), torch.float32, seed=4), make((V, 3), torch.float32, seed=5)
+    labels = NEXT.clone()
+    for t in (h, a, labels):
+        torch._dynamo.mark_dynamic(t, 1)
+
+    def fn(h, w, a, b, labels):
+        logits = F.linear(h, w) + F.linear(a, b) * 1.7
+        return F.cross_entropy(logits.view(-1, V), labels.view(-1), label_smoothing=0.1 * entry.endswith("terms"))
+
+    headed = "linear_cross_entropy,linear_cross_entropy_terms"
+    run, variants = compiled(fn, **({} if entry.startswith("linear") else {"sloth.disable": headed}))
+    torch.testing.assert_close(run(h, w, a, b, labels), fn(h, w, a, b, labels))
+    assert [v.split("[")[0] for v in variants] == [entry]
+
+
 IN_ITS_OWN_PRECISION = {
     "mean": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1)),
     "shifted": lambda z: F.cross_entropy(z[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1), reduction="sum"),
