@@ -19,8 +19,21 @@ import sloth.lazy_trl  # noqa: F401  more of the table
 from sloth.kernels.gemm import as_matrix
 from sloth.kernels.launch import compute_dtype, without_autocast
 from sloth.kernels.linear_cross_entropy import linear_cross_entropy_forward
-from sloth.lazy_head import Head, Step, stepped
-from sloth.lazy_tensor import STAYS_LAZY, LazyLogits, Rows, at_once, by_rows, is_lazy, lazy, made, read
+from sloth.lazy_head import Step, stepped
+from sloth.lazy_tensor import (
+    STAYS_LAZY,
+    LazyLogits,
+    Rows,
+    Term,
+    at_once,
+    by_rows,
+    is_lazy,
+    lazy,
+    made,
+    products_of,
+    read,
+    waits,
+)
 
 __all__ = ["LazyLogits", "lazy", "read"]
 
@@ -201,22 +214,25 @@ def _take_along_dim(func: Callable, x: LazyLogits, index: Tensor, dim: int | Non
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The operator for head and loss, with its gradients handed to autograd in fp32, like those of other results."""
+    """The operator for head and loss. Its gradients are those of the rows where no other result of them has some."""
 
     @staticmethod
-    def forward(ctx: Any, head: Head, target: Tensor, how: tuple, hidden: Tensor, *gates: Any) -> Tensor:
-        ctx.need = ctx.needs_input_grad[4:]
-        with without_autocast(hidden):
-            (layer,), need = head.operands(hidden), [*ctx.need, False, False]
-            loss, _, unit, *kept = linear_cross_entropy_forward(*layer, None, None, target, None, *how, 1.0, need, 0)
+    def forward(ctx: Any, rows: Rows, term: Term, divisor: Tensor | int, how: tuple, products: Tensor | None) -> Tensor:
+        ctx.need = [products is not None and g is not None for g in rows.gates]
+        with without_autocast(rows.hidden):
+            (layer,), need = rows.head.operands(rows.hidden), [*ctx.need, False, False]
+            loss, _, unit, *kept = linear_cross_entropy_forward(*layer, None, None, *term.beside, None, *how, 1.0, need, 0)
         ctx.save_for_backward(unit, *kept[:3])
+        ctx.terms, ctx.term, ctx.divisor = rows.terms, term, divisor
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         unit, *kept = ctx.saved_tensors
-        return None, None, None, None, *(d * (grad / unit) if need else None for d, need in zip(kept, ctx.need, strict=True))
+        made = [d * (grad / unit) if need else None for d, need in zip(kept, ctx.need, strict=True)]
+        each = (grad / ctx.divisor).expand(ctx.term.beside[0].shape)
+        return None, None, None, None, waits(ctx.terms, ctx.term._replace(grads=(each,), made=made))
 
 
 def _cross_entropy(
@@ -234,17 +250,22 @@ def _cross_entropy(
     if strange or target.dim() != 1 or reduction not in ("mean", "sum", "none"):
         return NotImplemented
     x.rows.check()
+
+    def of_rows(z: Tensor, t: Tensor) -> Tensor:
+        classes = weight if weight is None else weight.to(z.dtype)
+        return func(z, t, classes, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+
+    divisor = 1
+    if reduction == "mean":
+        counts = target != ignore_index
+        divisor = counts.sum() if weight is None else torch.where(counts, weight[torch.where(counts, target, 0)], 0).sum()
     _, _, casts = x.rows.head.autocast
     if x.plain and not casts and reduction != "none":
         how = ignore_index, reduction, None, 1.0, weight, label_smoothing, 0.0
-        gates = x.rows.gates if _wants_grad(x) else [None] * len(x.rows.gates)
-        return _CrossEntropy.apply(x.rows.head, target, how, x.rows.hidden.detach(), *gates).to(x.dtype)
-    how = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
-    nll = _by_rows(x, lambda z, t: func(z, t, **how), target)
-    if reduction != "mean":
-        return nll if reduction == "none" else nll.sum()
-    counts = target != ignore_index
-    return nll.sum() / (counts.sum() if weight is None else torch.where(counts, weight[torch.where(counts, target, 0)], 0).sum())
+        term = Term(x.steps, lambda z, t: of_rows(z.to(compute_dtype(z)), t), (target,))
+        return _CrossEntropy.apply(x.rows, term, divisor, how, products_of(x)).to(x.dtype)
+    nll = _by_rows(x, of_rows, target)
+    return nll if reduction == "none" else nll.sum() / divisor
 
 
 # ---------------------------------------------------------------- tables

@@ -10,8 +10,8 @@ computed once and kept.
 
 Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through head, steps and results,  and
     dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32, for each layer of the head
-All results of the same rows (but losses that an operator computes) wait for each other in a backward pass: there is one dz of all
-of them, added up where those of real logits are, and rounded as those, and one product each for dh and dW.
+All results of the same rows wait for each other in a backward pass: there is one dz of all of them, added up where those of real
+logits are, and rounded as those, and one product each for dh and dW.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Term(NamedTuple):
     steps: tuple[Step, ...]
     fn: Callable
     beside: tuple[Tensor, ...]
-    grads: tuple[Tensor | None, ...]
+    grads: tuple[Tensor | None, ...] = ()
+    made: Sequence[Tensor | None] | None = None  # what an operator has made of them already: dh, dW, db
 
 
 class Rows:
@@ -234,11 +235,15 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple:
         (hidden,) = ctx.saved_tensors
         ctx.head.check(hidden, ctx.version)
-        terms, need = ctx.terms.pop(torch._C._current_graph_task_id(), None), ctx.needs_input_grad[3:]
-        return None, None, None, *(_gradients(ctx.head, hidden, terms, need) if terms else [None] * len(need))
+        terms, need = ctx.terms.pop(torch._C._current_graph_task_id(), ()), ctx.needs_input_grad[3:]
+        if len(terms) == 1 and terms[0].made is not None:
+            found = terms[0].made
+        else:
+            found = _gradients(ctx.head, hidden, terms, need) if terms else [None] * len(need)
+        return None, None, None, *found
 
 
-def _waits(terms: dict[int, list[Term]], term: Term) -> Tensor | None:
+def waits(terms: dict[int, list[Term]], term: Term) -> Tensor | None:
     """The term is for `_Products`, which autograd runs when all have come. It is given a gradient without a value."""
     given = [g for g in term.grads if g is not None]
     if not given:
@@ -267,7 +272,7 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return None, None, None, None, _waits(ctx.terms, Term(*ctx.how, grads))
+        return None, None, None, None, waits(ctx.terms, Term(*ctx.how, grads))
 
 
 class _Connected(torch.autograd.Function):
@@ -282,7 +287,7 @@ class _Connected(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         grad = as_matrix(read(grad))
-        return None, None, None, _waits(ctx.terms, Term(ctx.steps, lambda z: z, (), (grad,)))
+        return None, None, None, waits(ctx.terms, Term(ctx.steps, lambda z: z, (), (grad,)))
 
 
 class _Values(torch.autograd.Function):
@@ -325,7 +330,7 @@ def _dz(head: Head, zs: list[Tensor], terms: Sequence[Term], rows: slice) -> tup
     wanted, given = [], []
     with torch.enable_grad():
         known = {(): head.logits(zs)}
-        for steps, fn, beside, grads in terms:
+        for steps, fn, beside, grads, _ in terms:
             for i, step in enumerate(steps):
                 if steps[: i + 1] not in known:
                     known[steps[: i + 1]] = step(known[steps[:i]])
@@ -362,10 +367,14 @@ def at_once(x: LazyLogits) -> bool:
     return x.nbytes <= CHUNK
 
 
+def products_of(x: LazyLogits) -> Tensor | None:
+    """What gradients of its results go to."""
+    return x.rows.products if torch.is_grad_enabled() and x.requires_grad else None
+
+
 def by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
     """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
     x.rows.check()
-    products = x.rows.products if torch.is_grad_enabled() and x.requires_grad else None
-    found = _ByRows.apply(x.rows, x.steps, fn, beside, products)
+    found = _ByRows.apply(x.rows, x.steps, fn, beside, products_of(x))
     found = [t.view((*x.shape[:-1], *t.shape[1:])) for t in found]
     return found[0] if len(found) == 1 else tuple(found)

@@ -23,6 +23,7 @@ from sloth.lazy_logits import LazyLogits, lazy
 
 B, S, H, V = 4, 24, 16, 512
 IDS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+CLASSES = torch.linspace(0.5, 2, V, device=DEVICE)
 MASK = (torch.arange(S, device=DEVICE) % 5 != 2).expand(B, S)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -109,16 +110,18 @@ def test_results_of_a_trained_head_are_rounded_once_together():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_results_of_the_same_rows_are_added_before_they_are_rounded(dtype):
-    """Log-probabilities at two temperatures: the gradients of their difference nearly cancel."""
+@pytest.mark.parametrize("mean", [False, True], ids=["log-probabilities", "a loss"])
+def test_results_of_the_same_rows_are_added_before_they_are_rounded(mean, dtype):
+    """Log-probabilities at two temperatures: the gradients of their difference nearly cancel. A loss waits for them, too."""
     tensors = [make((B, S, H), dtype, seed=1), make((V, H), dtype, seed=2, scale=H**-0.5)]
-    index = F.linear(*tensors).argmax(-1, keepdim=True)
+    index = F.linear(*tensors).argmax(-1).view(-1, 1)
 
     def loss(logits):
-        z = wide(logits)
-        return [(z / t).log_softmax(-1).gather(-1, index).squeeze(-1) for t in (1.0, 2.0)]
+        z = wide(logits).view(-1, V)
+        first, second = [(z / t).log_softmax(-1).gather(-1, index) for t in (1.0, 2.0)]
+        return (F.cross_entropy(z, index[:, 0], CLASSES.to(z.dtype)), first.mean()) if mean else (first, second)
 
-    douts = [torch.full((B, S), d, device=DEVICE) for d in (1.0, -1.0)]
+    douts = [torch.full(() if mean else (B * S, 1), 1.0 if mean else d, device=DEVICE) for d in (1.0, -1.0)]
     compare(lambda h, w: loss(lazy(h, w)), lambda h, w: loss(F.linear(h, w)), tensors, douts=douts, slack=0, strides=False)
 
 
