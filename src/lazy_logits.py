@@ -81,11 +81,18 @@ def _detach(func: Callable, x: LazyLogits) -> Tensor:
 
 
 def _cast(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+    if args and isinstance(args[0], Tensor):
+        return _cast(Tensor.to, x, args[0].device, args[0].dtype, *args[1:], **kwargs)
     other = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor | torch.memory_format)]
     devices = {torch.device(a) for a in (*args, *kwargs.values()) if isinstance(a, str | torch.device)}
     if other or devices - {x.device, torch.device(x.device.type)}:
         return NotImplemented
     return _with(x, lambda z: func(z, *args, **kwargs))
+
+
+def _new(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> Tensor:
+    """Another tensor, of its dtype and device."""
+    return func(_example(x), *args, **kwargs)
 
 
 def _same(func: Callable, x: LazyLogits, **_: Any) -> Tensor:
@@ -278,7 +285,8 @@ def _functions(*names: str) -> list[Callable]:
 
 STAYS_LAZY |= {
     **dict.fromkeys(_functions("detach"), _detach),
-    **dict.fromkeys(_functions("float", "double", "half", "bfloat16", "to"), _cast),
+    **dict.fromkeys(_functions("float", "double", "half", "bfloat16", "to", "type_as"), _cast),
+    **dict.fromkeys(_functions("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"), _new),
     **dict.fromkeys([Tensor.contiguous, Tensor.clone, torch.clone], _same),
     **dict.fromkeys(_functions("add", "sub", "mul", "div", "true_divide", "neg", "exp", "tanh"), _pointwise),
     **dict.fromkeys(_functions("__add__", "__radd__", "__sub__", "__rsub__", "__neg__"), _pointwise),

@@ -45,6 +45,7 @@ _ASKS = (
 )  # fmt: skip
 METADATA = {getattr(Tensor, name).__get__ for name in _GETTERS} | {getattr(Tensor, name) for name in _ASKS}
 METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
+KIND = {Tensor.to, Tensor.type_as}  # ask others than their first argument for dtype and device alone
 
 
 class Term(NamedTuple):
@@ -102,6 +103,9 @@ class LazyLogits(Tensor):
             found = STAYS_LAZY[func](func, *args, **kwargs)
             if found is not NotImplemented:
                 return _noted(found, func, args, kwargs)
+        if func in KIND and not isinstance(first, LazyLogits):
+            like = lambda t: t.new_empty(0)  # noqa: E731
+            return func(*tree_map_only(LazyLogits, like, args), **tree_map_only(LazyLogits, like, kwargs))
         if _writes(func) and isinstance(first, LazyLogits):
             _share(first)
         return func(*tree_map_only(LazyLogits, read, args), **tree_map_only(LazyLogits, read, kwargs))

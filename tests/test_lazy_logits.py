@@ -47,6 +47,9 @@ def test_what_code_can_ask(grad):
         lambda t: (t.size(), t.size(-1), t.dim(), t.numel(), t.element_size(), t.stride(), t.is_contiguous(), len(t)),
         lambda t: (torch.is_floating_point(t), t.is_floating_point(), isinstance(t, torch.Tensor), torch.is_tensor(t)),
         lambda t: t.grad_fn is None,
+        lambda t: [
+            n.dtype for n in (t.new_zeros(2), t.new_tensor(1), torch.ones(2).double().to(other=t), torch.ones(2).int().type_as(t))
+        ],
     ):
         assert ask(x) == ask(real)
     assert is_lazy(x)
@@ -60,6 +63,8 @@ LAZY = {
     "float": lambda t: t.float(),
     "to": lambda t: t.to(torch.float64),
     "to device": lambda t: t.to("cpu"),
+    "to another": lambda t: t.to(torch.ones(2, dtype=torch.float64)),
+    "type as another": lambda t: t.type_as(torch.ones(2, dtype=torch.float64)),
     "contiguous": lambda t: t.contiguous(),
     "scaled": lambda t: t / 0.7 * 2,
     "log_softmax": lambda t: F.log_softmax(t, dim=-1, dtype=torch.float32),
