@@ -5,11 +5,12 @@
     query i sees key j where   i − behind ≤ j ≤ i + ahead     (None: no bound; ahead = 0 is causal, behind a window of behind + 1)
                                i and j lie in one run of each of `documents`       ids, constant over each run
                                j is valid                                          by each of `valid`
-    cap(x) = softcap · tanh(x / softcap);   bias = slope_h · (j − i);   sink_h is one more score, of a key whose value is 0
+    cap(x) = softcap · tanh(x / softcap);   bias_hj: of keys;   sink_h is one more score, of a key whose value is 0
 
 Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multiple of G, each for H / G heads in a row;
-         documents (integers) and valid (bool) [B or 1, S], slopes [H], all with dimensions of size 1 anywhere; sinks [H]. No
-         gradient is given to slopes. T is S unless scores are plain and the mask is causal (query 0 sees key 0) or nothing.
+         documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere; sinks [H], or bias
+         [B or 1, H, S], batch and heads in one dimension too, finite, given no gradient. T is S unless scores are plain and the
+         mask is causal (query 0 sees key 0) or nothing.
 By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing and scores are plain: a mask tensor keeps them off
          their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the
          same for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than
@@ -32,7 +33,7 @@ torch.library.define(
     "sloth::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
     " float dropout_p=0.0, float? scale=None, float? softcap=None, Tensor? sinks=None,"
-    " Tensor? slopes=None, bool uniform=False) -> Tensor",
+    " Tensor? bias=None, bool uniform=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -90,7 +91,7 @@ def seen(lo: Tensor, hi: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
     return mask if valid is None else mask & valid[:, None, None]
 
 
-def spelled(q, k, v, mask, scale, softcap, sinks, slopes, uniform) -> Tensor:
+def spelled(q, k, v, mask, scale, softcap, sinks, bias, uniform) -> Tensor:
     """By ATen operations, scores in fp32 at least."""
     dtype, (B, H, S, _), T = compute_dtype(q), q.shape, k.shape[2]
     with without_autocast(q):
@@ -98,9 +99,8 @@ def spelled(q, k, v, mask, scale, softcap, sinks, slopes, uniform) -> Tensor:
         s = q.to(dtype) @ k.to(dtype).mT * scale
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
-        if slopes is not None:
-            at = torch.arange(T, device=q.device)
-            s = s + slopes.to(dtype)[:, None, None] * (at - at[:, None])
+        if bias is not None:
+            s = s + bias.to(dtype)[:, :, None]
         s = s + torch.where(mask, s.new_zeros(()), torch.finfo(dtype).min)
         if sinks is not None:
             s = torch.cat((s, sinks.to(dtype)[:, None, None].expand(B, H, S, 1)), -1)
@@ -118,16 +118,17 @@ def with_the_blind(lo: Tensor, hi: Tensor, at: Tensor) -> tuple[Tensor, Tensor, 
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
 def _(
     query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-    slopes=None, uniform=False,
+    bias=None, uniform=False,
 ):  # fmt: skip
-    plain, grouped = softcap is sinks is slopes is None, query.shape[1] != key.shape[1]
-    slopes = None if slopes is None else slopes.reshape(-1)
+    plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
     if plain and not documents and not valid and ahead in (0, None) and behind is None:
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
     torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
     S, D, E, T = query.shape[2], query.shape[3], value.shape[3], key.shape[2]
     torch._check(S == T, lambda: f"attention: {S} queries, {T} keys")
+    torch._check(sinks is None or bias is None, lambda: "attention: no bias beside sinks")
+    bias = None if bias is None else bias.reshape(-1, query.shape[1], T)
     at = torch.arange(S, dtype=torch.int32, device=query.device)[None]
     usable = None
     for v in valid:
@@ -137,17 +138,18 @@ def _(
         mask = seen(lo, hi, usable, at)
         if plain and not uniform:
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
-        return spelled(query, key, value, mask, D**-0.5 if scale is None else scale, softcap, sinks, slopes, uniform)
+        return spelled(query, key, value, mask, D**-0.5 if scale is None else scale, softcap, sinks, bias, uniform)
     holes = None if usable is None else holed(lo, hi, usable)
     lo, hi, blind = with_the_blind(lo, hi, at) if uniform else (lo, hi, None)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     bounds = [b.contiguous() for b in (lo, hi, first, last)]
+    bias = None if bias is None else bias.contiguous()
     scale = D**-0.5 if scale is None else scale
-    return interval_attention(query, key, value, *bounds, usable, holes, scale, softcap, sinks, slopes, blind)[0]
+    return interval_attention(query, key, value, *bounds, usable, holes, scale, softcap, sinks, bias, blind)[0]
 
 
 attention = torch.ops.sloth.attention.default
 """attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-slopes=None, uniform=False) -> [B, H, S, E]"""
+bias=None, uniform=False) -> [B, H, S, E]"""

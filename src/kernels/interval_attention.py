@@ -3,16 +3,18 @@ window, packed documents, chunks or padding leave, and nothing beside it.
 
     out_i = Σ_j p_ij v_j,   p_ij = exp(s_ij − L_i),   L_i = log(Σ_j exp(s_ij) + exp(sink_h)),
     both sums over the keys that i sees:   lo_i ≤ j ≤ hi_i  and  valid_j
-    s_ij = cap(x_ij) + slope_h · (j − i),   x_ij = scale · q_i·k_j,   cap(x) = c · tanh(x / c)
+    s_ij = cap(x_ij) + bias_hj,   x_ij = scale · q_i·k_j,   cap(x) = c · tanh(x / c)
 
 sink_h is the score of a key without a value (Xiao et al., "Efficient streaming language models with attention sinks", 2023),
-slope_h ALiBi's (Press, Smith, Lewis, "Train short, test long", 2022). Not given: no exp(sink_h), no slope, cap(x) = x.
+bias_hj is the same for all queries, as ALiBi's slope_h · j (Press, Smith, Lewis, "Train short, test long", 2022); added is
+bias_hj − bias_hi, which leaves p_ij as it is. Not given: no exp(sink_h), no bias, cap(x) = x.
 
 Shapes   query [B, H, S, D], key [B, G, T, D] and value [B, G, T, E] with H a multiple of G, each for H / G heads in a row, D and
          E ≤ 256; lo, hi [B or 1, S], first, last [B or 1, T] int32, valid [B or 1, T] bool or None. first and last say the same
          of a key: it is seen from the queries first_j ≤ i ≤ last_j, from none where it is not valid (`intervals` makes all four).
          holes [B or 1, S] bool, with valid: is a key between a query's bounds not valid? The padding of most batches leaves none.
-         sinks and slopes [H]. blind [B or 1, 2] int32: the first and the last query that sees nothing, or None.
+         sinks [H], or bias [B or 1, H, T] with unit stride along T, finite, where S = T. blind [B or 1, 2] int32: the first
+         and the last query that sees nothing, or None.
 Forward  a program holds a tile of queries and walks the tiles of keys between the least lo and the greatest hi of its rows. Their
          maximum m and sum l are kept up online (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018):
              m' = max(m, max_j s_j),   l' = l·e^(m−m') + Σ_j e^(s_j−m'),   out' = out·e^(m−m') + Σ_j e^(s_j−m') v_j
@@ -27,7 +29,7 @@ Backward with g = ∂L/∂out, after Dao, "FlashAttention-2" (2023):
              dx_ij = ds_ij (1 − tanh²(x_ij / c))
              dq_i = scale Σ_j dx_ij k_j     dk_j = scale Σ_i dx_ij q_i
              dsink_h = −Σ_i exp(sink_h − L_i) δ_i, as its dp is 0
-         Nothing is given to slopes. A blind query has the gradient of a sum that swallowed x_ij: as if s_ij were x_ij's function.
+         Nothing is given to bias. A blind query has the gradient of a sum that swallowed x_ij: as if s_ij were x_ij's function.
          p is computed again from L. dq by tiles of queries; dk and dv by tiles of keys, each program walking over the H / G heads
          of its group: no atomics, the same result in every run, and no copies of key and value.
 Numbers  scores, sums and accumulators in fp32; p and dx are rounded to the inputs' dtype for their products, fp32 inputs are
@@ -98,9 +100,9 @@ def _shared(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
-def _options(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, slopes: Tensor | None, tile: Tile) -> dict:
+def _options(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, bias: Tensor | None, tile: Tile) -> dict:
     return dict(
-        SCALE=scale, SOFTCAP=softcap, SLOPES=slopes is not None, GROUP=q.shape[1] // k.shape[1], D=q.shape[-1], BD=_width(q),
+        SCALE=scale, SOFTCAP=softcap, BIAS=bias is not None, GROUP=q.shape[1] // k.shape[1], D=q.shape[-1], BD=_width(q),
         E=v.shape[-1], BE=_width(v), BM=tile.queries, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -122,6 +124,11 @@ def _batch_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
+def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
+    """By batch and head."""
+    return (0, 0) if bias is None else (_batch_stride(bias), bias.stride(1))
+
+
 def _like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """A buffer in [B, S, heads, width] order, as the projections around want it, which kernels write, and its view as x."""
     B, heads, S, _ = x.shape
@@ -137,17 +144,17 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 @triton_op("sloth::interval_attention", mutates_args={})
 def _interval_attention(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, first: Tensor, last: Tensor, valid: Tensor | None,
-    holes: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None, blind: Tensor | None,
+    holes: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None, bias: Tensor | None, blind: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = map(_unit_stride, (query, key, value))
     B, H, S, _ = q.shape
     (buffer, out), lse = _like(q, v.shape[-1]), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     tile, seen = tile_of(FORWARD, q, v), _or(valid, lo)
     launch(forward_kernel)[(_blocks(S, tile.queries), B * H)](
-        q, k, v, buffer, lse, lo, hi, seen, _or(holes, lo), _or(sinks, lse), _or(slopes, lse), S, k.shape[2], H,
-        *_strides(q, k, v, out), _batch_stride(lo), _batch_stride(seen),
+        q, k, v, buffer, lse, lo, hi, seen, _or(holes, lo), _or(sinks, lse), _or(bias, lse), S, k.shape[2], H,
+        *_strides(q, k, v, out), _batch_stride(lo), _batch_stride(seen), *_bias_strides(bias),
         VALID=valid is not None, SINKS=sinks is not None, BLIND=blind is not None,
-        **_options(q, k, v, scale, softcap, slopes, tile),
+        **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return out, lse
 
@@ -155,16 +162,16 @@ def _interval_attention(
 @triton_op("sloth::interval_attention_dq", mutates_args={})
 def _interval_attention_dq(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, lo: Tensor, hi: Tensor,
-    valid: Tensor | None, holes: Tensor | None, scale: float, softcap: float | None, slopes: Tensor | None, blind: bool,
+    valid: Tensor | None, holes: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None, blind: bool,
 ) -> Tensor:  # fmt: skip
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, H, S, D = q.shape
     buffer, dq = _like(q, D)
     tile, seen = tile_of(BACKWARD_Q, q, v), _or(valid, lo)
     launch(backward_q_kernel)[(_blocks(S, tile.queries), B * H)](
-        q, k, v, g, buffer, lse, delta, lo, hi, seen, _or(holes, lo), _or(slopes, lse), S, k.shape[2], H,
-        *_strides(q, k, v, g, dq), _batch_stride(lo), _batch_stride(seen), VALID=valid is not None, BLIND=blind,
-        **_options(q, k, v, scale, softcap, slopes, tile),
+        q, k, v, g, buffer, lse, delta, lo, hi, seen, _or(holes, lo), _or(bias, lse), S, k.shape[2], H,
+        *_strides(q, k, v, g, dq), _batch_stride(lo), _batch_stride(seen), *_bias_strides(bias),
+        VALID=valid is not None, BLIND=blind, **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return dq
 
@@ -172,31 +179,31 @@ def _interval_attention_dq(
 @triton_op("sloth::interval_attention_dkv", mutates_args={})
 def _interval_attention_dkv(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor, lo: Tensor,
-    scale: float, softcap: float | None, slopes: Tensor | None, blind: Tensor | None,
+    scale: float, softcap: float | None, bias: Tensor | None, blind: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, G, T, D = k.shape
     (k_buffer, dk), (v_buffer, dv) = _like(k, D), _like(v, v.shape[-1])
     tile, bounds = tile_of(BACKWARD_KV, q, v), _or(blind, lo)
     launch(backward_kv_kernel)[(_blocks(T, tile.keys), B * G)](
-        q, k, v, g, k_buffer, v_buffer, lse, delta, first, last, lo, bounds, _or(slopes, lse), q.shape[2], T, G,
-        *_strides(q, k, v, g, dk, dv), *map(_batch_stride, (first, lo, bounds)), BLIND=blind is not None,
-        **_options(q, k, v, scale, softcap, slopes, tile),
+        q, k, v, g, k_buffer, v_buffer, lse, delta, first, last, lo, bounds, _or(bias, lse), q.shape[2], T, G,
+        *_strides(q, k, v, g, dk, dv), *map(_batch_stride, (first, lo, bounds)), *_bias_strides(bias), BLIND=blind is not None,
+        **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return dk, dv
 
 
 interval_attention = torch.ops.sloth.interval_attention.default
-"""interval_attention(query, key, value, lo, hi, first, last, valid, holes, scale, softcap, sinks, slopes, blind)
+"""interval_attention(query, key, value, lo, hi, first, last, valid, holes, scale, softcap, sinks, bias, blind)
 -> (out [B, H, S, E], L [B, H, S] over log 2)"""
 interval_attention_dq = torch.ops.sloth.interval_attention_dq.default
 interval_attention_dkv = torch.ops.sloth.interval_attention_dkv.default
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.softcap, sinks, slopes, blind = inputs
+    *tensors, ctx.scale, ctx.softcap, sinks, bias, blind = inputs
     out, lse = output
-    ctx.save_for_backward(*tensors, sinks, slopes, blind, out, lse)
+    ctx.save_for_backward(*tensors, sinks, bias, blind, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
@@ -204,14 +211,14 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dout, _):
     if dout is None:
         return (None,) * 14
-    q, k, v, lo, hi, first, last, valid, holes, sinks, slopes, blind, out, lse = ctx.saved_tensors
+    q, k, v, lo, hi, first, last, valid, holes, sinks, bias, blind, out, lse = ctx.saved_tensors
     delta = (dout.float() * out.float()).sum(-1).contiguous()
     dq = dk = dv = dsinks = None
     if ctx.needs_input_grad[0]:
-        more = (ctx.scale, ctx.softcap, slopes, blind is not None)
+        more = (ctx.scale, ctx.softcap, bias, blind is not None)
         dq = interval_attention_dq(dout, q, k, v, lse, delta, lo, hi, valid, holes, *more)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        more = (ctx.scale, ctx.softcap, slopes, blind)
+        more = (ctx.scale, ctx.softcap, bias, blind)
         dk, dv = interval_attention_dkv(dout, q, k, v, lse, delta, first, last, lo, *more)
     if ctx.needs_input_grad[11]:
         p = torch.exp2(sinks.float()[:, None] * LOG2E.value - lse)
@@ -229,9 +236,9 @@ _interval_attention_dkv.register_autograd(once)
 
 def _compile_case(kernel, tile: Tile, D: int, E: int, dtype: str, softcap: float | None = None, **flags: bool):
     """Tiles belong to a dtype, so it stands here and is not the target's."""
-    flags = dict.fromkeys(("VALID", "SINKS", "SLOPES", "BLIND"), False) | flags
+    flags = dict.fromkeys(("VALID", "SINKS", "BIAS", "BLIND"), False) | flags
     types = dict.fromkeys(("valid_ptr", "holes_ptr"), "*i1" if flags["VALID"] else "*i32") | dict.fromkeys(
-        ("lse_ptr", "delta_ptr", "slopes_ptr"), "*fp32"
+        ("lse_ptr", "delta_ptr"), "*fp32"
     )
     types |= dict.fromkeys(("lo_ptr", "hi_ptr", "first_ptr", "last_ptr", "blind_ptr"), "*i32")
     constants = dict(SCALE=0.1, SOFTCAP=softcap, GROUP=4, D=D, BD=D, E=E, BE=E, BM=tile.queries, BN=tile.keys, **flags)
@@ -246,7 +253,7 @@ COMPILE = [
     for kernel, table in ((forward_kernel, FORWARD), (backward_q_kernel, BACKWARD_Q), (backward_kv_kernel, BACKWARD_KV))
     for case in (
         _compile_case(kernel, table[64][0], 64, 64, "*fp16", VALID=True),
-        _compile_case(kernel, table[128][0], 128, 64, "*fp16", 50.0, VALID=True, BLIND=True),
-        _compile_case(kernel, SMALL, 128, 128, "*fp32", 50.0, SINKS=True, SLOPES=True),
+        _compile_case(kernel, table[128][0], 128, 64, "*fp16", 50.0, VALID=True, BLIND=True, BIAS=True),
+        _compile_case(kernel, SMALL, 128, 128, "*fp32", 50.0, SINKS=True),
     )
 ]

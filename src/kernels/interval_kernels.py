@@ -1,7 +1,7 @@
 """The Triton kernels of `interval_attention.py`, which has the formulas.
 
 Names end in the sizes of a tile: M queries, N keys, D channels of queries and keys, E of values. Strides: tensor_dimension.
-What masks and scores may have besides is constant (VALID, SOFTCAP, SINKS, SLOPES, BLIND): a kernel holds what it needs.
+What masks and scores may have besides is constant (VALID, SOFTCAP, SINKS, BIAS, BLIND): a kernel holds what it needs.
 """
 
 import triton
@@ -66,27 +66,36 @@ def _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM: tl.constexpr, BN: tl.con
 
 
 @triton.jit
-def _scores(qk, at_query, at_key, slope, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, EXACT: tl.constexpr):
+def _scores(qk, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     """Scores of products q·k, over log 2, and their derivatives by SCALE · q·k."""
     if SOFTCAP is not None:
         t, derivative = _tanh(qk * (SCALE / SOFTCAP), EXACT)
         s = t * (SOFTCAP * LOG2E)
     else:
         s, derivative = qk * (SCALE * LOG2E), 1.0
-    if SLOPES:
-        s += (at_key - at_query).to(tl.float32) * (slope * LOG2E)
     return s, derivative
 
 
 @triton.jit
+def _bias(bias_ptr, at, limit, BIAS: tl.constexpr):
+    """The bias of these keys. Scores are given its difference to that of the query's own position, which changes no softmax:
+    where biases count positions, that is small for the keys that weigh most."""
+    if BIAS:
+        return tl.load(bias_ptr + at, at < limit, 0.0).to(tl.float32)
+    return 0.0
+
+
+@triton.jit
 def _seen_scores(
-    q_MD, k_ND, at_M, at_N, slope, lo_M, hi_M, valid_ptr, T,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr,
+    q_MD, k_ND, at_N, bias_M, bias_ptr, lo_M, hi_M, valid_ptr, T,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr,
     BLIND: tl.constexpr,
 ):  # fmt: skip
     """Scores [M, N], −∞ for what is not seen (of a whole tile all is), all alike for the blind; derivatives."""
     qk = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-    s, derivative = _scores(qk, at_M[:, None], at_N[None, :], slope, SCALE, SOFTCAP, SLOPES, k_ND.dtype == tl.float32)
+    s, derivative = _scores(qk, SCALE, SOFTCAP, k_ND.dtype == tl.float32)
+    if BIAS:
+        s += (_bias(bias_ptr, at_N, T, BIAS)[None, :] - bias_M[:, None]) * LOG2E
     if not WHOLE:
         s = tl.where((lo_M[:, None] <= at_N[None, :]) & (at_N[None, :] <= hi_M[:, None]), s, -float("inf"))
     if VALID and not WHOLE:
@@ -96,26 +105,19 @@ def _seen_scores(
     return s, derivative
 
 
-@triton.jit
-def _slope(slopes_ptr, h, SLOPES: tl.constexpr):
-    if SLOPES:
-        return tl.load(slopes_ptr + h).to(tl.float32)
-    return 0.0
-
-
 # ---------------------------------------------------------------- forward
 
 
 @triton.jit
 def _attend(
-    acc_ME, m_M, l_M, q_MD, at_M, slope, k_ptr, v_ptr, k_t, v_t, start, lo_M, hi_M, valid_ptr, T,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
+    acc_ME, m_M, l_M, q_MD, bias_M, bias_ptr, k_ptr, v_ptr, k_t, v_t, start, lo_M, hi_M, valid_ptr, T,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr, BLIND: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, in the online softmax."""
     at_N = start + tl.arange(0, BN)
     k_ND = _rows(k_ptr, at_N, k_t, T, D, BD)
-    s, _ = _seen_scores(q_MD, k_ND, at_M, at_N, slope, lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, SLOPES, WHOLE, VALID, BLIND)
+    s, _ = _seen_scores(q_MD, k_ND, at_N, bias_M, bias_ptr, lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, WHOLE, VALID, BLIND)
     new_M = tl.maximum(m_M, tl.max(s, 1))
     finite_M = tl.where(new_M == -float("inf"), 0.0, new_M)  # nothing seen yet: no −∞ − (−∞)
     p = tl.exp2(s - finite_M[:, None])
@@ -127,10 +129,10 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, valid_ptr, holes_ptr, sinks_ptr, slopes_ptr, S, T, H,
-    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_s, lo_b, valid_b,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lo_ptr, hi_ptr, valid_ptr, holes_ptr, sinks_ptr, bias_ptr, S, T, H,
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_s, lo_b, valid_b, bias_b, bias_h,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, SINKS: tl.constexpr, SLOPES: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, SINKS: tl.constexpr, BIAS: tl.constexpr,
     BLIND: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries of one head."""
@@ -139,7 +141,8 @@ def forward_kernel(
     v_ptr += b * v_b + h // GROUP * v_h
     valid_ptr += b * valid_b
     q_MD = _rows(q_ptr + b * q_b + h * q_h, at_M, q_s, S, D, BD)
-    slope = _slope(slopes_ptr, h, SLOPES)
+    bias_ptr += b * bias_b + h * bias_h
+    bias_M = _bias(bias_ptr, at_M, S, BIAS)
     acc_ME = tl.zeros([BM, BE], tl.float32)
     m_M = tl.full([BM], -float("inf"), tl.float32)
     l_M = tl.zeros([BM], tl.float32)
@@ -149,8 +152,8 @@ def forward_kernel(
     for rest in tl.static_range(2):
         for i in range(tiles - wholes if rest else wholes):
             acc_ME, m_M, l_M = _attend(
-                acc_ME, m_M, l_M, q_MD, at_M, slope, k_ptr, v_ptr, k_t, v_t, _tile(i, start, whole, wholes, rest, BN),
-                lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, SLOPES, D, BD, E, BE, BN, rest == 0, VALID, BLIND,
+                acc_ME, m_M, l_M, q_MD, bias_M, bias_ptr, k_ptr, v_ptr, k_t, v_t, _tile(i, start, whole, wholes, rest, BN),
+                lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, D, BD, E, BE, BN, rest == 0, VALID, BLIND,
             )  # fmt: skip
     seen_M = l_M > 0
     lse_M = tl.where(seen_M, m_M + tl.log2(tl.where(seen_M, l_M, 1.0)), float("inf"))  # ∞: every p of the backward pass is 0
@@ -164,14 +167,14 @@ def forward_kernel(
 
 @triton.jit
 def _add_dq(
-    dq_MD, q_MD, g_ME, lse_M, delta_M, at_M, slope, k_ptr, v_ptr, k_t, v_t, start, lo_M, hi_M, valid_ptr, T,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
+    dq_MD, q_MD, g_ME, lse_M, delta_M, bias_M, bias_ptr, k_ptr, v_ptr, k_t, v_t, start, lo_M, hi_M, valid_ptr, T,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr, BLIND: tl.constexpr,
 ):  # fmt: skip
     at_N = start + tl.arange(0, BN)
     k_ND, v_NE = _rows(k_ptr, at_N, k_t, T, D, BD), _rows(v_ptr, at_N, v_t, T, E, BE)
     s, derivative = _seen_scores(
-        q_MD, k_ND, at_M, at_N, slope, lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, SLOPES, WHOLE, VALID, BLIND
+        q_MD, k_ND, at_N, bias_M, bias_ptr, lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, WHOLE, VALID, BLIND
     )
     p = tl.exp2(s - lse_M[:, None])
     ds = p * (tl.dot(g_ME, tl.trans(v_NE), input_precision="ieee") - delta_M[:, None]) * derivative
@@ -180,10 +183,10 @@ def _add_dq(
 
 @triton.jit
 def backward_q_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, dq_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, valid_ptr, holes_ptr, slopes_ptr, S, T, H,
-    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_s, dq_b, dq_h, dq_s, lo_b, valid_b,
+    q_ptr, k_ptr, v_ptr, g_ptr, dq_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, valid_ptr, holes_ptr, bias_ptr, S, T, H,
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_s, dq_b, dq_h, dq_s, lo_b, valid_b, bias_b, bias_h,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, SLOPES: tl.constexpr, BLIND: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, BIAS: tl.constexpr, BLIND: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, programs as in the forward pass."""
     b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM, BN, VALID)
@@ -192,16 +195,17 @@ def backward_q_kernel(
     valid_ptr += b * valid_b
     q_MD = _rows(q_ptr + b * q_b + h * q_h, at_M, q_s, S, D, BD)
     g_ME = _rows(g_ptr + b * g_b + h * g_h, at_M, g_s, S, E, BE)
-    slope = _slope(slopes_ptr, h, SLOPES)
+    bias_ptr += b * bias_b + h * bias_h
+    bias_M = _bias(bias_ptr, at_M, S, BIAS)
     lse_M = tl.load(lse_ptr + (b * H + h) * S + at_M, at_M < S, float("inf"))
     delta_M = tl.load(delta_ptr + (b * H + h) * S + at_M, at_M < S, 0.0)
     dq_MD = tl.zeros([BM, BD], tl.float32)
     for rest in tl.static_range(2):
         for i in range(tiles - wholes if rest else wholes):
             dq_MD = _add_dq(
-                dq_MD, q_MD, g_ME, lse_M, delta_M, at_M, slope, k_ptr, v_ptr, k_t, v_t,
+                dq_MD, q_MD, g_ME, lse_M, delta_M, bias_M, bias_ptr, k_ptr, v_ptr, k_t, v_t,
                 _tile(i, start, whole, wholes, rest, BN), lo_M, hi_M, valid_ptr, T,
-                SCALE, SOFTCAP, SLOPES, D, BD, E, BE, BN, rest == 0, VALID, BLIND,
+                SCALE, SOFTCAP, BIAS, D, BD, E, BE, BN, rest == 0, VALID, BLIND,
             )  # fmt: skip
     _store_rows(dq_ptr + b * dq_b + h * dq_h, dq_MD * SCALE, at_M, dq_s, S, D, BD)
 
@@ -211,8 +215,9 @@ REST, OF_BLIND = tl.constexpr(1), tl.constexpr(2)  # parts of the keys' walk; 0:
 
 @triton.jit
 def _add_dkv(
-    dk_ND, dv_NE, k_ND, v_NE, at_N, slope, q_ptr, g_ptr, lse_ptr, delta_ptr, lo_ptr, q_s, g_s, start, first_N, last_N, S,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
+    dk_ND, dv_NE, k_ND, v_NE, at_N, bias_N, bias_ptr, q_ptr, g_ptr, lse_ptr, delta_ptr, lo_ptr, q_s, g_s, start,
+    first_N, last_N, S,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     at_M = start + tl.arange(0, BM)
@@ -220,7 +225,9 @@ def _add_dkv(
     lse_M = tl.load(lse_ptr + at_M, at_M < S, float("inf"))
     delta_M = tl.load(delta_ptr + at_M, at_M < S, 0.0)
     qk = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee")
-    s, derivative = _scores(qk, at_M[None, :], at_N[:, None], slope, SCALE, SOFTCAP, SLOPES, k_ND.dtype == tl.float32)
+    s, derivative = _scores(qk, SCALE, SOFTCAP, k_ND.dtype == tl.float32)
+    if BIAS:
+        s += (bias_N[:, None] - _bias(bias_ptr, at_M, S, BIAS)[None, :]) * LOG2E
     if PART == OF_BLIND:
         blind_M = tl.load(lo_ptr + at_M, at_M < S, 0) < 0
         s = tl.where(blind_M[None, :], 0.0, -float("inf")) + tl.zeros_like(s)
@@ -234,10 +241,11 @@ def _add_dkv(
 
 @triton.jit
 def backward_kv_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lo_ptr, blind_ptr, slopes_ptr, S, T, G,
-    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_s, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, first_b, lo_b, blind_b,
+    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lo_ptr, blind_ptr, bias_ptr, S, T, G,
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_s, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    first_b, lo_b, blind_b, bias_b, bias_h,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOPES: tl.constexpr, BLIND: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, BLIND: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, tile by tile of the queries of its group's heads: program (tile, b·G + group)."""
     pid = tl.program_id(1).to(tl.int64)
@@ -258,13 +266,14 @@ def backward_kv_kernel(
     for member in range(GROUP):
         h = kv_h * GROUP + member
         q_at, g_at, row = q_ptr + b * q_b + h * q_h, g_ptr + b * g_b + h * g_h, (b * G * GROUP + h) * S
-        slope = _slope(slopes_ptr, h, SLOPES)
+        bias_at = bias_ptr + b * bias_b + h * bias_h
+        bias_N = _bias(bias_at, at_N, T, BIAS)
         for part in tl.static_range(3 if BLIND else 2):
             for i in range(blind_tiles if part == OF_BLIND else tiles - wholes if part == REST else wholes):
                 at = blind_start + i * BM if part == OF_BLIND else _tile(i, start, whole, wholes, part == REST, BM)
                 dk_ND, dv_NE = _add_dkv(
-                    dk_ND, dv_NE, k_ND, v_NE, at_N, slope, q_at, g_at, lse_ptr + row, delta_ptr + row, lo_ptr + b * lo_b,
-                    q_s, g_s, at, first_N, last_N, S, SCALE, SOFTCAP, SLOPES, D, BD, E, BE, BM, part,
+                    dk_ND, dv_NE, k_ND, v_NE, at_N, bias_N, bias_at, q_at, g_at, lse_ptr + row, delta_ptr + row,
+                    lo_ptr + b * lo_b, q_s, g_s, at, first_N, last_N, S, SCALE, SOFTCAP, BIAS, D, BD, E, BE, BM, part,
                 )  # fmt: skip
     _store_rows(dk_ptr + b * dk_b + kv_h * dk_h, dk_ND * SCALE, at_N, dk_t, T, D, BD)
     _store_rows(dv_ptr + b * dv_b + kv_h * dv_h, dv_NE, at_N, dv_t, T, E, BE)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention import attention
-from sloth.patterns.alibi import slopes
+from sloth.patterns.alibi import of_keys
 from sloth.patterns.attention import ATTENTION, repeated
 from sloth.patterns.mask_meaning import Interval, meaning
 from sloth.patterns.mask_reader import source
@@ -73,7 +73,7 @@ def proven(field: str) -> Callable:
 
 
 TOLD = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")}
-TOLD["slopes"] = lambda match: slopes(match.bias, match.query.meta.shape[1]) if "bias" in match.tensors else None
+TOLD["bias"] = lambda match: of_keys(match.bias, match.query.meta.shape[1]) if "bias" in match.tensors else None
 TOLD["uniform"] = lambda match: all_alike(match, told(match) or Interval())
 
 
@@ -219,7 +219,9 @@ def options(numbers: str) -> dict:
 
 
 _how = VARIANTS.pop("fp32")
-entry = pattern(ATTENTION, op=attention, dims=DIMS, name="eager_attention", variant="fp32", **TOLD)(spelled(*_how, grouped=False))
+entry = pattern(ATTENTION, op=attention, dims=DIMS, no_grad=("bias",), name="eager_attention", variant="fp32", **TOLD)(
+    spelled(*_how, grouped=False)
+)
 entry.variant("fp32_grouped", GROUPED, **TOLD)(spelled(*_how, grouped=True))
 for _name, _how in VARIANTS.items():
     entry.variant(_name, **options(_how[-1]))(spelled(*_how, grouped=False))
@@ -234,7 +236,9 @@ def _(match):
     causal = interval in (Interval(), Interval(ahead=0))
     match.require("dropout_p" not in match.numbers or causal, "it has dropout, and its mask is not causal")
     if "bias" in match.tensors:
-        match.require(TOLD["slopes"](match) is not None, "its bias is not proven to be a slope for each head")
+        match.require(
+            TOLD["bias"](match) is not None, "its bias is not proven to be a slope of each head times positions of keys"
+        )
     if "least" in match.numbers:
         match.require(not may_see_nothing(interval), "a query may see nothing, and has all its scores written over")
         match.require(match.least <= ABSORBS, f"{match.least} does not hide what it is written over")

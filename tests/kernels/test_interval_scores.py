@@ -1,4 +1,4 @@
-"""sloth.kernels.attention with scores that are no plain products (soft caps, sinks, slopes), values of another width, and queries
+"""sloth.kernels.attention with scores that are no plain products (soft caps, sinks, biases), values of another width, and queries
 that see nothing and weigh all keys alike: its kernels and its ATen path against eager."""
 
 import contextlib
@@ -28,8 +28,9 @@ CASES = {
     "wide cap": (WINDOW, 50.0, (), False, 24),
     "sinks": (CAUSAL, None, ("sinks",), False, 24),
     "sinks, left": (LEFT, None, ("sinks",), False, 24),
-    "slopes": (CAUSAL, None, ("slopes",), False, 24),
-    "slopes, both sides": (([], [], 9, 9), None, ("slopes",), False, 24),
+    "bias": (CAUSAL, None, ("bias",), False, 24),
+    "bias, both sides": (([], [], 9, 9), None, ("bias",), False, 24),
+    "bias, left": (LEFT, None, ("bias",), True, 24),
     "narrow values": (RIGHT, None, (), False, 8),
     "wide values": (HOLES, None, (), False, 40),
     "blind, left": (LEFT, None, (), True, 24),
@@ -37,8 +38,8 @@ CASES = {
     "blind, all": (EMPTY, None, (), True, 24),
     "blind, none": (RIGHT, None, (), True, 24),
     "blind, strict": (STRICT, None, (), True, 24),
-    "all of these": (LEFT, 3.0, ("slopes",), True, 40),
-    "cap and sinks": (HOLES, 3.0, ("sinks", "slopes"), False, 8),
+    "all of these": (HOLES, 3.0, ("bias",), True, 40),
+    "cap and sinks": (HOLES, 3.0, ("sinks",), False, 8),
 }
 
 
@@ -51,10 +52,10 @@ def eager(how, softcap, vectors, uniform):
         s = q @ k.mT * SCALE
         if softcap is not None:
             s = torch.tanh(s / softcap) * softcap
-        at, mask = torch.arange(S, device=q.device), mask_of(S, *how)
+        mask = mask_of(S, *how)
         s = wide(s)
-        if "slopes" in of:
-            s = s + wide(of["slopes"])[:, None, None] * (at - at[:, None])
+        if "bias" in of:
+            s = s + wide(of["bias"])[:, :, None]
         s = s + torch.where(mask, s.new_zeros(()), torch.finfo(s.dtype).min)
         if "sinks" in of:
             s = torch.cat((s, wide(of["sinks"])[:, None, None].expand(*s.shape[:-1], 1)), -1)
@@ -67,7 +68,8 @@ def eager(how, softcap, vectors, uniform):
 def check(name, dtype, kernels=True):
     how, softcap, vectors, uniform, E = CASES[name]
     q, k, v = make((2, 4, S, 24), dtype), make((2, 2, S, 24), dtype, seed=1), make((2, 2, S, E), dtype, seed=2)
-    more = [make((4,), dtype, seed=3 + n) for n, _ in enumerate(vectors)]
+    shapes = {"sinks": (4,), "bias": (2, 4, S)}
+    more = [make(shapes[vector], dtype, seed=3 + n) for n, vector in enumerate(vectors)]
 
     def ours(q, k, v, *given):
         documents, valid, ahead, behind = how
@@ -118,22 +120,36 @@ def test_widths_of_values(D, E):
         compare(lambda *t: attention(*t, [], [], 0, 20, scale=SCALE), eager(WINDOW, None, (), False), [q, k, v], strides=False)
 
 
-def test_no_dropout():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_biases_that_count(dtype):
+    """Of a long sequence they are large, where the scores that weigh differ little; one row for the batch, or with holes."""
+    q, k, v = (make((2, 4, S, 24), dtype, seed=n) for n in range(3))
+    counted = HOLES[1][0].cumsum(-1)[:, None] * (0.5 ** torch.arange(4, device=DEVICE))[:, None]
+    for how, bias in ((CAUSAL, 1000 + torch.arange(S, device=DEVICE).expand(1, 4, S)), (HOLES, counted)):
+        ours = lambda *t: attention(*t, how[0], how[1], *how[2:], scale=SCALE, bias=bias.to(dtype))  # noqa: B023, E731
+        theirs = lambda *t: eager(how, None, ("bias",), False)(*t, bias.to(dtype))  # noqa: B023, E731
+        with interpret(module):
+            compare(ours, theirs, [q, k, v], strides=False)
+
+
+def test_what_does_not_go_together():
     q = make((1, 1, 8, 8), torch.float32)
     with pytest.raises(RuntimeError, match="no dropout"):
         attention(q, q, q, [], [], 0, None, 0.5, softcap=2.0)
+    with pytest.raises(RuntimeError, match="no bias beside sinks"):
+        attention(q, q, q, [], [], 0, None, sinks=q[0, 0, 0, :1], bias=q[:, :, 0])
 
 
 def test_formula():
-    """The closed form of the docstring is the symbolic derivative: capped scores with a slope, and a sink."""
+    """The closed form of the docstring is the symbolic derivative: capped scores with a bias, and a sink."""
     x, v, g = sympy.symbols("x:3"), sympy.symbols("v:3"), sympy.Symbol("g")
-    sink, slope, c = sympy.symbols("sink slope c", positive=True)
-    s = [c * sympy.tanh(x[j] / c) + slope * (j - 2) for j in range(3)]
+    sink, bias, c = sympy.symbols("sink bias c", positive=True)
+    s = [c * sympy.tanh(x[j] / c) + bias * (j - 2) for j in range(3)]
     total = sum(map(sympy.exp, s)) + sympy.exp(sink)
     p, p_sink = [sympy.exp(e) / total for e in s], sympy.exp(sink) / total
     out = sum(a * b for a, b in zip(p, v, strict=True))
     delta = g * out
-    numbers = {e: sympy.Rational(n + 2, 7 + 3 * n) for n, e in enumerate((*x, *v, g, sink, slope, c))}
+    numbers = {e: sympy.Rational(n + 2, 7 + 3 * n) for n, e in enumerate((*x, *v, g, sink, bias, c))}
     for j in range(3):
         dx = p[j] * (g * v[j] - delta) * (1 - sympy.tanh(x[j] / c) ** 2)
         assert abs((g * out.diff(x[j]) - dx).evalf(30, subs=numbers)) < 1e-25
