@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention import attention
+from sloth.patterns.added_mask import Added, added, may_see_nothing, require_swallowed
+from sloth.patterns.alibi import of_keys
 from sloth.patterns.mask_meaning import Interval, meaning, why_not
+from sloth.patterns.mask_reader import is_truth
 from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.pattern import Construct
@@ -58,9 +61,15 @@ def scale(n: Normal, c: Call, query: Value, *rest):
     return n.add(c.op, (query, *others, 1 / math.sqrt(width), gqa), c.meta) if given is None and isinstance(width, int) else None
 
 
-def told(match):
+def shown(match) -> Added | None:
+    """The mask as one that is added. A boolean one says less of what a query that sees nothing gets: nothing, here."""
+    return Added(match.attn_mask, 0.0, None) if is_truth(match.attn_mask) else added(match.attn_mask)
+
+
+def told(match) -> Interval | None:
     """What is proven of the mask, if the operator can be told that."""
-    found, rows, columns = meaning(match.attn_mask), match.query.meta.shape[-2], match.key.meta.shape[-2]
+    mask = shown(match)
+    found, rows, columns = mask and meaning(mask.seen), match.query.meta.shape[-2], match.key.meta.shape[-2]
     return found if found in BY_TORCH or found is not None and same_literal(rows, columns) else None
 
 
@@ -69,7 +78,17 @@ def proven(field):
     return lambda match: getattr(told(match) or Interval(), field)
 
 
-PROVEN = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")}
+def bias(match) -> Value | None:
+    mask = shown(match)
+    return of_keys(mask.bias, match.query.meta.shape[1]) if mask is not None and mask.bias is not None else None
+
+
+def uniform(match) -> bool:
+    """May there be queries that see nothing, and then weigh all keys alike?"""
+    return not is_truth(match.attn_mask) and may_see_nothing(told(match) or Interval())
+
+
+TOLD = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")} | {"bias": bias, "uniform": uniform}
 
 
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -77,28 +96,33 @@ def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x[:, :, None].expand(B, G, heads // G, T, D).reshape(B, heads, T, D)
 
 
-@pattern(ATTENTION, op=attention, dims=DIMS, name="attention", variant="plain", **PROVEN)
+@pattern(ATTENTION, op=attention, dims=DIMS, name="attention", variant="plain", **TOLD)
 def plain(query, key, value, attn_mask, *, dropout_p: float, scale: float):
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)
 
 
-@plain.variant("grouped", dims=GROUPED, **PROVEN)
+@plain.variant("grouped", dims=GROUPED, **TOLD)
 def _(query, key, value, attn_mask, *, dropout_p: float, scale: float):
     heads = query.shape[1]
     key, value = repeated(key, heads), repeated(value, heads)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)
 
 
-@plain.variant("grouped_native", dims=GROUPED, **PROVEN)
+@plain.variant("grouped_native", dims=GROUPED, **TOLD)
 def _(query, key, value, attn_mask, *, dropout_p: float, scale: float):
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=True)
 
 
 @plain.check
 def _(match):
-    match.require(meaning(match.attn_mask) is not None, why_not(match.attn_mask))
+    mask = shown(match)
+    match.require(mask is not None and (mask.bias is None or bias(match) is not None), why_not(match.attn_mask))
+    match.require(meaning(mask.seen) is not None, why_not(mask.seen))
     match.require(told(match) is not None, "its queries and keys differ in number, and its mask is not causal")
+    if uniform(match):
+        require_swallowed(match, mask.least)
     grouped = not same_literal(match.query.meta.shape[1], match.key.meta.shape[1])
     same = same_literal(match.query.meta.shape[-1], match.value.meta.shape[-1])
     match.require(same or not grouped, "values differ in width from keys, and torch has no kernel for that with groups of heads")
-    match.require(match.dropout_p == 0 or told(match) in BY_TORCH, "it has dropout, and its mask is not causal")
+    by_torch = told(match) in BY_TORCH and mask.bias is None
+    match.require(match.dropout_p == 0 or by_torch, "it has dropout, and its mask is not causal")

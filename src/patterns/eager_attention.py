@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention import attention
+from sloth.patterns.added_mask import ABSORBS, added, may_see_nothing, require_swallowed, seen_of
 from sloth.patterns.alibi import of_keys
 from sloth.patterns.attention import ATTENTION, repeated
 from sloth.patterns.mask_meaning import Interval, meaning
-from sloth.patterns.mask_reader import source
-from sloth.rewriter.ir import Value, same_literal
+from sloth.rewriter.ir import same_literal
 from sloth.rewriter.registry import pattern
 
 DIMS = {
@@ -28,39 +28,18 @@ DIMS = {
     "bias": "1 1 S",
 }
 GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S E", "sinks": "2*G"}
-ABSORBS = torch.finfo(torch.bfloat16).min  # a sum with it, or less, is it again, whatever the score
-ZEROS = ("zeros", "zeros_like", "new_zeros", "full")
-
-
-def shown(mask: Value) -> tuple[Value, float] | None:
-    """(m, least), if the mask is where(m, 0, least)."""
-    mask = source(mask)
-    if mask.op != "where" or mask.pinned:
-        return None
-    m, zero, least = mask.args
-    if isinstance(zero, Value) and zero.op in ZEROS and not zero.pinned:
-        zero = zero.args[1] if zero.op == "full" else 0
-    return (m, least) if zero == 0 and isinstance(least, float) and least <= torch.finfo(mask.meta.dtype).min else None
 
 
 def told(match) -> Interval | None:
     """What is proven of the mask, added or (`hidden`) as the truth of it."""
     if "hidden" in match.tensors:
-        hidden = source(match.hidden)
-        if hidden.op in ("bitwise_not", "logical_not"):
-            return None if hidden.pinned else meaning(hidden.args[0])
-        found = shown(hidden.args[0] if hidden.op == "cast" else hidden)
+        seen = seen_of(match.hidden)
     elif "mask" in match.tensors:
-        found = shown(match.mask)
+        found = added(match.mask)
+        seen = found.seen if found is not None and found.bias is None else None
     else:
         return Interval()
-    return found and meaning(found[0])
-
-
-def may_see_nothing(interval: Interval) -> bool:
-    """Can a query be left without a key? It has itself, unless that is not valid or beyond its bounds."""
-    beyond = any(bound is not None and bound < 0 for bound in (interval.ahead, interval.behind))
-    return bool(interval.valid) or beyond
+    return None if seen is None else meaning(seen)
 
 
 def all_alike(match, interval: Interval) -> bool:
@@ -243,9 +222,7 @@ def _(match):
         match.require(not may_see_nothing(interval), "a query may see nothing, and has all its scores written over")
         match.require(match.least <= ABSORBS, f"{match.least} does not hide what it is written over")
     elif may_see_nothing(interval):
-        least, absorbed = shown(match.mask)[1], "sinks" in match.tensors
-        match.require(-float("inf") < least, "a query may see nothing, and is nan then")
-        match.require(absorbed or least <= ABSORBS, f"a query may see nothing, and {least} does not absorb its scores")
+        require_swallowed(match, added(match.mask).least, "sinks" in match.tensors)
     rows, columns = match.query.meta.shape[-2], match.key.meta.shape[-2]
     match.require(same_literal(rows, columns), f"{rows} queries, {columns} keys")
     dtypes = {match.tensors[name].meta.dtype for name in ("query", "key", "value")}

@@ -8,7 +8,7 @@ from test_attention import AOT, BATCHES, sites_of, step
 from test_eager_attention import additive, model_and_input, same
 from test_mask_meaning import S, causal, narrow_window
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MptConfig
 
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
@@ -107,6 +107,7 @@ SMALL = {"vocab_size": 64, "use_cache": False, "bos_token_id": 2, "eos_token_id"
 MODELS = {
     "mpt": MptConfig(**SMALL, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2),
     "bloom": BloomConfig(**SMALL, hidden_size=32, n_head=4, n_layer=2, hidden_dropout=0.0, attention_dropout=0.0, pad_token_id=0),
+    "falcon": FalconConfig(**SMALL, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, alibi=True, pad_token_id=0),
 }
 
 
@@ -146,9 +147,9 @@ PADDINGS = {
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_positions_that_padding_counts(padding, checkpointed):
-    """BLOOM's."""
-    _, ours, theirs, statuses = checked("bloom", checkpointed=checkpointed, batch={"attention_mask": PADDINGS[padding]})
+@pytest.mark.parametrize("name", ["bloom", "falcon"])
+def test_positions_that_padding_counts(name, padding, checkpointed):
+    _, ours, theirs, statuses = checked(name, checkpointed=checkpointed, batch={"attention_mask": PADDINGS[padding]})
     assert statuses == [MATCHED] * 2
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 

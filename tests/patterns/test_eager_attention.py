@@ -1,6 +1,6 @@
 """Attention spelled out is eager's, queries that see nothing included, and what only looks like it is left alone."""
 
-from inspect import signature
+from inspect import getsource, signature
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from transformers import (
     MistralConfig,
     OPTConfig,
 )
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
@@ -326,6 +327,8 @@ def checked(name, batch, checkpointed=False, dtype=torch.float32):
 
 
 SOME = [(name, batch, False) for name in ("mistral", "gemma2") for batch in BATCHES]
+if "self.layerdrop > 0" not in getsource(OPTDecoder.forward):  # it draws a number, which breaks the graph in front of each layer
+    del MODELS["opt"]
 SOME += [(name, batch, name != "llama") for name in MODELS for batch in ("plain", "left") if (name, batch, False) not in SOME]
 
 
