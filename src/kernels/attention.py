@@ -1,21 +1,24 @@
-"""Attention, told what its mask means instead of the mask.
+"""Attention, told what its mask means instead of the mask, or as little of it as can be measured.
 
     out = softmax(cap(q kᵀ · scale) + bias, over the keys that are seen) v
 
     query i sees key j where   i − behind ≤ j ≤ i + ahead     (None: no bound; ahead = 0 is causal, behind a window of behind + 1)
                                i and j lie in one run of each of `documents`       ids, constant over each run
                                j is valid                                          by each of `valid`
+    Or `mask`, whatever it means, is true where i sees j.
     cap(x) = softcap · tanh(x / softcap);   bias_hj: of keys;   sink_h is one more score, of a key whose value is 0
 
 Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multiple of G, each for H / G heads in a row;
          documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere; sinks [H], or bias
-         [B or 1, H, S], batch and heads in one dimension too, finite, given no gradient. T is S unless scores are plain and the
-         mask is causal (query 0 sees key 0) or nothing.
+         [B or 1, H, S], batch and heads in one dimension too, finite, given no gradient; mask [B or 1, 1, S, T] or [S, T],
+         bool. T is S unless there is a mask, or scores are plain and what is seen is causal (query 0 sees key 0) or everything.
 By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing and scores are plain: a mask tensor keeps them off
          their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the
          same for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than
          256 and for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by
          torch's kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products.
+         Of a mask, the first and last key of each query and so on are measured, on the device: two passes over it in a step, no
+         wait. What lies beyond them is not computed. The mask stays in memory, and is read where it has holes between them.
 Backward is that of those. A query that sees nothing gives 0, or, where `uniform`, the mean of all values: with the gradient of a
 softmax whose scores were swallowed by the least number there is, added to each.
 """
@@ -33,7 +36,7 @@ torch.library.define(
     "sloth::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
     " float dropout_p=0.0, float? scale=None, float? softcap=None, Tensor? sinks=None,"
-    " Tensor? bias=None, bool uniform=False) -> Tensor",
+    " Tensor? bias=None, Tensor? mask=None, bool uniform=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -85,6 +88,20 @@ def holed(lo: Tensor, hi: Tensor, valid: Tensor) -> Tensor:
     return (lo <= hi) & (between != hi - lo + 1)
 
 
+def measured(mask: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """The `intervals` that a mask [B or 1, S, T] lies in; holes [B or 1, S], gaps [B or 1, T]: is it false somewhere in them?"""
+
+    def ends(dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        n = mask.shape[dim]
+        at = torch.arange(n, dtype=torch.int32, device=mask.device)
+        at = at if dim == -1 else at[:, None]
+        least, most = torch.where(mask, at, n).amin(dim), torch.where(mask, at, -1).amax(dim)
+        return least, most, (least <= most) & (mask.sum(dim) != most - least + 1)
+
+    (lo, hi, holes), (first, last, gaps) = ends(-1), ends(-2)
+    return (lo, hi, first, last), holes, gaps
+
+
 def seen(lo: Tensor, hi: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
     """[B or 1, 1, S, S] bool: the mask."""
     mask = (lo[:, None, :, None] <= at) & (at <= hi[:, None, :, None])
@@ -108,48 +125,53 @@ def spelled(q, k, v, mask, scale, softcap, sinks, bias, uniform) -> Tensor:
         return (p if uniform else p.where(mask, 0.0)).to(v.dtype) @ v
 
 
-def with_the_blind(lo: Tensor, hi: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_the_blind(lo: Tensor, hi: Tensor, at: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
     """Intervals of queries that see nothing marked as the kernels want them, and the first and the last of these [B or 1, 2]."""
     S, none = at.shape[-1], lo > hi
     blind = torch.stack((torch.where(none, at, S).amin(-1), torch.where(none, at, -1).amax(-1)), -1)
-    return torch.where(none, -1, lo), torch.where(none, S - 1, hi), blind
+    return torch.where(none, -1, lo), torch.where(none, T - 1, hi), blind
 
 
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
 def _(
     query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-    bias=None, uniform=False,
+    bias=None, mask=None, uniform=False,
 ):  # fmt: skip
     plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
-    if plain and not documents and not valid and ahead in (0, None) and behind is None:
+    if plain and mask is None and not documents and not valid and ahead in (0, None) and behind is None:
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
-    torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
     S, D, E, T = query.shape[2], query.shape[3], value.shape[3], key.shape[2]
-    torch._check(S == T, lambda: f"attention: {S} queries, {T} keys")
+    torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
+    torch._check(S == T or mask is not None and bias is None, lambda: f"attention: {S} queries, {T} keys")
     torch._check(sinks is None or bias is None, lambda: "attention: no bias beside sinks")
     bias = None if bias is None else bias.reshape(-1, query.shape[1], T)
-    at = torch.arange(S, dtype=torch.int32, device=query.device)[None]
-    usable = None
-    for v in valid:
-        usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
-    lo, hi, first, last = intervals(documents, usable, ahead, behind, at)
+    at, usable = torch.arange(S, dtype=torch.int32, device=query.device)[None], None
+    if mask is None:
+        for v in valid:
+            usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
+        bounds = intervals(documents, usable, ahead, behind, at)
     if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
-        mask = seen(lo, hi, usable, at)
+        mask = seen(*bounds[:2], usable, at) if mask is None else mask.reshape(-1, 1, S, T)
         if plain and not uniform:
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
         return spelled(query, key, value, mask, D**-0.5 if scale is None else scale, softcap, sinks, bias, uniform)
-    holes = None if usable is None else holed(lo, hi, usable)
-    lo, hi, blind = with_the_blind(lo, hi, at) if uniform else (lo, hi, None)
+    if mask is None:
+        holes, gaps = None if usable is None else holed(*bounds[:2], usable), None
+    else:
+        usable = mask.reshape(-1, S, T).contiguous()
+        bounds, holes, gaps = measured(usable)
+    lo, hi, first, last = bounds
+    lo, hi, blind = with_the_blind(lo, hi, at, T) if uniform else (lo, hi, None)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     bounds = [b.contiguous() for b in (lo, hi, first, last)]
     bias = None if bias is None else bias.contiguous()
     scale = D**-0.5 if scale is None else scale
-    return interval_attention(query, key, value, *bounds, usable, holes, scale, softcap, sinks, bias, blind)[0]
+    return interval_attention(query, key, value, *bounds, usable, holes, gaps, scale, softcap, sinks, bias, blind)[0]
 
 
 attention = torch.ops.sloth.attention.default
 """attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-bias=None, uniform=False) -> [B, H, S, E]"""
+bias=None, mask=None, uniform=False) -> [B, H, S, E]"""

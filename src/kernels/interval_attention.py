@@ -12,15 +12,17 @@ bias_hj − bias_hi, which leaves p_ij as it is. Not given: no exp(sink_h), no b
 Shapes   query [B, H, S, D], key [B, G, T, D] and value [B, G, T, E] with H a multiple of G, each for H / G heads in a row, D and
          E ≤ 256; lo, hi [B or 1, S], first, last [B or 1, T] int32, valid [B or 1, T] bool or None. first and last say the same
          of a key: it is seen from the queries first_j ≤ i ≤ last_j, from none where it is not valid (`intervals` makes all four).
+         Or valid is the mask itself, [B or 1, S, T] dense: what is seen where it is true, which must be between the bounds only.
          holes [B or 1, S] bool, with valid: is a key between a query's bounds not valid? The padding of most batches leaves none.
+         gaps [B or 1, T] bool, with a mask: is a query between a key's bounds one that does not see it?
          sinks [H], or bias [B or 1, H, T] with unit stride along T, finite, where S = T. blind [B or 1, 2] int32: the first
          and the last query that sees nothing, or None.
 Forward  a program holds a tile of queries and walks the tiles of keys between the least lo and the greatest hi of its rows. Their
          maximum m and sum l are kept up online (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018):
              m' = max(m, max_j s_j),   l' = l·e^(m−m') + Σ_j e^(s_j−m'),   out' = out·e^(m−m') + Σ_j e^(s_j−m') v_j
          from m = −∞, l = 0, or with a sink from m = sink_h, l = 1.
-         Tiles that all rows see whole, from the greatest lo to the least hi, are walked apart, without the comparisons; there are
-         none where a row has holes.
+         Tiles that all rows see whole, from the greatest lo to the least hi, are walked apart, without the comparisons and the
+         mask; there are none where a row has holes.
          A query that sees nothing gives 0 and has no gradient, as in torch's scaled_dot_product_attention. Or, with `blind`, it
          weighs all keys alike, as where a mask adds the least number there is: lo_i = −1, hi_i = T − 1, and s_ij = 0 for it.
 Backward with g = ∂L/∂out, after Dao, "FlashAttention-2" (2023):
@@ -124,6 +126,11 @@ def _batch_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
+def _dimensions(valid: Tensor | None) -> int:
+    """Of what is seen, beside the batch."""
+    return 0 if valid is None else valid.dim() - 1
+
+
 def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
     """By batch and head."""
     return (0, 0) if bias is None else (_batch_stride(bias), bias.stride(1))
@@ -144,7 +151,8 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 @triton_op("sloth::interval_attention", mutates_args={})
 def _interval_attention(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, first: Tensor, last: Tensor, valid: Tensor | None,
-    holes: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None, bias: Tensor | None, blind: Tensor | None,
+    holes: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None, bias: Tensor | None,
+    blind: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = map(_unit_stride, (query, key, value))
     B, H, S, _ = q.shape
@@ -153,7 +161,7 @@ def _interval_attention(
     launch(forward_kernel)[(_blocks(S, tile.queries), B * H)](
         q, k, v, buffer, lse, lo, hi, seen, _or(holes, lo), _or(sinks, lse), _or(bias, lse), S, k.shape[2], H,
         *_strides(q, k, v, out), _batch_stride(lo), _batch_stride(seen), *_bias_strides(bias),
-        VALID=valid is not None, SINKS=sinks is not None, BLIND=blind is not None,
+        VALID=_dimensions(valid), SINKS=sinks is not None, BLIND=blind is not None,
         **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return out, lse
@@ -171,7 +179,7 @@ def _interval_attention_dq(
     launch(backward_q_kernel)[(_blocks(S, tile.queries), B * H)](
         q, k, v, g, buffer, lse, delta, lo, hi, seen, _or(holes, lo), _or(bias, lse), S, k.shape[2], H,
         *_strides(q, k, v, g, dq), _batch_stride(lo), _batch_stride(seen), *_bias_strides(bias),
-        VALID=valid is not None, BLIND=blind, **_options(q, k, v, scale, softcap, bias, tile),
+        VALID=_dimensions(valid), BLIND=blind, **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return dq
 
@@ -179,22 +187,23 @@ def _interval_attention_dq(
 @triton_op("sloth::interval_attention_dkv", mutates_args={})
 def _interval_attention_dkv(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor, lo: Tensor,
-    scale: float, softcap: float | None, bias: Tensor | None, blind: Tensor | None,
+    valid: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None, blind: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, G, T, D = k.shape
     (k_buffer, dk), (v_buffer, dv) = _like(k, D), _like(v, v.shape[-1])
-    tile, bounds = tile_of(BACKWARD_KV, q, v), _or(blind, lo)
+    tile, bounds, seen = tile_of(BACKWARD_KV, q, v), _or(blind, lo), _or(valid, lo)
     launch(backward_kv_kernel)[(_blocks(T, tile.keys), B * G)](
-        q, k, v, g, k_buffer, v_buffer, lse, delta, first, last, lo, bounds, _or(bias, lse), q.shape[2], T, G,
-        *_strides(q, k, v, g, dk, dv), *map(_batch_stride, (first, lo, bounds)), *_bias_strides(bias), BLIND=blind is not None,
-        **_options(q, k, v, scale, softcap, bias, tile),
+        q, k, v, g, k_buffer, v_buffer, lse, delta, first, last, lo, bounds, _or(bias, lse), seen, _or(gaps, lo),
+        q.shape[2], T, G,
+        *_strides(q, k, v, g, dk, dv), *map(_batch_stride, (first, lo, bounds)), *_bias_strides(bias), _batch_stride(seen),
+        VALID=_dimensions(valid), BLIND=blind is not None, **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return dk, dv
 
 
 interval_attention = torch.ops.sloth.interval_attention.default
-"""interval_attention(query, key, value, lo, hi, first, last, valid, holes, scale, softcap, sinks, bias, blind)
+"""interval_attention(query, key, value, lo, hi, first, last, valid, holes, gaps, scale, softcap, sinks, bias, blind)
 -> (out [B, H, S, E], L [B, H, S] over log 2)"""
 interval_attention_dq = torch.ops.sloth.interval_attention_dq.default
 interval_attention_dkv = torch.ops.sloth.interval_attention_dkv.default
@@ -210,8 +219,8 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 14
-    q, k, v, lo, hi, first, last, valid, holes, sinks, bias, blind, out, lse = ctx.saved_tensors
+        return (None,) * 15
+    q, k, v, lo, hi, first, last, valid, holes, gaps, sinks, bias, blind, out, lse = ctx.saved_tensors
     delta = (dout.float() * out.float()).sum(-1).contiguous()
     dq = dk = dv = dsinks = None
     if ctx.needs_input_grad[0]:
@@ -219,11 +228,11 @@ def _backward(ctx, dout, _):
         dq = interval_attention_dq(dout, q, k, v, lse, delta, lo, hi, valid, holes, *more)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         more = (ctx.scale, ctx.softcap, bias, blind)
-        dk, dv = interval_attention_dkv(dout, q, k, v, lse, delta, first, last, lo, *more)
-    if ctx.needs_input_grad[11]:
+        dk, dv = interval_attention_dkv(dout, q, k, v, lse, delta, first, last, lo, valid, gaps, *more)
+    if ctx.needs_input_grad[12]:
         p = torch.exp2(sinks.float()[:, None] * LOG2E.value - lse)
         dsinks = -(p * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, *[None] * 8, dsinks, None, None
+    return dq, dk, dv, *[None] * 9, dsinks, None, None
 
 
 _interval_attention.register_autograd(_backward, setup_context=_setup)
@@ -234,10 +243,10 @@ _interval_attention_dkv.register_autograd(once)
 # ---------------------------------------------------------------- compiled for every target by the tests
 
 
-def _compile_case(kernel, tile: Tile, D: int, E: int, dtype: str, softcap: float | None = None, **flags: bool):
+def _compile_case(kernel, tile: Tile, D: int, E: int, dtype: str, softcap: float | None = None, **flags: int):
     """Tiles belong to a dtype, so it stands here and is not the target's."""
-    flags = dict.fromkeys(("VALID", "SINKS", "BIAS", "BLIND"), False) | flags
-    types = dict.fromkeys(("valid_ptr", "holes_ptr"), "*i1" if flags["VALID"] else "*i32") | dict.fromkeys(
+    flags = dict.fromkeys(("VALID", "SINKS", "BIAS", "BLIND"), 0) | flags
+    types = dict.fromkeys(("valid_ptr", "holes_ptr", "gaps_ptr"), "*i1" if flags["VALID"] else "*i32") | dict.fromkeys(
         ("lse_ptr", "delta_ptr"), "*fp32"
     )
     types |= dict.fromkeys(("lo_ptr", "hi_ptr", "first_ptr", "last_ptr", "blind_ptr"), "*i32")
@@ -252,8 +261,10 @@ COMPILE = [
     case
     for kernel, table in ((forward_kernel, FORWARD), (backward_q_kernel, BACKWARD_Q), (backward_kv_kernel, BACKWARD_KV))
     for case in (
-        _compile_case(kernel, table[64][0], 64, 64, "*fp16", VALID=True),
-        _compile_case(kernel, table[128][0], 128, 64, "*fp16", 50.0, VALID=True, BLIND=True, BIAS=True),
+        _compile_case(kernel, table[64][0], 64, 64, "*fp16", VALID=1),
+        _compile_case(kernel, table[128][0], 128, 64, "*fp16", 50.0, VALID=1, BLIND=True, BIAS=True),
+        _compile_case(kernel, table[128][0], 128, 128, "*fp16", VALID=2),
+        _compile_case(kernel, SMALL, 128, 128, "*fp32", 50.0, VALID=2, BLIND=True),
         _compile_case(kernel, SMALL, 128, 128, "*fp32", 50.0, SINKS=True),
     )
 ]

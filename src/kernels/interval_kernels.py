@@ -1,7 +1,8 @@
 """The Triton kernels of `interval_attention.py`, which has the formulas.
 
 Names end in the sizes of a tile: M queries, N keys, D channels of queries and keys, E of values. Strides: tensor_dimension.
-What masks and scores may have besides is constant (VALID, SOFTCAP, SINKS, BIAS, BLIND): a kernel holds what it needs.
+What masks and scores may have besides is constant (VALID, SOFTCAP, SINKS, BIAS, BLIND): a kernel holds what it needs. VALID is
+how many dimensions `valid` has beside the batch: 0, none is given; 1, keys; 2, it is the mask, of queries and keys.
 """
 
 import triton
@@ -96,13 +97,23 @@ def _seen_scores(
     s, derivative = _scores(qk, SCALE, SOFTCAP, k_ND.dtype == tl.float32)
     if BIAS:
         s += (_bias(bias_ptr, at_N, T, BIAS)[None, :] - bias_M[:, None]) * LOG2E
-    if not WHOLE:
+    if not WHOLE and VALID < 2:
         s = tl.where((lo_M[:, None] <= at_N[None, :]) & (at_N[None, :] <= hi_M[:, None]), s, -float("inf"))
-    if VALID and not WHOLE:
+    if not WHOLE and VALID == 1:
         s = tl.where(tl.load(valid_ptr + at_N, at_N < T, 0).to(tl.int1)[None, :], s, -float("inf"))
+    if not WHOLE and VALID == 2:  # a pointer for each query
+        s = tl.where(tl.load(valid_ptr[:, None] + at_N[None, :], (at_N < T)[None, :], 0).to(tl.int1), s, -float("inf"))
     if BLIND:
         s = tl.where((lo_M < 0)[:, None] & (at_N < T)[None, :], 0.0, s)
     return s, derivative
+
+
+@triton.jit
+def _valid(valid_ptr, at_M, S, T, VALID: tl.constexpr):
+    """A pointer to the row of keys that all of these queries have, or to that of each."""
+    if VALID == 2:
+        return valid_ptr + tl.minimum(at_M, S - 1).to(tl.int64) * T
+    return valid_ptr
 
 
 # ---------------------------------------------------------------- forward
@@ -139,7 +150,7 @@ def forward_kernel(
     b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM, BN, VALID)
     k_ptr += b * k_b + h // GROUP * k_h
     v_ptr += b * v_b + h // GROUP * v_h
-    valid_ptr += b * valid_b
+    valid_ptr = _valid(valid_ptr + b * valid_b, at_M, S, T, VALID)
     q_MD = _rows(q_ptr + b * q_b + h * q_h, at_M, q_s, S, D, BD)
     bias_ptr += b * bias_b + h * bias_h
     bias_M = _bias(bias_ptr, at_M, S, BIAS)
@@ -192,7 +203,7 @@ def backward_q_kernel(
     b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM, BN, VALID)
     k_ptr += b * k_b + h // GROUP * k_h
     v_ptr += b * v_b + h // GROUP * v_h
-    valid_ptr += b * valid_b
+    valid_ptr = _valid(valid_ptr + b * valid_b, at_M, S, T, VALID)
     q_MD = _rows(q_ptr + b * q_b + h * q_h, at_M, q_s, S, D, BD)
     g_ME = _rows(g_ptr + b * g_b + h * g_h, at_M, g_s, S, E, BE)
     bias_ptr += b * bias_b + h * bias_h
@@ -215,10 +226,10 @@ REST, OF_BLIND = tl.constexpr(1), tl.constexpr(2)  # parts of the keys' walk; 0:
 
 @triton.jit
 def _add_dkv(
-    dk_ND, dv_NE, k_ND, v_NE, at_N, bias_N, bias_ptr, q_ptr, g_ptr, lse_ptr, delta_ptr, lo_ptr, q_s, g_s, start,
-    first_N, last_N, S,
+    dk_ND, dv_NE, k_ND, v_NE, at_N, bias_N, bias_ptr, q_ptr, g_ptr, lse_ptr, delta_ptr, lo_ptr, valid_ptr, q_s, g_s, start,
+    first_N, last_N, S, T,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, VALID: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     at_M = start + tl.arange(0, BM)
     q_MD, g_ME = _rows(q_ptr, at_M, q_s, S, D, BD), _rows(g_ptr, at_M, g_s, S, E, BE)
@@ -232,7 +243,10 @@ def _add_dkv(
         blind_M = tl.load(lo_ptr + at_M, at_M < S, 0) < 0
         s = tl.where(blind_M[None, :], 0.0, -float("inf")) + tl.zeros_like(s)
     p = tl.exp2(s - lse_M[None, :])
-    if PART == REST:
+    if PART == REST and VALID == 2:
+        seen = tl.load(_valid(valid_ptr, at_M, S, T, VALID)[None, :] + at_N[:, None], (at_N < T)[:, None], 0)
+        p = tl.where(seen.to(tl.int1), p, 0.0)
+    elif PART == REST:
         p = tl.where((first_N[:, None] <= at_M[None, :]) & (at_M[None, :] <= last_N[:, None]), p, 0.0)
     dv_NE = tl.dot(p.to(g_ME.dtype), g_ME, dv_NE, input_precision="ieee")
     ds = p * (tl.dot(v_NE, tl.trans(g_ME), input_precision="ieee") - delta_M[None, :]) * derivative
@@ -241,11 +255,12 @@ def _add_dkv(
 
 @triton.jit
 def backward_kv_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lo_ptr, blind_ptr, bias_ptr, S, T, G,
+    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lo_ptr, blind_ptr, bias_ptr,
+    valid_ptr, gaps_ptr, S, T, G,
     q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_s, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    first_b, lo_b, blind_b, bias_b, bias_h,
+    first_b, lo_b, blind_b, bias_b, bias_h, valid_b,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, BLIND: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, BIAS: tl.constexpr, BLIND: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, tile by tile of the queries of its group's heads: program (tile, b·G + group)."""
     pid = tl.program_id(1).to(tl.int64)
@@ -254,6 +269,8 @@ def backward_kv_kernel(
     bounds = b * first_b + tl.minimum(at_N, T - 1)
     first_N, last_N = tl.load(first_ptr + bounds), tl.load(last_ptr + bounds)
     start, tiles, whole, wholes = _walk(tl.min(first_N), tl.max(last_N), tl.max(first_N), tl.min(last_N), BM)
+    if VALID == 2:
+        wholes = tl.where(tl.max(tl.load(gaps_ptr + bounds).to(tl.int32)) > 0, 0, wholes)
     blind_start, blind_tiles = 0, 0
     if BLIND:
         blind_ptr += b * blind_b
@@ -273,7 +290,8 @@ def backward_kv_kernel(
                 at = blind_start + i * BM if part == OF_BLIND else _tile(i, start, whole, wholes, part == REST, BM)
                 dk_ND, dv_NE = _add_dkv(
                     dk_ND, dv_NE, k_ND, v_NE, at_N, bias_N, bias_at, q_at, g_at, lse_ptr + row, delta_ptr + row,
-                    lo_ptr + b * lo_b, q_s, g_s, at, first_N, last_N, S, SCALE, SOFTCAP, BIAS, D, BD, E, BE, BM, part,
+                    lo_ptr + b * lo_b, valid_ptr + b * valid_b, q_s, g_s, at, first_N, last_N, S, T,
+                    SCALE, SOFTCAP, BIAS, D, BD, E, BE, BM, VALID, part,
                 )  # fmt: skip
     _store_rows(dk_ptr + b * dk_b + kv_h * dk_h, dk_ND * SCALE, at_N, dk_t, T, D, BD)
     _store_rows(dv_ptr + b * dv_b + kv_h * dv_h, dv_NE, at_N, dv_t, T, E, BE)

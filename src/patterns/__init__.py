@@ -2,6 +2,7 @@
 
 from sloth.patterns import (
     attention,
+    attention_by_mask,
     cross_entropy,
     dora_weights,
     eager_attention,
@@ -19,6 +20,7 @@ from sloth.patterns import (
 
 __all__ = [
     "attention",
+    "attention_by_mask",
     "cross_entropy",
     "dora_weights",
     "eager_attention",

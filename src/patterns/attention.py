@@ -115,14 +115,24 @@ def _(query, key, value, attn_mask, *, dropout_p: float, scale: float):
 
 @plain.check
 def _(match):
-    mask = shown(match)
-    match.require(mask is not None and (mask.bias is None or bias(match) is not None), why_not(match.attn_mask))
+    mask = readable(match)
+    by_torch = told(match) in BY_TORCH and mask.bias is None
+    match.require(match.dropout_p == 0 or by_torch, "it has dropout, and its mask is not proven to be causal")
     match.require(meaning(mask.seen) is not None, why_not(mask.seen))
     match.require(told(match) is not None, "its queries and keys differ in number, and its mask is not causal")
     if uniform(match):
         require_swallowed(match, mask.least)
+    require_widths(match)
+
+
+def readable(match) -> Added:
+    """What is said of the mask in the operator's terms; refused where it adds other numbers to scores."""
+    mask = shown(match)
+    match.require(mask is not None and (mask.bias is None or bias(match) is not None), why_not(match.attn_mask))
+    return mask
+
+
+def require_widths(match) -> None:
     grouped = not same_literal(match.query.meta.shape[1], match.key.meta.shape[1])
     same = same_literal(match.query.meta.shape[-1], match.value.meta.shape[-1])
     match.require(same or not grouped, "values differ in width from keys, and torch has no kernel for that with groups of heads")
-    by_torch = told(match) in BY_TORCH and mask.bias is None
-    match.require(match.dropout_p == 0 or by_torch, "it has dropout, and its mask is not causal")

@@ -71,6 +71,8 @@ def _proven(mask: Value) -> tuple[Interval | None, str]:
     prover = _Prover(mask)
     if (unproven := prover.unproven()) is None:
         return Interval(prover.ahead, prover.behind, tuple(prover.documents), tuple(prover.valid)), ""
+    if prover.rank > 2 and not is_one(mask.meta.shape[-3]):
+        return None, "its mask may differ from head to head"
     if root(unproven).op == "input":
         return (
             None,

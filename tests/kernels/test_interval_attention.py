@@ -249,7 +249,7 @@ def test_opcheck():
     tests = ["test_schema", "test_autograd_registration"]  # the interpreter takes no fake tensors
     tests += ["test_faketensor", "test_aot_dispatch_dynamic"] * (DEVICE == "cuda")
     torch.library.opcheck(
-        kernels.interval_attention, (q, k, v, *bounds, None, None, 0.3, None, None, None, None), test_utils=tests
+        kernels.interval_attention, (q, k, v, *bounds, None, None, None, 0.3, None, None, None, None), test_utils=tests
     )
 
 

@@ -58,7 +58,7 @@ def sites_of(reports):
 
 MASKS = {
     causal_gathered: (None, MATCHED), narrow_window: (None, MATCHED), chunked: (None, MATCHED), strict: (None, MATCHED),
-    padded: (PADDING.long(), MATCHED), packed_window: (RESTART, MATCHED), falling: (RESTART, "check"),
+    padded: (PADDING.long(), MATCHED), packed_window: (RESTART, MATCHED), falling: (RESTART, MATCHED),
     written: (RESTART, "mutation"),
 }  # fmt: skip
 
@@ -117,7 +117,7 @@ def usable_keys(x, y, padding):
 ACROSS = [  # mask, number of keys (of a mask a multiple of 8: torch 2.11 errs in bf16 on a GPU), width of values, groups of heads
     (all_keys, S, 8, 4, MATCHED), (earlier_keys, S, 8, 4, MATCHED), (near_keys, S, 8, 1, MATCHED),
     (all_keys, S - 5, 8, 4, MATCHED), (earlier_keys, S - 5, 8, 4, MATCHED), (earlier_keys, S + 9, 8, 1, MATCHED),
-    (near_keys, S - 8, 8, 4, "check"), (usable_keys, S - 8, 8, 4, "check"), (earlier_keys, S, 16, 1, "check"),
+    (near_keys, S - 8, 8, 4, MATCHED), (usable_keys, S - 8, 8, 4, MATCHED), (earlier_keys, S, 16, 1, "check"),
     (earlier_keys, S, 4, 4, MATCHED), (near_keys, S, 16, 4, MATCHED), (usable_keys, S, 4, 4, MATCHED),
 ]  # fmt: skip
 HOW = [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
