@@ -5,20 +5,21 @@
     query i sees key j where   i − behind ≤ j ≤ i + ahead     (None: no bound; ahead = 0 is causal, behind a window of behind + 1)
                                i and j lie in one run of each of `documents`       ids, constant over each run
                                j is valid                                          by each of `valid`
-    Or `mask`, whatever it means, is true where i sees j.
+    Or `visible`, a mask whatever it means, is true where i sees j.
     cap(x) = softcap · tanh(x / softcap);   bias_hj: of keys;   sink_h is one more score, of a key whose value is 0
 
 Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multiple of G, each for H / G heads in a row;
          documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere; sinks [H], or bias
-         [B or 1, H, S], batch and heads in one dimension too, finite, given no gradient; mask [B or 1, 1, S, T] or [S, T],
-         bool. T is S unless there is a mask, or scores are plain and what is seen is causal (query 0 sees key 0) or everything.
+         [B or 1, H, S], batch and heads in one dimension too, finite, given no gradient; visible [B or 1, 1, S, T]
+         or [S, T], bool. T is S unless it is given, or scores are plain and what is seen is causal (query 0 sees key 0) or
+         everything.
 By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing and scores are plain: a mask tensor keeps them off
          their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the
          same for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than
          256 and for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by
          torch's kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products.
-         Of a mask, the first and last key of each query and so on are measured, on the device: two passes over it in a step, no
-         wait. What lies beyond them is not computed. The mask stays in memory, and is read where it has holes between them.
+         Of `visible`, the first and last key of each query and so on are measured, on the device: two passes over it in a step,
+         no wait. What lies beyond them is not computed. It stays in memory, and is read where it has holes between them.
 Backward is that of those. A query that sees nothing gives 0, or, where `uniform`, the mean of all values: with the gradient of a
 softmax whose scores were swallowed by the least number there is, added to each.
 """
@@ -36,7 +37,7 @@ torch.library.define(
     "sloth::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
     " float dropout_p=0.0, float? scale=None, float? softcap=None, Tensor? sinks=None,"
-    " Tensor? bias=None, Tensor? mask=None, bool uniform=False) -> Tensor",
+    " Tensor? bias=None, Tensor? visible=None, bool uniform=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -135,31 +136,31 @@ def with_the_blind(lo: Tensor, hi: Tensor, at: Tensor, T: int) -> tuple[Tensor, 
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
 def _(
     query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-    bias=None, mask=None, uniform=False,
+    bias=None, visible=None, uniform=False,
 ):  # fmt: skip
     plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
-    if plain and mask is None and not documents and not valid and ahead in (0, None) and behind is None:
+    if plain and visible is None and not documents and not valid and ahead in (0, None) and behind is None:
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
     S, D, E, T = query.shape[2], query.shape[3], value.shape[3], key.shape[2]
     torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
-    torch._check(S == T or mask is not None and bias is None, lambda: f"attention: {S} queries, {T} keys")
+    torch._check(S == T or visible is not None and bias is None, lambda: f"attention: {S} queries, {T} keys")
     torch._check(sinks is None or bias is None, lambda: "attention: no bias beside sinks")
     bias = None if bias is None else bias.reshape(-1, query.shape[1], T)
     at, usable = torch.arange(S, dtype=torch.int32, device=query.device)[None], None
-    if mask is None:
+    if visible is None:
         for v in valid:
             usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
         bounds = intervals(documents, usable, ahead, behind, at)
     if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
-        mask = seen(*bounds[:2], usable, at) if mask is None else mask.reshape(-1, 1, S, T)
+        mask = seen(*bounds[:2], usable, at) if visible is None else visible.reshape(-1, 1, S, T)
         if plain and not uniform:
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
         return spelled(query, key, value, mask, D**-0.5 if scale is None else scale, softcap, sinks, bias, uniform)
-    if mask is None:
+    if visible is None:
         holes, gaps = None if usable is None else holed(*bounds[:2], usable), None
     else:
-        usable = mask.reshape(-1, S, T).contiguous()
+        usable = visible.reshape(-1, S, T).contiguous()
         bounds, holes, gaps = measured(usable)
     lo, hi, first, last = bounds
     lo, hi, blind = with_the_blind(lo, hi, at, T) if uniform else (lo, hi, None)
@@ -174,4 +175,4 @@ def _(
 
 attention = torch.ops.sloth.attention.default
 """attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-bias=None, mask=None, uniform=False) -> [B, H, S, E]"""
+bias=None, visible=None, uniform=False) -> [B, H, S, E]"""

@@ -62,6 +62,10 @@ class Tile(NamedTuple):
     stages: int
     shared: int = 0
 
+    def kib(self, masked: bool) -> int:
+        """With tiles of a mask, which are loaded ahead too."""
+        return self.shared + masked * self.queries * self.keys * (self.stages + 1) // 1024
+
 
 # Tuning for 16-bit elements on an H200, by the width of a head padded to a power of two; the smallest that is wide enough. The
 # first that fits is taken: 227 KiB are there on an H100, 163 on an A100, 99 on an RTX 4090.
@@ -90,11 +94,11 @@ def _width(*heads: Tensor) -> int:
     return max(16, triton.next_power_of_2(max(x.shape[-1] for x in heads)))
 
 
-def tile_of(table: dict[int, tuple[Tile, ...]], *heads: Tensor) -> Tile:
+def tile_of(table: dict[int, tuple[Tile, ...]], *heads: Tensor, masked: bool = False) -> Tile:
     """For heads of these widths; all are alike otherwise."""
     x, width = heads[0], _width(*heads)
     tiles = next(tiles for most, tiles in table.items() if width <= most) if x.element_size() == 2 else ()
-    return next((tile for tile in tiles if not x.is_cuda or tile.shared * 1024 <= _shared(x.device)), SMALL)
+    return next((tile for tile in tiles if not x.is_cuda or tile.kib(masked) * 1024 <= _shared(x.device)), SMALL)
 
 
 @cache
@@ -157,7 +161,7 @@ def _interval_attention(
     q, k, v = map(_unit_stride, (query, key, value))
     B, H, S, _ = q.shape
     (buffer, out), lse = _like(q, v.shape[-1]), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    tile, seen = tile_of(FORWARD, q, v), _or(valid, lo)
+    tile, seen = tile_of(FORWARD, q, v, masked=_dimensions(valid) == 2), _or(valid, lo)
     launch(forward_kernel)[(_blocks(S, tile.queries), B * H)](
         q, k, v, buffer, lse, lo, hi, seen, _or(holes, lo), _or(sinks, lse), _or(bias, lse), S, k.shape[2], H,
         *_strides(q, k, v, out), _batch_stride(lo), _batch_stride(seen), *_bias_strides(bias),
@@ -175,7 +179,7 @@ def _interval_attention_dq(
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, H, S, D = q.shape
     buffer, dq = _like(q, D)
-    tile, seen = tile_of(BACKWARD_Q, q, v), _or(valid, lo)
+    tile, seen = tile_of(BACKWARD_Q, q, v, masked=_dimensions(valid) == 2), _or(valid, lo)
     launch(backward_q_kernel)[(_blocks(S, tile.queries), B * H)](
         q, k, v, g, buffer, lse, delta, lo, hi, seen, _or(holes, lo), _or(bias, lse), S, k.shape[2], H,
         *_strides(q, k, v, g, dq), _batch_stride(lo), _batch_stride(seen), *_bias_strides(bias),
@@ -192,7 +196,8 @@ def _interval_attention_dkv(
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, G, T, D = k.shape
     (k_buffer, dk), (v_buffer, dv) = _like(k, D), _like(v, v.shape[-1])
-    tile, bounds, seen = tile_of(BACKWARD_KV, q, v), _or(blind, lo), _or(valid, lo)
+    tile = tile_of(BACKWARD_KV, q, v, masked=_dimensions(valid) == 2)
+    bounds, seen = _or(blind, lo), _or(valid, lo)
     launch(backward_kv_kernel)[(_blocks(T, tile.keys), B * G)](
         q, k, v, g, k_buffer, v_buffer, lse, delta, first, last, lo, bounds, _or(bias, lse), seen, _or(gaps, lo),
         q.shape[2], T, G,
@@ -254,7 +259,12 @@ def _compile_case(kernel, tile: Tile, D: int, E: int, dtype: str, softcap: float
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     others = [name for name in kernel.arg_names if name not in constants]
     signature = {name: types.get(name, dtype if name.endswith("_ptr") else "i32") for name in others}
-    return kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages, "shared": tile.shared}
+    return (
+        kernel,
+        signature,
+        constants,
+        {"num_warps": tile.warps, "num_stages": tile.stages, "shared": tile.shared and tile.kib(flags["VALID"] == 2)},
+    )
 
 
 COMPILE = [

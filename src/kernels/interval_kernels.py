@@ -83,7 +83,8 @@ def _bias(bias_ptr, at, limit, BIAS: tl.constexpr):
     where biases count positions, that is small for the keys that weigh most."""
     if BIAS:
         return tl.load(bias_ptr + at, at < limit, 0.0).to(tl.float32)
-    return 0.0
+    else:  # or Triton looks at both returns
+        return 0.0
 
 
 @triton.jit
@@ -113,7 +114,8 @@ def _valid(valid_ptr, at_M, S, T, VALID: tl.constexpr):
     """A pointer to the row of keys that all of these queries have, or to that of each."""
     if VALID == 2:
         return valid_ptr + tl.minimum(at_M, S - 1).to(tl.int64) * T
-    return valid_ptr
+    else:
+        return valid_ptr
 
 
 # ---------------------------------------------------------------- forward

@@ -29,7 +29,7 @@ def _is_whole(seen: Value, match) -> bool:
     return same_literal(shape[-2:], sizes) and (len(shape) == 2 or len(shape) == 4 and is_one(shape[1]))
 
 
-OPTIONS = {"documents": (), "valid": (), "mask": given, "bias": bias, "uniform": lambda match: not is_truth(match.attn_mask)}
+OPTIONS = {"documents": (), "valid": (), "visible": given, "bias": bias, "uniform": lambda match: not is_truth(match.attn_mask)}
 first, *others = plain.variants
 entry = pattern(ATTENTION, op=attention, dims=first.dims, name="attention_by_mask", variant=first.name, **OPTIONS)(
     first.reference

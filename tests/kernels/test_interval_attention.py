@@ -141,14 +141,18 @@ def test_the_tiles_in_use(table, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kib, width, index", [(227, 256, 0), (163, 256, 1), (99, 256, 2), (99, 128, 1), (99, 64, 0), (64, 256, None)]
-)
-def test_tiles_by_shared_memory(kib, width, index, monkeypatch):
-    """H100, A100, RTX 4090 and T4."""
+    "kib, width, masked, index",
+    [
+        (227, 256, False, 0), (163, 256, False, 1), (99, 256, False, 2), (99, 128, False, 1), (99, 64, False, 0),
+        (64, 256, False, None), (227, 256, True, 0), (163, 256, True, 2), (124, 128, False, 0), (124, 128, True, 1),
+    ],
+)  # fmt: skip
+def test_tiles_by_shared_memory(kib, width, masked, index, monkeypatch):
+    """H100, A100, RTX 4090 and T4; a mask takes some."""
     monkeypatch.undo()
     x = torch.empty(1, 1, 1, width, dtype=torch.float16)
     monkeypatch.setattr(kernels, "_shared", lambda _: kib * 1024)
-    tile = kernels.tile_of(kernels.FORWARD, mock.Mock(wraps=x, is_cuda=True, shape=x.shape))
+    tile = kernels.tile_of(kernels.FORWARD, mock.Mock(wraps=x, is_cuda=True, shape=x.shape), masked=masked)
     assert tile == (kernels.SMALL if index is None else kernels.FORWARD[width][index])
 
 

@@ -58,7 +58,7 @@ def eager(mask, uniform):
 
 
 def ours(mask, uniform=False):
-    return lambda q, k, v: attention(q, k, v, [], [], scale=SCALE, mask=mask, uniform=uniform)
+    return lambda q, k, v: attention(q, k, v, [], [], scale=SCALE, visible=mask, uniform=uniform)
 
 
 def check(mask, dtype, uniform, E=24, **bounds):
@@ -145,7 +145,7 @@ def test_beside_a_bias():
         return (s + torch.where(mask, 0.0, torch.finfo(torch.float32).min)).softmax(-1) @ v
 
     with interpret(module):
-        how = {"scale": SCALE, "softcap": 2.0, "bias": bias, "mask": mask, "uniform": True}
+        how = {"scale": SCALE, "softcap": 2.0, "bias": bias, "visible": mask, "uniform": True}
         compare(lambda *t: attention(*t, [], [], **how), theirs, [q, k, v], strides=False, slack=8.0)
 
 
