@@ -225,5 +225,6 @@ def _(match):
         require_swallowed(match, added(match.mask).least, "sinks" in match.tensors)
     rows, columns = match.query.meta.shape[-2], match.key.meta.shape[-2]
     match.require(same_literal(rows, columns), f"{rows} queries, {columns} keys")
-    dtypes = {match.tensors[name].meta.dtype for name in ("query", "key", "value")}
-    match.require(len(dtypes) == 1, "queries, keys and values differ in dtype")
+    metas = [match.tensors[name].meta for name in ("query", "key", "value")]
+    alike = torch.is_autocast_enabled(metas[0].device.type) or len({meta.dtype for meta in metas}) == 1
+    match.require(alike, "queries, keys and values differ in dtype")

@@ -113,7 +113,8 @@ class Variant:
         """Traced once in bf16, so that every cast shows; sizes and dtypes in it are examples."""
         if self._loose is None:
             sentinels = _sentinels(self.numbers)
-            self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, FakeTensorMode(), sentinels)
+            with torch.autocast("cpu", enabled=False):  # what is ambient now need not be so the next time
+                self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, FakeTensorMode(), sentinels)
         return self._loose
 
     def graph(self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode, sentinels: dict | None = None) -> Graph:

@@ -347,7 +347,7 @@ def test_low_precision(name, batch):
     assert_no_worse(*whole)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "granite_swa"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "granite_swa", "gptj"])
 def test_autocast(name):
     """Casts stand at the products."""
     model = seeded(name)

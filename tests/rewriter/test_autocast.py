@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from toys import Call, captured, checked
+
+from sloth.rewriter.pattern import Variant
+from sloth.rewriter.registry import patterns
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -62,3 +67,22 @@ def test_sums_of_mixed_dtypes_are_promoted_under_autocast_as_well() -> None:
         (view,) = captured(lambda a, b: a + b, tensor(8, dtype=BF16), tensor(8))
     (total,) = [v for v in view.shadow.values if v.op == "add"]
     assert total.meta.dtype == FP32 and {v.meta.dtype for v in total.inputs} == {BF16, FP32}
+
+
+def casts(variant: Variant) -> int:
+    """Of its reference, traced anew."""
+    anew = copy.copy(variant)
+    anew._loose = None
+    todo, seen = [anew.loose().main], set()
+    while todo:
+        seen.add(v := todo.pop())
+        todo += v.inputs
+    return sum(v.op == "cast" for v in seen)
+
+
+def test_references_are_traced_alike_whatever_is_ambient() -> None:
+    """The first call of a process may stand under autocast."""
+    (variant,) = (v for p in patterns() if p.name == "eager_attention" for v in p.variants if v.name == "divided_wide")
+    with torch.autocast("cpu", BF16):
+        under = casts(variant)
+    assert under == casts(variant) > 0
