@@ -15,6 +15,7 @@ LEFT_ALONE = (  # why the mask of a site may be left as it is
     "expected",
     "no variant",
     "`scores",  # written in place
+    "a query may see nothing",
 )
 
 
