@@ -144,18 +144,24 @@ def norm_rotate(norm):
 
 
 def attention_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
-    """The mask is made in the function, as transformers does."""
+    """The mask is made in the function, as transformers does; or it is given, and nothing is proven of it."""
     q, k, v = randn(B, S, H, D), randn(B, S, G, D), randn(B, S, G, D)
     lengths = torch.linspace(S, S // 4, B, device="cuda").long()[:, None]
     at = torch.arange(S, device="cuda")[None]
     positions, padding = (at % (S // 4)).expand(B, -1), at < lengths
+    below, image = at <= at.mT, (at > S // 4) & (at < S // 2)
+    blocks = (below | (image & image.mT)).expand(B, 1, S, S)
+    chosen = below & (torch.rand(B, 1, S, S, device="cuda") < 0.1)
 
     def attend(q, k, v, mask, window=S):
         at = torch.arange(S, device=q.device)
         i, j = at[None, None, :, None], at[None, None, None, :]
+        return given(q, k, v, mask & (j <= i) & (j > i - window))
+
+    def given(q, k, v, mask):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         k, v = (t[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(B, H, S, D) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask & (j <= i) & (j > i - window), scale=D**-0.5).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=D**-0.5).transpose(1, 2)
 
     def windowed(q, k, v, p):
         return attend(q, k, v, torch.ones(B, 1, 1, 1, dtype=torch.bool, device=q.device), S // 4)
@@ -173,6 +179,7 @@ def attention_rows(B: int, S: int, H: int, G: int, D: int) -> list[Row]:
 
     peers, sizes = {"flash causal": causal}, (2 * (nbytes(q) + nbytes(k)), 7 * nbytes(q) + 6 * nbytes(k))
     rows = ("window", windowed, positions), ("padding", padded, padding), ("packed", packed, positions)
+    rows += ("given blocks", given, blocks), ("given keys", given, chosen)
     return [Row(f"attention {name}", [q, k, v, data], fn, peers, *sizes, in_place=tuple(peers)) for name, fn, data in rows]
 
 
