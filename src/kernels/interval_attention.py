@@ -64,7 +64,7 @@ class Tile(NamedTuple):
 
     def kib(self, masked: bool) -> int:
         """With tiles of a mask, which are loaded ahead too."""
-        return self.shared + masked * self.queries * self.keys * (self.stages + 1) // 1024
+        return self.shared + masked * self.queries * self.keys * (self.stages + 2) // 1024
 
 
 # Tuning for 16-bit elements on an H200, by the width of a head padded to a power of two; the smallest that is wide enough. The
@@ -274,6 +274,7 @@ COMPILE = [
         _compile_case(kernel, table[64][0], 64, 64, "*fp16", VALID=1),
         _compile_case(kernel, table[128][0], 128, 64, "*fp16", 50.0, VALID=1, BLIND=True, BIAS=True),
         _compile_case(kernel, table[128][0], 128, 128, "*fp16", VALID=2),
+        _compile_case(kernel, next(tile for tile in table[256] if tile.kib(True) <= 227), 256, 256, "*fp16", VALID=2),
         _compile_case(kernel, SMALL, 128, 128, "*fp32", 50.0, VALID=2, BLIND=True),
         _compile_case(kernel, SMALL, 128, 128, "*fp32", 50.0, SINKS=True),
     )
