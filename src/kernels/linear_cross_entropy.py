@@ -27,6 +27,7 @@ Saved    dh [N, H], and dW [V, H], db [V], dt [N, r], dU [V, r] only if wanted: 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels import loss_terms
 from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, cross_entropy, forward_aten, forward_triton
@@ -321,8 +322,8 @@ the adapter but for up_scale."""
 
 
 def _is_whole(hidden: Tensor, weight: Tensor) -> bool:
-    rows, H = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
-    return hidden.device.type in WHOLE and hidden.itemsize == 2 and compiling() and rows * hidden.itemsize <= H * 4
+    few = hidden.numel() * hidden.itemsize <= 4 * hidden.shape[-1] ** 2
+    return hidden.device.type in WHOLE and hidden.itemsize == 2 and compiling() and statically_known_true(few)
 
 
 torch.library.define(

@@ -14,8 +14,8 @@ from sloth.kernels.attention import attention
 from sloth.patterns.added_mask import ABSORBS, added, may_see_nothing, require_swallowed, seen_of
 from sloth.patterns.alibi import of_keys
 from sloth.patterns.attention import ATTENTION, repeated
-from sloth.patterns.mask_meaning import Interval, meaning
-from sloth.rewriter.ir import same_literal
+from sloth.patterns.mask_meaning import Interval, meaning, why_not
+from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.registry import pattern
 
 DIMS = {
@@ -30,16 +30,19 @@ DIMS = {
 GROUPED = {"query": "B 2*G S D", "key": "B G S D", "value": "B G S E", "sinks": "2*G"}
 
 
-def told(match) -> Interval | None:
-    """What is proven of the mask, added or (`hidden`) as the truth of it."""
+def seen(match) -> Value | None:
+    """What is true where a key is seen, of a mask that is added or (`hidden`) the truth of the contrary."""
     if "hidden" in match.tensors:
-        seen = seen_of(match.hidden)
-    elif "mask" in match.tensors:
-        found = added(match.mask)
-        seen = found.seen if found is not None and found.bias is None else None
-    else:
+        return seen_of(match.hidden)
+    found = added(match.mask)
+    return found.seen if found is not None and found.bias is None else None
+
+
+def told(match) -> Interval | None:
+    """What is proven of the mask."""
+    if not {"hidden", "mask"} & match.tensors.keys():
         return Interval()
-    return None if seen is None else meaning(seen)
+    return None if (mask := seen(match)) is None else meaning(mask)
 
 
 def all_alike(match, interval: Interval) -> bool:
@@ -211,7 +214,8 @@ for _name, _how in VARIANTS.items():
 @entry.check
 def _(match):
     interval = told(match)
-    match.require(interval is not None, "its mask is not proven to be an interval of keys for each query")
+    if interval is None:
+        match.require(False, why_not(seen(match) or match.tensors.get("hidden", match.tensors.get("mask"))))
     causal = interval in (Interval(), Interval(ahead=0))
     match.require("dropout_p" not in match.numbers or causal, "it has dropout, and its mask is not causal")
     if "bias" in match.tensors:
