@@ -321,8 +321,8 @@ linear_cross_entropy_forward = torch.ops.sloth.linear_cross_entropy_forward.defa
 the adapter but for up_scale."""
 
 
-def _is_whole(hidden: Tensor, weight: Tensor) -> bool:
-    few = hidden.numel() * hidden.itemsize <= 4 * hidden.shape[-1] ** 2
+def _is_whole(hidden: Tensor) -> bool:
+    few = hidden.numel() * hidden.itemsize <= 4 * hidden.shape[-1] ** 2  # rows · V · itemsize <= V · H · 4
     return hidden.device.type in WHOLE and hidden.itemsize == 2 and compiling() and statically_known_true(few)
 
 
@@ -345,7 +345,7 @@ def _(
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, narrow, up)]
     plain = up is None and Terms(label_smoothing, class_weight, z_loss).plain
     with without_autocast(hidden):
-        if plain and need[1] and not budget and _is_whole(hidden, weight):
+        if plain and need[1] and not budget and _is_whole(hidden):
             check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
             loss, _, count = cross_entropy(F.linear(hidden, weight, bias), target, ignore_index, reduction, softcap, scale)
             return (loss if items is None else loss / items).to(loss_dtype or loss.dtype), count
