@@ -208,7 +208,7 @@ def checked(name, batch, checkpointed=False, dtype=torch.float32, dynamic=None):
     return model, ours, theirs
 
 
-@pytest.mark.parametrize("batch", ["plain", "left", "packed"])
+@pytest.mark.parametrize("batch", [pytest.param("plain", marks=pytest.mark.sweep), "left", "packed"])
 def test_dynamic_models(batch):
     """Sizes are symbols."""
     _, ours, theirs = checked("mistral", batch, dynamic=True)
