@@ -90,7 +90,7 @@ def masks(draw, B, S):
     return documents, valid, draw(st.one_of(st.just(0), some, st.integers(-3, 3))), draw(some)
 
 
-@settings(cases, max_examples=25)
+@settings(cases, max_examples=12)
 @given(st.data())
 def test_any_mask(data):
     B, G, per_group, S = (data.draw(st.integers(1, n)) for n in (2, 2, 3, 70))
