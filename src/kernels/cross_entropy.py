@@ -281,9 +281,8 @@ def _cross_entropy_backward(
     scale: float,
 ) -> Tensor:
     how = ignore_index, reduction == "mean", softcap, scale
-    if (
-        compiling() and logits.itemsize == 2
-    ):  # Inductor writes one kernel of these formulas, over logits that nobody needs any more
+    if compiling() and logits.itemsize == 2:
+        # Inductor writes one kernel of these formulas, over logits that nobody needs any more.
         return backward_aten(dloss, logits, target, lse, None, count, *how)
     backward = backward_triton if use_triton(logits) else backward_aten
     return backward(dloss, logits, target, lse, lse_low, count, *how)

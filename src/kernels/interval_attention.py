@@ -63,7 +63,7 @@ class Tile(NamedTuple):
     shared: int = 0
 
     def kib(self, masked: bool) -> int:
-        """With tiles of a mask, which are loaded ahead too."""
+        """With tiles of a mask, which are loaded ahead too; compiled for sm_90 it was two more than there are stages at most."""
         return self.shared + masked * self.queries * self.keys * (self.stages + 2) // 1024
 
 
@@ -251,20 +251,15 @@ _interval_attention_dkv.register_autograd(once)
 def _compile_case(kernel, tile: Tile, D: int, E: int, dtype: str, softcap: float | None = None, **flags: int):
     """Tiles belong to a dtype, so it stands here and is not the target's."""
     flags = dict.fromkeys(("VALID", "SINKS", "BIAS", "BLIND"), 0) | flags
-    types = dict.fromkeys(("valid_ptr", "holes_ptr", "gaps_ptr"), "*i1" if flags["VALID"] else "*i32") | dict.fromkeys(
-        ("lse_ptr", "delta_ptr"), "*fp32"
-    )
+    types = dict.fromkeys(("valid_ptr", "holes_ptr", "gaps_ptr"), "*i1" if flags["VALID"] else "*i32")
+    types |= dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")
     types |= dict.fromkeys(("lo_ptr", "hi_ptr", "first_ptr", "last_ptr", "blind_ptr"), "*i32")
     constants = dict(SCALE=0.1, SOFTCAP=softcap, GROUP=4, D=D, BD=D, E=E, BE=E, BM=tile.queries, BN=tile.keys, **flags)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     others = [name for name in kernel.arg_names if name not in constants]
     signature = {name: types.get(name, dtype if name.endswith("_ptr") else "i32") for name in others}
-    return (
-        kernel,
-        signature,
-        constants,
-        {"num_warps": tile.warps, "num_stages": tile.stages, "shared": tile.shared and tile.kib(flags["VALID"] == 2)},
-    )
+    shared = tile.shared and tile.kib(flags["VALID"] == 2)
+    return kernel, signature, constants, {"num_warps": tile.warps, "num_stages": tile.stages, "shared": shared}
 
 
 COMPILE = [

@@ -21,7 +21,7 @@ class MadeAgain(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         order = {n: i for i, n in enumerate(graph.nodes)}
-        made = sorted((n for n in order if n.target in OWN), key=order.__getitem__)
+        made = [n for n in order if n.target in OWN]
         for n in made:
             first, *later = sorted(n.users, key=order.__getitem__)
             for user in later:
