@@ -73,9 +73,10 @@ def told(match) -> Interval | None:
     return found if found in BY_TORCH or found is not None and same_literal(rows, columns) else None
 
 
-def proven(field):
-    """A field of what is proven of the mask, as an argument of the operator; nothing proven is refused by the check below."""
-    return lambda match: getattr(told(match) or Interval(), field)
+def proven(told: Callable) -> dict[str, Callable]:
+    """The fields of what is `told` of a match's mask as arguments of the operator. Nothing proven is refused by a check."""
+    fields = ("documents", "valid", "ahead", "behind")
+    return {field: lambda match, field=field: getattr(told(match) or Interval(), field) for field in fields}
 
 
 def bias(match) -> Value | None:
@@ -88,7 +89,7 @@ def uniform(match) -> bool:
     return not is_truth(match.attn_mask) and may_see_nothing(told(match) or Interval())
 
 
-TOLD = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")} | {"bias": bias, "uniform": uniform}
+TOLD = proven(told) | {"bias": bias, "uniform": uniform}
 
 
 def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:

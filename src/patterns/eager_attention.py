@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sloth.kernels.attention import attention
 from sloth.patterns.added_mask import ABSORBS, added, may_see_nothing, require_swallowed, seen_of
 from sloth.patterns.alibi import of_keys
-from sloth.patterns.attention import ATTENTION, repeated
+from sloth.patterns.attention import ATTENTION, BY_TORCH, proven, repeated
 from sloth.patterns.mask_meaning import Interval, meaning, why_not
 from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.registry import pattern
@@ -50,11 +50,7 @@ def all_alike(match, interval: Interval) -> bool:
     return may_see_nothing(interval) and "sinks" not in match.tensors
 
 
-def proven(field: str) -> Callable:
-    return lambda match: getattr(told(match) or Interval(), field)
-
-
-TOLD = {field: proven(field) for field in ("documents", "valid", "ahead", "behind")}
+TOLD = proven(told)
 TOLD["bias"] = lambda match: of_keys(match.bias, match.query.meta.shape[1]) if "bias" in match.tensors else None
 TOLD["uniform"] = lambda match: all_alike(match, told(match) or Interval())
 
@@ -216,8 +212,7 @@ def _(match):
     interval = told(match)
     if interval is None:
         match.require(False, why_not(seen(match) or match.tensors.get("hidden", match.tensors.get("mask"))))
-    causal = interval in (Interval(), Interval(ahead=0))
-    match.require("dropout_p" not in match.numbers or causal, "it has dropout, and its mask is not causal")
+    match.require("dropout_p" not in match.numbers or interval in BY_TORCH, "it has dropout, and its mask is not causal")
     if "bias" in match.tensors:
         match.require(
             TOLD["bias"](match) is not None, "its bias is not proven to be a slope of each head times positions of keys"
