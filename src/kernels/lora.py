@@ -103,7 +103,7 @@ def _lora_linear_forward(
         else:
             wide = compute_dtype(x, up)
             y = (torch.nn.functional.linear(x2, w, bi).to(wide) + (ti @ up.t()).to(wide) * s).to(dtype)
-        out.append(y.view(*x.shape[:-1], w.shape[0]))
+        out.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], w.shape[0]]))  # no view, or it could not be written in place
     return out + down
 
 

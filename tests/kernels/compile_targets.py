@@ -5,10 +5,12 @@ Each module of sloth.kernels lists what to compile:
 
     COMPILE = [(kernel, signature, constexprs), ...]
 
-signature   {argument: type} of the arguments that are no constants, such as "*bf16", "*fp32", "*i64", "i32". "*bf16" stands for
-            "any activation dtype": it becomes fp16 on a target without bf16, and fp32 as well where DTYPES says so.
+signature   {argument: type} of the arguments that are no constants, such as "*bf16", "*fp32", "*i64", "i32", and descriptors:
+            "tensordesc<bf16[128, 64]>". bf16 in these stands for "any activation dtype": it becomes fp16 on a target without
+            bf16, and fp32 as well where DTYPES says so.
 constexprs  {argument: value} of the constant ones
-A fourth element, {"num_warps": 8}, is optional. "shared" in it: the KiB of shared memory that it says it takes on sm_90.
+A fourth element, {"num_warps": 8}, is optional. "shared" in it: the KiB of shared memory that it says it takes on sm_90; "only":
+the pairs of target and dtype that it is for.
 
     python tests/kernels/compile_targets.py         one JSON line for each compilation
 """
@@ -45,6 +47,7 @@ def jobs() -> list[tuple[str, int, str, str]]:
         for i, entry in enumerate(importlib.import_module(name).COMPILE)
         for target in TARGETS
         for dtype in DTYPES.get(target, ("bf16",))
+        if (target, dtype) in dict(*entry[3:]).get("only", [(target, dtype)])
         if dtype == "bf16" or "*bf16" in entry[1].values() or dtype == DTYPES[target][0]
     ]
 
@@ -57,12 +60,14 @@ def compile_one(job: tuple[str, int, str, str]) -> dict:
 
     name, index, target, dtype = job
     kernel, signature, constexprs, *options = importlib.import_module(name).COMPILE[index]
-    signature = {arg: f"*{dtype}" if kind == "*bf16" else kind for arg, kind in signature.items()}
+    activation = ("*bf16", "tensordesc<bf16")
+    signature = {arg: kind.replace("bf16", dtype) if kind.startswith(activation) else kind for arg, kind in signature.items()}
     signature |= dict.fromkeys(constexprs, "constexpr")
     signature = {arg: signature[arg] for arg in kernel.arg_names}
     report = {"module": name, "index": index, "kernel": kernel.__name__, "target": target, "dtype": dtype, "error": ""}
     options = dict(*options)
     told = options.pop("shared", 0)
+    options.pop("only", None)
     # Loads in flight take shared memory where pointers and strides are multiples of 16, as those of models are.
     aligned = [i for i, arg in enumerate(kernel.arg_names) if "*" in signature[arg] or "_" in arg and signature[arg] == "i32"]
     try:

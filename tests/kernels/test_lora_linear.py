@@ -334,6 +334,17 @@ def test_opcheck(adapter, own):
     torch.library.opcheck(forward, (x, *present, [2.0, 1.0], places, torch.bfloat16))
 
 
+def test_results_can_be_written_in_place():
+    """As those of the layers can: they are no views of what the operator holds."""
+    x = make((2, 5, 24), torch.float32).requires_grad_()
+    flat = [*layer(x, 8, 4, 0, adapter=torch.float32), *layer(x, 6, 4, 1, adapter=torch.float32)]
+    compare(
+        lambda *t: tuple(y.mul_(2.0) for y in operator([1.0, 0.5])(*t)),
+        lambda *t: tuple(y.mul_(2.0) for y in peft([1.0, 0.5])(*t)),
+        [x, *flat], [True, *trained(flat)], **small,
+    )  # fmt: skip
+
+
 def test_opcheck_of_products():
     a, b = [make((4, 3), torch.float32), make((4, 6), torch.float32)], [make((3, 5), torch.float32), make((6, 5), torch.float32)]
     torch.library.opcheck(sum_of_products, (a, b, [2.0, 1.0]))
