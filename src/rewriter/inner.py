@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,16 +15,18 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._higher_order_ops import triton_kernel_wrap
 
-from sloth.rewriter.again import MadeAgain
+from sloth.rewriter.again import Kept, MadeAgain
 from sloth.rewriter.ir import Symbol
 
 
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        if torch._inductor.config.post_grad_custom_post_pass is None:  # nobody's own
-            options = {"post_grad_custom_post_pass": MadeAgain(_sources())} | options
-        return torch._TorchCompileInductorWrapper(mode, options, None)
+        passes = {"joint_custom_pre_pass": Kept, "post_grad_custom_post_pass": MadeAgain}
+        ours = {
+            at: make(_sources()) for at, make in passes.items() if getattr(torch._inductor.config, at) is None
+        }  # nobody's own
+        return partial(_inductor, torch._TorchCompileInductorWrapper(mode, ours | options, None).config)
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
     return lookup_backend(name)
@@ -32,9 +34,23 @@ def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[.
 
 def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """`inner(gm, example_inputs)`, under cache keys that know our sources."""
-    tag = f"{torch.compiler.config.cache_key_tag}sloth-{_sources()}"
-    with torch.compiler.config.patch(cache_key_tag=tag), _analysed_once():
+    with _ours({}):
         return inner(gm, example_inputs)
+
+
+def _inductor(config: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor, which is told to compile backward passes as forward ones: it does so later, in the first call of `backward()`."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
+
+    return compile_fx(gm, example_inputs, inner_compile=_ours({})(compile_fx_inner), config_patches=config)
+
+
+@contextmanager
+def _ours(known: dict) -> Iterator[None]:
+    """While something is compiled. `known` is what `_analysed_once` remembers."""
+    tag, own = torch.compiler.config.cache_key_tag, f"sloth-{_sources()}"
+    with torch.compiler.config.patch(cache_key_tag=tag if tag.endswith(own) else tag + own), _analysed_once(known):
+        yield
 
 
 @cache
@@ -47,18 +63,18 @@ def _sources() -> str:
 
 
 @contextmanager
-def _analysed_once() -> Iterator[None]:
+def _analysed_once(known: dict) -> Iterator[None]:
     """Let torch analyse each Triton kernel once per signature while one graph is compiled.
 
     To learn which pointers a kernel writes, torch lowers it to Triton's IR anew for every launch, three or four times over a
     compilation: a quarter of the first step of a model with hundreds of launches. What it finds depends on the kernel, the dtypes
-    and the constants alone. The memo lives for one compilation; where torch has no such function, nothing happens.
+    and the constants alone. The memo, `known`, lives for one compilation; where torch has no such function, nothing happens.
     """
     name = next((n for n in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(triton_kernel_wrap, n)), None)
     if name is None:
         yield
         return
-    analyse, known = getattr(triton_kernel_wrap, name), {}
+    analyse = getattr(triton_kernel_wrap, name)
 
     def once(kernel: Any, arguments: dict[str, Any], *rest: Any) -> Any:
         signature = tuple(_signature(v) for v in arguments.values())

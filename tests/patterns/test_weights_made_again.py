@@ -1,12 +1,44 @@
-"""A checkpointed layer's dequantised weights are not kept from where it is computed again to where its gradient is."""
+"""A checkpointed layer's dequantised weights are not kept from where it is computed again to where its gradient is; what leaves
+it is not computed again.
+"""
 
 import pytest
 import torch
 from common import DEVICE
 from peft_layers import BF16, Attention, K, adapted, same, step
+from torch.utils.checkpoint import checkpoint
 
 from sloth.kernels import dequantize_4bit as module
+from sloth.kernels.gemm import sum_of_products
 from sloth.rewriter.again import MadeAgain
+
+
+class Followed(Attention):
+    """By what keeps its input for the backward pass, and by a number that nothing is trained by."""
+
+    residual = True
+
+    def part(self, x):
+        q = torch.tanh(self.q(x))
+        y = self.o(q * self.k(x) + self.v(x))
+        return x + y if self.residual else y, q
+
+    def forward(self, x):
+        y, q = checkpoint(self.part, x, use_reentrant=False)
+        return y * torch.tanh(y) + q.detach().sum().sign()
+
+
+class Own(MadeAgain):
+    """A pass of the user's, which changes nothing."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, graph):
+        self.seen.append(graph)
+
+    def uuid(self):
+        return None  # nothing comes from a cache
 
 
 def weights_made(checkpointed, monkeypatch, **options):
@@ -31,19 +63,29 @@ def test_once_for_each_use(monkeypatch):
     assert weights_made(False, monkeypatch) == 4 * 2
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_what_leaves_a_part_is_kept(residual, monkeypatch):
+    """As in eager; torch would compute o again. What only leaves it, q, is not kept."""
+    monkeypatch.setattr(Followed, "residual", residual)
+
+    def products(**options):
+        torch._dynamo.reset()
+        model, graphs = adapted(Followed("nf4", BF16), {}), Own()
+        x = torch.randn(2, 8, K, device=DEVICE, dtype=BF16, requires_grad=True)
+        run = torch.compile(model, backend="sloth", options={"post_grad_custom_post_pass": graphs} | options)
+        same(step(model, run, x), step(model, model, x), 2e-2)
+        return [sum(n.target is sum_of_products for n in graph.nodes) for graph in graphs.seen]
+
+    assert products() == [4, 3 + 2]  # forward; again, and the gradients of x and of what o reads
+    assert products(joint_custom_pre_pass=Own()) == [4, 4 + 2]
+
+
 @pytest.mark.parametrize("where", ["setting", "option"])
 def test_a_pass_of_the_users_stays(where, monkeypatch):
-    class Own(MadeAgain):
-        def __call__(self, graph):
-            seen.append(graph)
-
-        def uuid(self):
-            return None  # nothing comes from a cache
-
-    seen, own = [], Own("")
+    own = Own()
     if where == "setting":
         with torch._inductor.config.patch(post_grad_custom_post_pass=own):
             assert weights_made(True, monkeypatch) == 3 * 2 + 2
     else:
         assert weights_made(True, monkeypatch, post_grad_custom_post_pass=own) == 3 * 2 + 2
-    assert seen
+    assert own.seen

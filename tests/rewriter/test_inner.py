@@ -30,7 +30,7 @@ def test_a_kernel_is_analysed_once_for_each_signature(analyses):
     def fn(): ...
 
     x = torch.empty(3)
-    with inner._analysed_once():
+    with inner._analysed_once({}):
         ask = getattr(triton_kernel_wrap, NAME)
         first = ask(launched(fn), {"x": x, "BLOCK": 128})
         assert ask(launched(fn), {"x": torch.empty(7), "BLOCK": 128}) == first
@@ -44,7 +44,7 @@ def test_a_kernel_is_analysed_once_for_each_signature(analyses):
 
 def test_what_is_not_understood_is_analysed_each_time(analyses):
     kernel = launched(lambda: 0)
-    with inner._analysed_once():
+    with inner._analysed_once({}):
         ask = getattr(triton_kernel_wrap, NAME)
         for _ in range(2):
             ask(kernel, {"x": object()})
@@ -54,15 +54,35 @@ def test_what_is_not_understood_is_analysed_each_time(analyses):
 
 def test_torch_is_itself_again_afterwards(analyses):
     own = getattr(triton_kernel_wrap, NAME)
-    with pytest.raises(ZeroDivisionError), inner._analysed_once():
+    with pytest.raises(ZeroDivisionError), inner._analysed_once({}):
         raise ZeroDivisionError
     assert getattr(triton_kernel_wrap, NAME) is own
 
 
-def test_caches_know_our_sources(monkeypatch):
+def test_caches_know_our_sources():
     seen = []
     inner.compile_with(lambda gm, inputs: seen.append(torch.compiler.config.cache_key_tag), None, [])
     assert seen[0].endswith(inner._sources()) and torch.compiler.config.cache_key_tag == ""
+
+
+def test_a_backward_pass_is_compiled_as_its_forward_pass_is(monkeypatch):
+    """Though torch does so in the first call of `backward()`, when the backend has long returned."""
+    from torch._inductor import compile_fx
+
+    seen, own, compile_graph = [], getattr(triton_kernel_wrap, NAME), compile_fx.compile_fx_inner
+
+    def compiling(*args, **how):
+        seen.append((torch.compiler.config.cache_key_tag, getattr(triton_kernel_wrap, NAME) is not own))
+        return compile_graph(*args, **how)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compiling)
+    torch._dynamo.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):  # monkeypatch's undo deletes an option that is an alias
+        y = torch.compile(lambda x: x.sin().sum(), backend="sloth")(torch.ones(3, requires_grad=True))
+        assert len(seen) == 1
+        y.backward()
+    assert seen == [(f"sloth-{inner._sources()}", True)] * 2
+    assert torch.compiler.config.cache_key_tag == "" and getattr(triton_kernel_wrap, NAME) is own
 
 
 def test_options_need_a_compiler_that_takes_them():
