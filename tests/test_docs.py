@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
-from sloth.rewriter import registry
+from sloth.rewriter import inner, registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +36,7 @@ def pages_own_patterns():
 def test_examples_run_and_print_what_is_shown(page, pages_own_patterns, tmp_path, monkeypatch):
     """With aot_eager for Inductor: what that makes of rewritten graphs is tested elsewhere."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", lambda *_: lookup_backend("aot_eager"))
+    monkeypatch.setattr(inner, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
     torch.manual_seed(0)
     torch._dynamo.reset()
     names: dict = {"__name__": "example"}

@@ -5,7 +5,6 @@ import torch
 from tests.zoo import VARIANTS, architectures
 from tests.zoo_masks import KINDS, masks, right
 
-floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # Full and windowed layers, chunks, latent attention, no number for the scale, no norm; of groups of 1, 2 and 4 heads.
 QUICK = ["llama", "mistral+sliding", "gemma3_text", "llama4_text", "deepseek_v3", "falcon", "gpt_neox", "cohere2"]
 NOT_BUILT = {"gemma3n", "gemma4_assistant", "gemma4_unified_assistant"}  # by transformers, of a tiny configuration
@@ -19,8 +18,17 @@ LEFT_ALONE = (  # why the mask of a site may be left as it is
 )
 
 
-@floats
-@pytest.mark.parametrize("arch", QUICK)
+IN_BF16 = ["llama", "gemma3_text", "deepseek_v3"]  # the others in the sweep
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        pytest.param(arch, dtype, id=f"{arch}-{name}", marks=[pytest.mark.sweep] * (name == "bf16" and arch not in IN_BF16))
+        for arch in QUICK
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ],
+)
 def test_masks(arch, dtype):
     rows = masks(arch, dtype)
     assert rows.keys() == set(KINDS)

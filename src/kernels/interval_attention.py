@@ -36,6 +36,8 @@ Backward with g = ∂L/∂out, after Dao, "FlashAttention-2" (2023):
          of its group: no atomics, the same result in every run, and no copies of key and value.
 Numbers  scores, sums and accumulators in fp32; p and dx are rounded to the inputs' dtype for their products, fp32 inputs are
          multiplied in fp32 (no TF32). Powers are of 2: log₂e goes into the scores, and L is kept in units of log 2.
+         δ is made of out as it was rounded. In half precision dq's error is a half to two thirds of eager's where queries see a
+         fifth of 60 keys or all, as large as eager's at three keys each, and 1.15 of it (up to 1.34) at one key each.
 Saved    q, k, v, out, L [B, H, S] in fp32. lo, hi … are made once a step by ATen operations that all layers have in common.
 Floor    2·(D + E) (forward) and 6·D + 4·E (backward, which does 8·D + 6·E) FLOPs for each seen pair (i, j) and each of B·H heads.
 """

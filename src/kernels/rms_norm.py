@@ -128,6 +128,7 @@ def backward_triton(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_
     D = x.shape[-1]
     order = row_order(x)
     x_ND, dy_ND = ordered_rows(x, order), ordered_rows(dy, order)
+    rstd_N = rstd.squeeze(-1).permute(order).reshape(-1)  # and what stands for tensors that there are not
     dh_ND = dy_ND if dh is None else ordered_rows(dh, order)
     N = x_ND.shape[0]
     tuning = BACKWARD_DW if need_dw else BACKWARD
@@ -135,11 +136,11 @@ def backward_triton(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_
     programs = tuning.grid(N, D, x.device)
     loaded = [x, dy] if dh is None else [x, dy, dh]
     stages = tuning.depth(D * sum(t.element_size() for t in loaded), D)
-    dx_ND = torch.empty(N, D, dtype=x.dtype, device=x.device) if need_dx else x_ND
-    part_PD = torch.empty(programs, D, dtype=torch.float32, device=x.device) if need_dw else x_ND
+    dx_ND = torch.empty(N, D, dtype=x.dtype, device=x.device) if need_dx else rstd_N
+    part_PD = torch.empty(programs, D, dtype=torch.float32, device=x.device) if need_dw else rstd_N
     launch(_backward_kernel)[(programs,)](
-        dy_ND, dh_ND, x_ND, x_ND if weight is None else weight.contiguous(), rstd.squeeze(-1).permute(order).reshape(-1),
-        dx_ND, part_PD, dy_ND.stride(0), dh_ND.stride(0), x_ND.stride(0), N,
+        dy_ND, dh_ND, x_ND, rstd_N if weight is None else weight.contiguous(), rstd_N, dx_ND, part_PD,
+        dy_ND.stride(0), dh_ND.stride(0), x_ND.stride(0), N,
         D, offset, dh is not None, weight is not None, need_dx, need_dw, rows, block, stages, num_warps=warps,
     )  # fmt: skip
     dx = from_rows(dx_ND, x.shape, order) if need_dx else None

@@ -17,13 +17,16 @@ from sloth.rewriter.registry import pattern
 def given(match) -> Value | None:
     """The mask, once where it is the same for the whole batch."""
     mask = shown(match)
-    seen = mask and mask.seen
-    while seen is not None and seen.op == "expand" and not seen.pinned and _is_whole(seen.args[0], match):
+    return mask and once(mask.seen, match)
+
+
+def once(seen: Value, match) -> Value:
+    while seen.op == "expand" and not seen.pinned and is_whole(seen.args[0], match):
         seen = seen.args[0]
     return seen
 
 
-def _is_whole(seen: Value, match) -> bool:
+def is_whole(seen: Value, match) -> bool:
     """[S, T] or [1 or B, 1, S, T]."""
     shape, sizes = seen.meta.shape, (match.query.meta.shape[-2], match.key.meta.shape[-2])
     return same_literal(shape[-2:], sizes) and (len(shape) == 2 or len(shape) == 4 and is_one(shape[1]))
@@ -42,7 +45,7 @@ for variant in others:
 def _(match):
     mask = readable(match)
     match.require(told(match) is None, "what its mask means is proven")
-    match.require(_is_whole(given(match), match), "its mask is not one for all heads, of each query and key")
+    match.require(is_whole(given(match), match), "its mask is not one for all heads, of each query and key")
     match.require(match.dropout_p == 0, "it has dropout, and its mask is not proven to be causal")
     if not is_truth(match.attn_mask):
         require_swallowed(match, mask.least)

@@ -222,6 +222,10 @@ def _(match):
         match.require(match.least <= ABSORBS, f"{match.least} does not hide what it is written over")
     elif may_see_nothing(interval):
         require_swallowed(match, added(match.mask).least, "sinks" in match.tensors)
+    require_operands(match)
+
+
+def require_operands(match) -> None:
     rows, columns = match.query.meta.shape[-2], match.key.meta.shape[-2]
     match.require(same_literal(rows, columns), f"{rows} queries, {columns} keys")
     metas = [match.tensors[name].meta for name in ("query", "key", "value")]

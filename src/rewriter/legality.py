@@ -55,9 +55,14 @@ def memory(match: Match, graph: Ground) -> None:
     view, made = graph.view, [*match.values, *made_anew(match.tensors.values())]
     first = min((graph.order[v.origin] for v in made if any(i.pinned for i in v.inputs)), default=0)
     for h in (h for h in tensors if h.pinned):
-        copies = [graph.order[n] for n in h.nodes if storages(n, view.gm) != storages(h.nodes[0], view.gm)]
+        copies = [graph.order[n] for v in _views(h) for n in v.nodes if storages(n, view.gm) != storages(h.nodes[0], view.gm)]
         if any(graph.order[w] >= min([first, *copies]) for w in writers(h, view.writes, view.gm)):
             raise Refused("mutation", f"{_name(h)} is written in place after it is read")
+
+
+def _views(v: Value) -> list[Value]:
+    """It, and what a view of it is."""
+    return [v, *(w for u in v.users if u.op in ALIASES for w in _views(u))]
 
 
 def regions(match: Match, graph: Ground) -> None:

@@ -141,12 +141,14 @@ def one_softmax(n: Normal, c: Call, x: Value, dim, dtype=None):
 
 @rule("matmul", "bmm")
 def batched_product(n: Normal, c: Call, a: Value, b: Value):
-    """bmm = matmul;  a bᵀ = matmul_transposed(a, b), where the permutation bᵀ, cast or not, has b's last dimension as its row."""
+    """bmm = matmul;  a bᵀ = matmul_transposed(a, b), where the permutation bᵀ, cast or not, has b's last dimension as its row. A
+    permutation is a view: of memory that somebody writes, too, it is the product that reads.
+    """
     rank = len(b.meta.shape)
     if len(a.meta.shape) < 3 or rank < 3:
         return None
     x = b.args[0] if n.near(b, "cast") else b  # autocast's
-    if n.near(x, "permute") and x.args[1][-2] == rank - 1:
+    if x.op == "permute" and x.region == n.region and x.args[1][-2] == rank - 1:
         *dims, last, row = x.args[1]
         return n.add("matmul_transposed", (a, n.cast(n.permute(x.args[0], (*dims, row, last)), b.meta.dtype)), c.meta)
     return n.add("matmul", (a, b), c.meta)

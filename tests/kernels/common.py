@@ -57,18 +57,21 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- the judge
 
 
-def assert_no_worse(ours, eager, exact, *, slack: float = 4.0, scale: float = 0.0, few: int = 0, name: str = "output") -> None:
+def assert_no_worse(
+    ours, eager, exact, *, slack: float = 4.0, scale: float = 0.0, few: int = 0, ulp: float = 0.0, name: str = "output"
+) -> None:
     """‖ours − exact‖ ≤ 1.05 · max(‖eager − exact‖, ‖round(exact) − exact‖) + slack · ε₃₂ · max(‖exact‖, scale).
 
     The second term of the maximum is the least error any result of this dtype can have (eager may be lucky). `slack`, in fp32
     ulps of the norm, is for sums taken in another order; pass 0 for large tensors, where luck averages out, and `scale` where
     the terms that were summed are much larger than the result. Of a tensor with fewer than `few` elements eager may be right by
-    luck: ours may then be one ulp of the dtype off. Takes tensors or equally long sequences (None: absent in all).
+    luck: ours may then be one ulp of the dtype off, or `ulp` where values of a coarser dtype went in and were rounded on the way.
+    Takes tensors or equally long sequences (None: absent in all).
     """
     if not isinstance(ours, torch.Tensor) and ours is not None:
         assert len(ours) == len(eager) == len(exact)
         for i, triple in enumerate(zip(ours, eager, exact, strict=True)):
-            assert_no_worse(*triple, slack=slack, scale=scale, few=few, name=f"{name}[{i}]")
+            assert_no_worse(*triple, slack=slack, scale=scale, few=few, ulp=ulp, name=f"{name}[{i}]")
         return
     if exact is None:
         assert ours is None, f"{name}: a gradient that was not asked for"
@@ -81,7 +84,7 @@ def assert_no_worse(ours, eager, exact, *, slack: float = 4.0, scale: float = 0.
     unit = 2.0**-52 if ours.dtype == torch.float64 else 2.0**-23
     limit = 1.05 * max(error[1:]) + slack * unit * max(exact.norm().item(), scale)
     if exact.numel() < few:
-        limit += torch.finfo(ours.dtype).eps * max(exact.norm().item(), scale)
+        limit += max(torch.finfo(ours.dtype).eps, ulp) * max(exact.norm().item(), scale)
     assert error[0] <= limit, f"{name}: error {error[0]:.3e}, eager {error[1]:.3e}, rounding {error[2]:.3e}"
 
 
@@ -101,7 +104,7 @@ def evaluate(function, tensors, grads, douts):
     return outputs, [next(found, None) if t is not None and t.requires_grad else None for t in leaves]
 
 
-def compare(op, eager, tensors, grads=None, douts=None, *, slack=4.0, scale=0.0, few=0, strides: bool = True):
+def compare(op, eager, tensors, grads=None, douts=None, *, slack=4.0, scale=0.0, few=0, ulp=0.0, strides: bool = True):
     """The operator against the eager code it replaces: values, dtypes, strides of outputs, and gradients.
 
     grads    which inputs require gradients; default: all floating-point ones
@@ -122,8 +125,8 @@ def compare(op, eager, tensors, grads=None, douts=None, *, slack=4.0, scale=0.0,
     ours = evaluate(op, tensors, grads, douts)
     theirs = evaluate(eager, tensors, grads, douts)
     truth = evaluate(eager, [exact(t) for t in tensors], grads, [exact(d) for d in douts])
-    assert_no_worse(ours[0], theirs[0], truth[0], slack=slack, scale=scale, few=few, name="output")
-    assert_no_worse(ours[1], theirs[1], truth[1], slack=slack, scale=scale, few=few, name="gradient")
+    assert_no_worse(ours[0], theirs[0], truth[0], slack=slack, scale=scale, few=few, ulp=ulp, name="output")
+    assert_no_worse(ours[1], theirs[1], truth[1], slack=slack, scale=scale, few=few, ulp=ulp, name="gradient")
     if strides:
         for i, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)):
             meaningful = [d for d in range(a.dim()) if a.shape[d] > 1 and a.numel()]

@@ -116,11 +116,13 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", HOW)
+ROUNDED = HOW if DEVICE == "cuda" else ("window", "holes padding", "all of these")  # the interpreter is slow
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(n, t) for n in HOW for t in DTYPES if t == torch.float32 or n in ROUNDED])
 def test_masks(name, dtype):
     """Many tiles, whole and partial ones, odd sizes."""
-    q, (k, v) = make((2, 4, 150, 24), dtype), (make((2, 2, 150, 24), dtype, seed=n) for n in (1, 2))
+    q, (k, v) = make((2, 2, 150, 24), dtype), (make((2, 1, 150, 24), dtype, seed=n) for n in (1, 2))
     check(q, k, v, HOW[name], slack=1.0)
 
 

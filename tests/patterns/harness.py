@@ -32,7 +32,9 @@ NUMBERS = {
 }  # by name; others get a value that fits any scale or cap
 # What must be computed in the graph is no input that could be drawn: a 4-bit weight, a mask. They have test files of their own.
 ENTRIES = [
-    entry for entry in patterns() if entry.name not in ("linear_4bit", "attention", "attention_by_mask", "eager_attention")
+    entry
+    for entry in patterns()
+    if entry.name not in ("linear_4bit", "attention", "attention_by_mask", "eager_attention", "eager_attention_by_mask")
 ]
 VARIANTS = [variant for entry in ENTRIES for variant in entry.variants]
 
