@@ -32,10 +32,6 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -111,19 +107,6 @@ def add_adapters(model: PreTrainedModel, settings: Settings) -> PeftModel:
     return get_peft_model(model, lora)
 
 
-class WithoutHook(TrainerCallback):
-    """Takes away the hook that makes the embedding's output require a gradient.
-
-    Only re-entrant checkpointing needs it, but TRL and the Trainer each set it for every kind. torch.compile breaks the graph
-    there, and Dynamo traces all layers several times until it has found that out.
-    """
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: PeftModel, **_: Any
-    ) -> None:
-        model.disable_input_require_grads()
-
-
 def make_trainer(model: PeftModel, settings: Settings, backend: str, run: RunFolder, recorder: Recorder) -> SFTTrainer:
     """TRL's trainer as in finetune.py, and what QLoRA adds. TRL casts the adapters to bf16, as the QLoRA paper has them."""
     values = argument_values(settings, backend, run.contender(backend), checkpoints=False)
@@ -146,9 +129,6 @@ def make_trainer(model: PeftModel, settings: Settings, backend: str, run: RunFol
         callbacks=[recorder],
     )
     trainer.remove_callback(PrinterCallback)
-    if settings.checkpointing == "on":
-        model.disable_input_require_grads()
-        trainer.add_callback(WithoutHook())
     return trainer
 
 

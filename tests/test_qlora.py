@@ -19,6 +19,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from typer.testing import CliRunner, Result
 
+from sloth.rewriter import inner
 from sloth.rewriter.backend import listening
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -50,7 +51,7 @@ def without_inductor() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "_TorchCompileInductorWrapper", lambda *_: lookup_backend("aot_eager"))
+        patch.setattr(inner, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
         yield
     torch.set_num_threads(threads)
 
@@ -207,18 +208,9 @@ def check(
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 def test_own_loop(base: Path, reentrant: bool | None) -> None:
-    ours, _ = check(base, reentrant, own_loop)
+    """One graph, though transformers' hook on the embedding calls requires_grad_."""
+    ours, reports = check(base, reentrant, own_loop)
     assert ours.losses[-1] < ours.losses[0]
-    # transformers' hook on the embedding calls requires_grad_, which torch cannot trace: see README.md.
-    assert bool(counters["graph_break"]) == (reentrant is not None)
-
-
-def test_checkpointing_without_the_hook_is_one_graph(base: Path) -> None:
-    def run(model: PeftModel, backend: str | None) -> Outcome:
-        model.disable_input_require_grads()
-        return own_loop(model, backend)
-
-    _, reports = check(base, False, run)
     assert len(reports) == 1 and not counters["graph_break"]
 
 
@@ -262,6 +254,13 @@ def test_optimizers(base: Path) -> None:
 )
 def test_trainer(base: Path, tmp_path: Path, reentrant: bool | None, more: dict[str, Any]) -> None:
     check(base, reentrant, lambda model, backend: with_trainer(model, backend, reentrant, tmp_path, **more))
+
+
+def test_trainer_by_regions(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate compiles repeated layers once, by themselves, and head and norm beside them."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    _, reports = check(base, True, lambda model, backend: with_trainer(model, backend, True, tmp_path))
+    assert len([report for report in reports if report.sites]) == 2
 
 
 def test_trl(base: Path, finished: Path, tmp_path: Path) -> None:

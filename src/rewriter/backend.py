@@ -13,6 +13,7 @@ from torch import fx
 
 from sloth.rewriter.deferred import returning
 from sloth.rewriter.inner import compile_with, compiler
+from sloth.rewriter.input_gradients import left_to_require, requiring
 from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.registry import constructs, deferrals, patterns
@@ -52,6 +53,7 @@ def sloth(
     entries = [e for e in patterns() if not {e.name, *(c.name for c in (e.construct, *e.also))} & disabled]
     deferring = [d for d in deferrals() if not {d.name, d.construct.name} & disabled]
 
+    required = left_to_require(gm)
     token = ARGUMENTS.set(arguments)
     try:
         report = rewrite(gm, entries, constructs(), deferring)
@@ -61,7 +63,7 @@ def sloth(
     for listener in _listeners:
         listener.append(report)
     start = time.perf_counter()
-    compiled = returning(compile_with(inner, gm, example_inputs), report.deferred)
+    compiled = returning(requiring(compile_with(inner, gm, example_inputs), required), report.deferred)
     report.seconds[name] = time.perf_counter() - start
     return compiled
 

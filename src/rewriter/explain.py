@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import wraps
 from inspect import signature
 from typing import Any
 
@@ -44,6 +45,7 @@ def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
     return report
 
 
+@wraps(sloth)  # what Dynamo is taught, it is taught for graphs of a backend of this name
 def _trace_only(gm, example_inputs):
     return sloth(gm, example_inputs, options={"sloth.inner_backend": "eager"})
 

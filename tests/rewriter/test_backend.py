@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from toys import Call, Stack, compiled, counts, llama_norm, matched
 
+from sloth.rewriter import inner
 from sloth.rewriter.backend import OPTIONS, _arguments, listening, sloth
 from sloth.rewriter.report import MATCHED, GraphReport, Report, Site
 
@@ -110,34 +111,28 @@ def test_inductor_compiles_what_was_rewritten_with_its_own_options() -> None:
 
 
 @pytest.fixture
-def inner(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands for Inductor's compilation: the wrapper, with its configuration, of each graph."""
-    seen: list[Any] = []
-
-    def call(self: Any, gm: Any, inputs: Any) -> Any:
-        seen.append(self)
-        return gm.forward
-
-    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", call)
+def configurations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Inductor's, of each graph; nothing is compiled."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(inner, "_inductor", lambda config, gm, inputs: seen.append(config) or gm.forward)
     return seen
 
 
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_modes_are_inductors(mode: str | None, inner: list[Any]) -> None:
+def test_modes_are_inductors(mode: str | None, configurations: list[dict[str, Any]]) -> None:
     torch._dynamo.reset()
     model, x = Call(norm_and_mlp), x_like(2, 3, 8)
     torch.compile(model, backend="sloth", mode=mode)(x)
-    (wrapper,) = inner
-    expected = torch._TorchCompileInductorWrapper(mode, {}, None)
-    assert wrapper.config.pop("post_grad_custom_post_pass")  # sloth's own
-    assert wrapper.config == expected.config
+    (config,) = configurations
+    assert config.pop("post_grad_custom_post_pass") and config.pop("joint_custom_pre_pass")  # sloth's own
+    assert config == torch._TorchCompileInductorWrapper(mode, {}, None).config
 
 
-def test_options_are_inductors_without_ours(inner: list[Any]) -> None:
+def test_options_are_inductors_without_ours(configurations: list[dict[str, Any]]) -> None:
     torch._dynamo.reset()
     options = {"max_autotune": True, "sloth.disable": "rope"}
     torch.compile(Call(norm_and_mlp), backend="sloth", options=options)(x_like(2, 3, 8))
-    assert inner[0].config["max_autotune"] is True and not [k for k in inner[0].config if "sloth" in k]
+    assert configurations[0]["max_autotune"] is True and not [k for k in configurations[0] if "sloth" in k]
     assert options == {"max_autotune": True, "sloth.disable": "rope"}, "the caller's dictionary stays"
 
 
