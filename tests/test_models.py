@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from zoo import gradient_difference, step, tiny_batch, tiny_model
 
 import sloth
@@ -32,11 +33,6 @@ def under_sloth(model, batch, **how):
     return step(torch.compile(model, backend="sloth", options=AOT, **how), model, batch)
 
 
-def under_aot_eager(model, batch, **how):
-    torch._dynamo.reset()
-    return step(torch.compile(model, backend="aot_eager", **how), model, batch)
-
-
 def assert_bit_close(ours, theirs, tolerance=2e-6):
     (loss, grads), (true_loss, true_grads) = ours, theirs
     assert abs(loss - true_loss) <= 1e-6 * abs(true_loss)
@@ -55,12 +51,11 @@ def test_layers_compiled_by_themselves():
     batch, layers = tiny_batch(model, "llama"), model.model.layers
     model.gradient_checkpointing_enable({"use_reentrant": False})
     theirs = step(model, model, batch)
-    for layer in layers:
-        layer.compile(backend="sloth", options=AOT)
     with listening() as graphs:
-        ours = step(model, model, batch)
+        ours = step(compile_regions(model, backend="sloth", options=AOT), model, batch)
     assert_bit_close(ours, theirs)
-    assert len(layers) > 1 and [matched(Report([g])) for g in graphs] == [{"rms_norm": 2, "rope": 1, "gated_mlp": 1}]
+    found = [matched(Report([g])) for g in graphs if g.sites]
+    assert len(layers) > 1 and found == [{"rms_norm": 2, "rope": 1, "gated_mlp": 1}, {"rms_norm": 1}]
 
 
 @each_model
@@ -75,10 +70,10 @@ def test_every_site_is_matched(arch):
 
 
 @each_model
-def test_fp32_is_bit_close_to_aot_eager(arch):
+def test_fp32_is_bit_close_to_eager(arch):
     model = tiny_model(arch)
     batch = tiny_batch(model, arch)
-    assert_bit_close(under_sloth(model, batch), under_aot_eager(model, batch))
+    assert_bit_close(under_sloth(model, batch), step(model, model, batch))
 
 
 def exact_gradients(model, batch):
@@ -94,13 +89,13 @@ def distance(ours, truth):
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [*((arch, torch.bfloat16) for arch in SITES), ("llama", torch.float16)])
-def test_low_precision_is_no_further_from_fp64_than_aot_eager(arch, dtype):
+def test_low_precision_is_no_further_from_fp64_than_eager(arch, dtype):
     """All gradients as one vector: a single small gradient of a tiny model is a matter of rounding luck."""
     model = tiny_model(arch, dtype)
     batch = tiny_batch(model, arch)
     truth = exact_gradients(model, batch)
     loss, ours = under_sloth(model, batch)
-    theirs_loss, theirs = under_aot_eager(model, batch)
+    theirs_loss, theirs = step(model, model, batch)
     assert ours.keys() == theirs.keys() == truth.keys()
     assert distance(ours, truth) <= 1.05 * distance(theirs, truth)
     assert abs(loss - theirs_loss) < 2e-2
@@ -141,13 +136,13 @@ def test_with_tied_embeddings():
 
 @pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
 def test_under_autocast(arch):
-    """bf16 matmuls over fp32 weights: no further from fp64 than aot_eager under autocast."""
+    """bf16 matmuls over fp32 weights: no further from fp64 than eager under autocast."""
     model = tiny_model(arch)
     batch = tiny_batch(model, arch)
     truth = exact_gradients(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         _, ours = under_sloth(model, batch)
-        _, theirs = under_aot_eager(model, batch)
+        _, theirs = step(model, model, batch)
         assert matched(sloth.explain(model, batch)) == SITES[arch]
     assert distance(ours, truth) <= 1.05 * distance(theirs, truth)
 

@@ -50,11 +50,11 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.where(torch.arange(24, device=DEVICE) > 5, -100)}
 
 
-def run(model, **more):
+def run(model, inner="aot_eager", **more):
     """The output of compiled code, and the sites of the loss."""
     torch._dynamo.reset()
     with listening() as reports:
-        out = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(**batch(), **more)
+        out = torch.compile(model, backend="sloth", options={"sloth.inner_backend": inner})(**batch(), **more)
     assert not any(r.untouched for r in reports)
     return out, [s for r in reports for s in r.sites if s.construct == "cross_entropy"]
 
@@ -73,7 +73,7 @@ def test_models(name, autocast):
         pytest.skip("on a GPU autocast puts a cast before logsumexp: its z-loss is not matched")
     model = model_of(name)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        ours, sites = run(model)
+        ours, sites = run(model, "aot_eager" if name == "llama" else "eager")  # twice as quick, and of the same graph
         eager = model(**batch())
     assert [s.variant.split("[")[1] for s in sites] == [f"{MODELS[name][2]}]"] and is_lazy(ours.logits)
     assert sites[0].variant.startswith("linear_cross_entropy")
