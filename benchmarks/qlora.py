@@ -36,6 +36,7 @@ SHAPES = {
 }  # fmt: skip
 WORKLOADS = {"W1": (2, 2048, True), "W2": (2, 2048, False), "W4": (1, 16384, True)}  # batch, sequence, checkpointing
 CONTENDERS = ("sloth", "eager", "inductor", "liger", "unsloth")
+REGIONS = "sloth-regions"  # each layer by itself, through accelerate: if asked for
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, BLOCK = 16, 64
 
@@ -146,6 +147,10 @@ def train(contender: str, workload: str, folder: str, steps: int, profile: str, 
     adapters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=1e-4, weight_decay=0.0, fused=True)
     called = torch.compile(model, backend=contender) if contender in ("sloth", "inductor") else model
+    if contender == REGIONS:
+        from accelerate.utils import compile_regions
+
+        called = compile_regions(model, backend="sloth")
     generator = torch.Generator().manual_seed(1234)
     data = [torch.randint(4, model.config.vocab_size, (batch, sequence), generator=generator).cuda() for _ in range(4)]
     result: dict[str, Any] = {"workload": workload, "contender": contender, "trainable": sum(p.numel() for p in adapters)}
@@ -325,7 +330,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--contenders", default=",".join(CONTENDERS), help=f"comma-separated, of {', '.join(CONTENDERS)}")
+    options.add_argument(
+        "--contenders", default=",".join(CONTENDERS), help=f"comma-separated, of {', '.join((*CONTENDERS, REGIONS))}"
+    )
     options.add_argument("--workloads", default="W1,W2", help=f"comma-separated, of {', '.join(WORKLOADS)}; empty for none")
     options.add_argument("--projection", action="store_true", help="time one projection and its dequantisation too")
     options.add_argument("--steps", type=int, default=12)
@@ -336,7 +343,7 @@ def main() -> int:
     options.add_argument("--one", default="", help=argparse.SUPPRESS)
     args = parse(options)
     asked = {*args.contenders.split(","), *filter(None, args.workloads.split(","))}
-    if unknown := asked - {*CONTENDERS, *WORKLOADS}:
+    if unknown := asked - {*CONTENDERS, REGIONS, *WORKLOADS}:
         options.error(f"unknown: {', '.join(sorted(unknown))}")
     if not args.one:
         run(args)
