@@ -113,12 +113,12 @@ def test_other_layouts_of_the_factors(data, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("adapter", ["same", "fp32"])
+@pytest.mark.parametrize("adapter", ["same", "fp32", "bf16"])
 @pytest.mark.parametrize("own", [False, True])
 def test_large(dtype, adapter, own):
     """Many elements: luck averages out. Two layers that share x, as k and v do."""
     x = make((2, 96, 160), dtype)
-    kind = dtype if adapter == "same" else torch.float32
+    kind = {"same": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[adapter]
     parts = [layer(x, n, 8, i, bias=i == 0, own=kind if own else None, adapter=kind) for i, n in enumerate((192, 64))]
     flat = [t for part in parts for t in part]
     compare(operator([2.0, 0.5]), peft([2.0, 0.5]), [x, *flat], [True, *trained(flat)])

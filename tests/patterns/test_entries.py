@@ -242,7 +242,8 @@ def test_operator_computes_the_reference(variant, data):
     eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
     logits = "hidden" in variant.tensors  # rounded on the way to one number, by which eager may be lucky
     slack = 16 + logits * 0.25 * eps * 2**23
-    compare(operator_of(variant), reference(variant), tensors, grads, douts, slack=slack, scale=1.0, few=64, strides=False)
+    bounds = {"slack": slack, "scale": 1.0, "few": 64, "ulp": eps}
+    compare(operator_of(variant), reference(variant), tensors, grads, douts, **bounds, strides=False)
 
 
 def exact_sample(variant):
