@@ -1,11 +1,17 @@
 """Set-up that must come before torch's compiler or Triton is imported."""
 
+import getpass
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels on the CPU
+# Hypothesis takes numbers for its examples out of all modules it finds, what Inductor wrote among them: a test's examples would
+# depend on what ran before it. It leaves out folders of this name.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"sloth-{getpass.getuser()}", "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

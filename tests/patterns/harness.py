@@ -126,9 +126,9 @@ def outputs(result: Any) -> tuple[torch.Tensor, ...]:
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
-def cotangents(out: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+def cotangents(out: tuple[torch.Tensor, ...], salt: int = 0) -> list[torch.Tensor]:
     """A gradient for each output, scalars included."""
-    return [make((*t.shape, 1), t.dtype, seed=(1 << 20) + i)[..., 0] for i, t in enumerate(out)]
+    return [make((*t.shape, 1), t.dtype, seed=(1 << 20) + salt + i)[..., 0] for i, t in enumerate(out)]
 
 
 def expression(variant: Variant, dtype: torch.dtype) -> str:

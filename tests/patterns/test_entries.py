@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from common import LAYOUTS, cases, compare
+from common import LAYOUTS, cases, compare, compare_many, salts
 from harness import (
     ENTRIES,
     VARIANTS,
@@ -226,24 +226,29 @@ def test_operator_computes_the_reference(variant, data):
     letters = sorted({c for spec in variant.dims.values() for c in spec if c.isupper()})
     sizes = {c: variant.pattern.sizes.get(c) or data.draw(st.integers(1, 9), label=c) for c in letters}
     dtypes = data.draw(st.sampled_from([[torch.float32], [torch.bfloat16], [torch.float16], [torch.float32, torch.bfloat16]]))
-    tensors, grads = [], []
+    described, grads = [], []
     for i, name in enumerate(variant.tensors):
         meta = variant.meta(name, sizes, data.draw(st.sampled_from(dtypes)))
         layout = data.draw(st.sampled_from(LAYOUTS if len(meta.shape) > 1 else ["contiguous"]))
-        below = min(sizes.values())
-        tensors.append(random_tensor(name, meta, variant, 64 * data.draw(st.integers(0, 999)) + i, layout, below))
+        described.append((name, meta, 64 * data.draw(st.integers(0, 999)) + i, layout))
         grads.append(name not in variant.pattern.no_grad and meta.dtype.is_floating_point and data.draw(st.booleans()))
-    try:
+
+    def draw(salt: int):
+        below = min(sizes.values())
+        tensors = [random_tensor(name, meta, variant, seed + salt, layout, below) for name, meta, seed, layout in described]
         with torch.no_grad():
-            douts = cotangents(outputs(reference(variant)(*tensors)))
-            assume(accepts(made_match(variant, tensors)))
+            return tensors, cotangents(outputs(reference(variant)(*tensors)), salt)
+
+    try:
+        tensors, douts = draw(0)
+        assume(accepts(made_match(variant, tensors)))
     except (RuntimeError, IndexError, ValueError):  # eager does not take these dtypes or sizes
         assume(False)
-    eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
-    logits = "hidden" in variant.tensors  # rounded on the way to one number, by which eager may be lucky
-    slack = 16 + logits * 0.25 * eps * 2**23
-    bounds = {"slack": slack, "scale": 1.0, "few": 64, "ulp": eps}
-    compare(operator_of(variant), reference(variant), tensors, grads, douts, **bounds, strides=False)
+    functions = operator_of(variant), reference(variant)
+    try:
+        compare(*functions, tensors, grads, douts, slack=16, scale=1.0, few=64, strides=False)
+    except AssertionError:  # eager's luck?
+        compare_many(*functions, [draw(salt) for salt in salts(douts)], grads, slack=16, scale=1.0)
 
 
 def exact_sample(variant):

@@ -968,7 +968,7 @@ def test_the_normal_form_computes_what_the_program_computes(names: list[str], rn
     form = normalise(shadow, program, values)
     found = evaluate(form, {"x0": x, "x1": y}, {})
     assert form.meta == Meta.of(exact)
-    tolerance = 1e-9 if "half" not in names else 2e-2
+    tolerance = 2e-2 if "half" in names else 1e-5 if "softmax" in names else 1e-9
     torch.testing.assert_close(found, exact, rtol=tolerance if "float" not in names else 2e-2, atol=tolerance, equal_nan=True)
 
 
