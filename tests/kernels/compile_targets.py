@@ -10,9 +10,9 @@ signature   {argument: type} of the arguments that are no constants, such as "*b
             bf16, and fp32 as well where DTYPES says so.
 constexprs  {argument: value} of the constant ones
 A fourth element, {"num_warps": 8}, is optional. "shared" in it: the KiB of shared memory that it says it takes on sm_90; "only":
-the pairs of target and dtype that it is for.
+the pairs of target and dtype that it is for; "sweep": the targets for which it takes so long that only the sweep compiles it.
 
-    python tests/kernels/compile_targets.py         one JSON line for each compilation
+    python tests/kernels/compile_targets.py [--sweep]         one JSON line for each compilation
 """
 
 import importlib
@@ -39,8 +39,8 @@ def modules() -> list[str]:
     return [name for name in names if getattr(importlib.import_module(name), "COMPILE", None)]
 
 
-def jobs() -> list[tuple[str, int, str, str]]:
-    """(module, index in its COMPILE, target, dtype)"""
+def jobs(sweep: bool) -> list[tuple[str, int, str, str]]:
+    """(module, index in its COMPILE, target, dtype): what the sweep has to itself, or all else"""
     return [
         (name, i, target, dtype)
         for name in modules()
@@ -48,6 +48,7 @@ def jobs() -> list[tuple[str, int, str, str]]:
         for target in TARGETS
         for dtype in DTYPES.get(target, ("bf16",))
         if (target, dtype) in dict(*entry[3:]).get("only", [(target, dtype)])
+        if sweep == (target in dict(*entry[3:]).get("sweep", ()))
         if dtype == "bf16" or "*bf16" in entry[1].values() or dtype == DTYPES[target][0]
     ]
 
@@ -67,7 +68,7 @@ def compile_one(job: tuple[str, int, str, str]) -> dict:
     report = {"module": name, "index": index, "kernel": kernel.__name__, "target": target, "dtype": dtype, "error": ""}
     options = dict(*options)
     told = options.pop("shared", 0)
-    options.pop("only", None)
+    options = {name: value for name, value in options.items() if name not in ("only", "sweep")}
     # Loads in flight take shared memory where pointers and strides are multiples of 16, as those of models are.
     aligned = [i for i, arg in enumerate(kernel.arg_names) if "*" in signature[arg] or "_" in arg and signature[arg] == "i32"]
     try:
@@ -90,7 +91,7 @@ def compile_one(job: tuple[str, int, str, str]) -> dict:
 
 
 if __name__ == "__main__":
-    todo = jobs()
+    todo = jobs("--sweep" in sys.argv)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for line in pool.imap_unordered(compile_one, todo, chunksize=2):
             print(json.dumps(line))

@@ -14,21 +14,36 @@ import pytest
 
 import sloth.kernels
 
+pytestmark = pytest.mark.timeout(1800)  # three minutes of two cores, which other tests want too; then Triton's cache has it
 
-@pytest.fixture(scope="module")
-def reports():
+
+def compiled(*options: str) -> list[dict]:
     """The reports of all compilations, made in an interpreter where Triton compiles."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, compile_targets.__file__], env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, compile_targets.__file__, *options], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def assert_compiled(reports: list[dict]) -> None:
+    failed = [r for r in reports if r["error"]]
+    told = (f"{r['module']}[{r['index']}] {r['kernel']} {r['target']} {r['dtype']}: {r['error']}" for r in failed)
+    assert reports and not failed, "\n".join(told)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return compiled()
+
+
 @pytest.mark.parametrize("target", compile_targets.TARGETS)
 def test_compiles(reports, target):
-    mine = [r for r in reports if r["target"] == target]
-    failed = [r for r in mine if r["error"]]
-    assert mine and not failed, "\n".join(f"{r['module']}[{r['index']}] {r['kernel']} {r['dtype']}: {r['error']}" for r in failed)
+    assert_compiled([r for r in reports if r["target"] == target])
+
+
+@pytest.mark.sweep
+def test_compiles_what_takes_long():
+    assert_compiled(compiled("--sweep"))
 
 
 @pytest.mark.parametrize("module", [m.name for m in pkgutil.iter_modules(sloth.kernels.__path__)])
