@@ -81,3 +81,5 @@ def dora(base, inner, m, xl, a, b, *, scale: float, dtype: torch.dtype):
 @lora.check
 def _(match):
     match.require(match.x.meta.dtype == match.weight.meta.dtype, "input and weight differ in dtype")
+    bias = match.tensors.get("bias", match.weight)  # eager adds one of another dtype where x is not contiguous
+    match.require(bias.meta.dtype == match.weight.meta.dtype, "weight and bias differ in dtype")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common import DEVICE
+from harness import VARIANTS, accepts, made_match, sample
 from peft_layers import (
     BASES,
     BF16,
@@ -291,6 +292,15 @@ def test_a_trained_base_is_left_alone():
         ["lora[linear]"] * 3,
         ["adapter[lora]", *["lora[linear]"] * 3],
     )
+
+
+def test_a_bias_of_another_dtype_is_left_to_torch():
+    """Eager adds it to the product where the input is not contiguous, and else raises."""
+    (variant,) = (v for v in VARIANTS if str(v) == "lora[linear_bias]")
+    tensors = sample(variant, BF16)
+    assert accepts(made_match(variant, tensors))
+    tensors = [t.float() if n == "bias" else t for n, t in zip(variant.tensors, tensors, strict=True)]
+    assert not accepts(made_match(variant, tensors))
 
 
 # ---------------------------------------------------------------- memory
