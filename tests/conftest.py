@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -16,3 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # there is a worker for each core
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32_products():
+    """accelerate and transformers turn TF32 on for whoever compiles, and for good: no other test shall see it."""
+    yield
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"

@@ -127,24 +127,27 @@ def _stacked(draws):
     return [None if each[0] is None else torch.stack([t.detach() for t in each]) for each in zip(*draws, strict=True)]
 
 
-def _drawn_again(tensors, douts) -> list:
-    """More draws (tensors, douts) of what `make` made; none where they would be large, or something else made one of them."""
-    given = [t for t in (*tensors, *douts) if t is not None]
-    if not all(hasattr(t, "again") and t.numel() < MANY for t in given):
-        return []
-    return [tuple([t if t is None else t.again(salt) for t in kind] for kind in (tensors, douts)) for salt in salts(given)]
+def _made_again(tensors, douts):
+    """What draws (tensors, douts) again that `make` made; None where they would be large, or something else made one of them."""
+    if not all(hasattr(t, "again") and t.numel() < MANY for t in (*tensors, *douts) if t is not None):
+        return None
+    return lambda salt: tuple([t if t is None else t.again(salt) for t in kind] for kind in (tensors, douts))
 
 
-def salts(tensors) -> list[int]:
+def _salts(tensors) -> list[int]:
     """What tells apart as many draws as give each of these tensors `MANY` elements."""
-    return [64_000 * i for i in range(MANY // max(1, min(t.numel() for t in tensors)))]
+    return [64_000 * i for i in range(MANY // max(1, min(t.numel() for t in tensors if t is not None)))]
 
 
-def compare(op, eager, tensors, grads=None, douts=None, *, slack=4.0, scale=0.0, few=0, strides: bool = True):
+def compare(
+    op, eager, tensors, grads=None, douts=None, *, slack=4.0, scale=0.0, few=0, strides: bool = True, again=None, draws=None
+):
     """The operator against the eager code it replaces: values, dtypes, strides of outputs, and gradients.
 
     grads    which inputs require gradients; default: all floating-point ones
     douts    gradients of the outputs; default: random, contiguous
+    again    `again(salt)` draws other (tensors, douts) of the same shapes and layouts, as many as results need or `draws`.
+             Default: what `make` made is made again
     Returns the operator's (outputs, gradients)."""
     tensors = list(tensors)
     if grads is None:
@@ -159,9 +162,11 @@ def compare(op, eager, tensors, grads=None, douts=None, *, slack=4.0, scale=0.0,
         assert_no_worse(ours[0], theirs[0], truth[0], slack=slack, scale=scale, few=few, name="output")
         assert_no_worse(ours[1], theirs[1], truth[1], slack=slack, scale=scale, few=few, name="gradient")
     except AssertionError:  # eager's luck?
-        if not (draws := _drawn_again(tensors, douts)):
+        salts = _salts([*tensors, *douts] if again is None else douts) if draws is None else range(0, 64_000 * draws, 64_000)
+        again = again or _made_again(tensors, douts)
+        if again is None:
             raise
-        compare_many(op, eager, draws, grads, slack=slack, scale=scale)
+        compare_many(op, eager, list(map(again, salts)), grads, slack=slack, scale=scale)
     if strides:
         for i, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True)):
             meaningful = [d for d in range(a.dim()) if a.shape[d] > 1 and a.numel()]
