@@ -17,7 +17,8 @@ with
 
 Saved    g and u (or packed x), which the matmuls before it produced anyway; only g where only u wants a gradient.
          h is not saved. The packed backward writes one packed dx, which is what the matmul before it consumes.
-         The other writes dg over a copy of dh, which Inductor lets go where dh has no other reader: one [N, I] less at the peak.
+         The other writes dg over a copy of dh, which Inductor lets go where dh has no other reader, and may write du over u,
+         element by element (rewriter/again.py lets it where u was computed again): two [N, I] less at the peak.
 Layout   outputs as the eager code: the dimension order of the inputs, dense.
 Bytes    forward 3 passes over [N, I] (read g, u; write h), backward 5 (read dh, g, u; write dg, du): the floor is
          8·N·I·itemsize over the copy rate.
@@ -96,7 +97,7 @@ def _gradients(dh_at, g_at, u_at, mask, ACT: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(
+def backward_kernel(
     dh_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dh_stride, g_stride, u_stride, I, ACT: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, col = _position(I, BLOCK)
@@ -179,7 +180,7 @@ def backward_triton(
         dg = _empty(gate, N, I)
     grid, options = _grid(N, I), dict(ACT=act, BLOCK=BLOCK, num_warps=NUM_WARPS)
     if need_gate and need_up:
-        launch(_backward_kernel)[grid](dh, g, u, dg, du, dh.stride(0), g.stride(0), u.stride(0), I, **options)
+        launch(backward_kernel)[grid](dh, g, u, dg, du, dh.stride(0), g.stride(0), u.stride(0), I, **options)
     elif need_gate:
         launch(_backward_gate_kernel)[grid](dh, g, u, dg, dh.stride(0), g.stride(0), u.stride(0), I, **options)
     elif need_up:
@@ -335,6 +336,6 @@ def _compile_case(kernel, act: str):
 
 COMPILE = [
     *[_compile_case(_forward_kernel, act) for act in ACTIVATIONS],
-    *[_compile_case(_backward_kernel, act) for act in ACTIVATIONS],
+    *[_compile_case(backward_kernel, act) for act in ACTIVATIONS],
     *[_compile_case(kernel, "silu") for kernel in (_backward_gate_kernel, _backward_up_kernel, _backward_packed_kernel)],
 ]

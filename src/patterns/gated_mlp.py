@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from sloth.kernels.gated_act import gated_act, gated_act_packed
+from sloth.kernels.gated_act import backward_kernel, gated_act, gated_act_packed
+from sloth.rewriter.again import writes_over
 from sloth.rewriter.ir import Value, same_literal
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
@@ -54,6 +55,8 @@ def packed(act, up_first):
 
     return both
 
+
+writes_over(backward_kernel, du_ptr="u_ptr")
 
 act_mul = pattern(
     GATED_MLP, op=gated_act, dims={"gate": "B S I", "up": "B S I"}, recompute=True, name="gated_mlp", variant="silu", act="silu"

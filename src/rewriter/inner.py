@@ -15,17 +15,17 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._higher_order_ops import triton_kernel_wrap
 
-from sloth.rewriter.again import Kept, MadeAgain
+from sloth.rewriter.again import Pass, kept, made_again, written_over
 from sloth.rewriter.ir import Symbol
+from sloth.rewriter.not_random import not_random
 
 
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        passes = {"joint_custom_pre_pass": Kept, "post_grad_custom_post_pass": MadeAgain}
-        ours = {
-            at: make(_sources()) for at, make in passes.items() if getattr(torch._inductor.config, at) is None
-        }  # nobody's own
+        passes = {"joint_custom_pre_pass": (kept, not_random), "post_grad_custom_post_pass": (made_again, written_over)}
+        free = [at for at in passes if getattr(torch._inductor.config, at) is None]  # not somebody's own
+        ours = {at: Pass(_sources(), *passes[at]) for at in free}
         return partial(_inductor, torch._TorchCompileInductorWrapper(mode, ours | options, None).config)
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")

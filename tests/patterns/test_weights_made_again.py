@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sloth.kernels import dequantize_4bit as module
 from sloth.kernels.gemm import sum_of_products
-from sloth.rewriter.again import MadeAgain
+from sloth.rewriter.again import Pass
 
 
 class Followed(Attention):
@@ -28,7 +28,7 @@ class Followed(Attention):
         return y * torch.tanh(y) + q.detach().sum().sign()
 
 
-class Own(MadeAgain):
+class Own(Pass):
     """A pass of the user's, which changes nothing."""
 
     def __init__(self):
