@@ -106,7 +106,8 @@ class Variant:
 
     def meta(self, tensor: str, sizes: dict[str, int], dtype: torch.dtype) -> Meta:
         spec = self.dims[tensor]
-        shape = tuple(int(s.subs(sizes)) for s in _sizes(spec))
+        known = {sympy.Symbol(letter): sympy.Integer(size) for letter, size in sizes.items()}
+        shape = tuple(int(s.xreplace(known)) for s in _sizes(spec))
         return Meta(shape, torch.int64 if spec.endswith("int64") else dtype, torch.device("cpu"))
 
     def loose(self) -> Graph:

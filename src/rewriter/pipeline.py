@@ -35,10 +35,12 @@ def rewrite(
         bodies = [view.gm for view in shadows]
         backup = [_copied(body.graph) for body in bodies]
         mode = FakeTensorMode(shape_env=shape_env_of(gm))
-        matcher = Matcher(entries, mode)
+        with _timed(report, "patterns"):
+            matcher = Matcher(entries, mode)
+        tried: dict = {}
         for view in shadows:
             report.opaque |= {f"{view.path}{n.name}": why for n, why in view.opaque.items()}
-            rewrite_view(view, matcher, mode, constructs, deferrals, report)
+            rewrite_view(view, matcher, legality.Ground(view, mode, tried), constructs, deferrals, report)
         with _timed(report, "rewrite"):  # a body may have asked the graphs around it for more inputs
             for body in bodies if report.deferred or any(s.status == MATCHED for s in report.sites) else ():
                 body.graph.lint()
@@ -55,7 +57,7 @@ def rewrite(
 def rewrite_view(
     view: View,
     matcher: Matcher,
-    mode: FakeTensorMode,
+    ground: legality.Ground,
     constructs: list[Construct],
     deferrals: Sequence[Deferral],
     report: GraphReport,
@@ -65,7 +67,6 @@ def rewrite_view(
     with _timed(report, "match"):
         found = list(matcher.matches(view.shadow.values))
     with _timed(report, "legality"):
-        ground = legality.Ground(view, mode)
         for match in found:
             try:
                 legality.check(match, ground)

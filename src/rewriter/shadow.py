@@ -58,16 +58,17 @@ def views(gm: fx.GraphModule) -> list[View]:
     out: list[View] = []
     todo: list[tuple] = [(gm, "", Region(grad=torch.is_grad_enabled()), [], None, None)]
     seen: dict[int, View] = {}
+    memo: dict[Any, Trace | Exception] = {}
     with shape_env.suppress_guards() if shape_env else contextlib.nullcontext():
         while todo:
             body, path, region, operands, around, call = todo.pop(0)
             if id(body) in seen:  # called from two places: its inputs are now these values, now those
                 _pass(seen[id(body)], [], None, None)
                 continue
-            builder = _Builder(View(body, path, region), mode)
+            builder = _Builder(View(body, path, region), mode, memo)
             written = builder.run()
             if written:  # somebody writes in place: once more, with that memory pinned
-                builder = _Builder(View(body, path, region), mode, written)
+                builder = _Builder(View(body, path, region), mode, memo, written)
                 builder.run()
             seen[id(body)] = builder.view
             _pass(builder.view, operands, around, call)
@@ -100,11 +101,10 @@ def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
 
 
 class _Builder:
-    def __init__(self, view: View, mode: FakeTensorMode, written: frozenset[fx.Node] = frozenset()):
-        self.view, self.mode, self.written = view, mode, written
+    def __init__(self, view: View, mode: FakeTensorMode, memo: dict[Any, Any], written: frozenset[fx.Node] = frozenset()):
+        self.view, self.mode, self.memo, self.written = view, mode, memo, written
         self.normal = Normal(view.shadow)
         self.normal.region = view.region
-        self.memo: dict[Any, Trace | Exception] = {}
         self.bodies: list[
             tuple[fx.GraphModule, str, Region, list[Any], fx.Node]
         ] = []  # with what is passed to each, and the call
@@ -275,8 +275,8 @@ class _Builder:
         """What the body computes of these arguments, in the region of the call; None where the shadow cannot tell.
         Of the forward pass's results, those that nobody reads are None: torch 2.11 returns all that it computed.
         """
-        builder = _Builder(View(body, self.view.path, self.normal.region, shadow), self.mode)
-        builder.memo, builder.normal.origin = self.memo, call
+        builder = _Builder(View(body, self.view.path, self.normal.region, shadow), self.mode, self.memo)
+        builder.normal.origin = call
         output = body.graph.output_node().args[0]
         if read is not None:
             results, saved = output
@@ -305,7 +305,9 @@ class _Builder:
             return rebuilt(a, lift)
 
         lifted = lift((args, kwargs))
-        signature = (node.op, node.target, literal_key(_flat(lifted)), self.normal.region.autocast)
+        own = node.op == "call_module" or self.normal.region.autocast  # a name, or number, that means this only in this graph
+        where = own and self.view.path, self.normal.region.autocast
+        signature = (node.op, node.target, literal_key(_flat(lifted)), where)
         key = (signature, tuple((literal_key(v.meta.shape), v.meta.dtype, v.meta.device) for v in leaves))
         if key not in self.memo:
             function = _callable(node, self.view.gm)
