@@ -6,14 +6,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from sloth.rewriter.deferred import returning
-from sloth.rewriter.inner import compile_with, compiler
+from sloth.rewriter.inner import captures, compile_with, compiler
 from sloth.rewriter.input_gradients import left_to_require, requiring
+from sloth.rewriter.parts import compile_in_parts
 from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.registry import constructs, deferrals, patterns
@@ -63,8 +65,15 @@ def sloth(
     for listener in _listeners:
         listener.append(report)
     start = time.perf_counter()
-    compiled = returning(requiring(compile_with(inner, gm, example_inputs), required), report.deferred)
+    compile_one = partial(compile_with, inner)
+    if name == "inductor" and captures(mode, rest):
+        compiled = compile_one(gm, example_inputs)
+    else:
+        compiled, report.parts, report.compiled = compile_in_parts(gm, example_inputs, compile_one)
+    compiled = returning(requiring(compiled, required), report.deferred)
     report.seconds[name] = time.perf_counter() - start
+    if report.parts > 1:
+        log.info("sloth: in %d parts, %d of them compiled, %.1f s", report.parts, report.compiled, report.seconds[name])
     return compiled
 
 

@@ -32,6 +32,12 @@ def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[.
     return lookup_backend(name)
 
 
+def captures(mode: str | None, options: dict[str, Any]) -> bool:
+    """Will Inductor capture CUDA graphs? They hold the addresses of all that they read."""
+    config = torch._TorchCompileInductorWrapper(mode, options, None).config
+    return config.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+
+
 def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """`inner(gm, example_inputs)`, under cache keys that know our sources."""
     with _ours({}):

@@ -63,10 +63,28 @@ def may_write(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return "mutation" in target.name()
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") or name in _IN_PLACE
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS or name.startswith("__i")
+    in_place = in_place or name in _IN_PLACE
     return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or node.op == "call_module"
 
 
+def may_be_written(node: fx.Node) -> list[fx.Node]:
+    """The operands that this call may write to."""
+    if not may_write(node):
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+        written = [given.get(a.name) for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    elif isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "call_module":
+        return node.all_input_nodes
+    else:
+        written = [*node.args[:1], node.kwargs.get("out")]
+    found: list[fx.Node] = []
+    fx.node.map_arg(written, found.append)
+    return found
+
+
+_KEYWORDS = {"and_", "or_", "not_", "is_"}  # operator's names for them
 _IN_PLACE = {"setitem", "delitem", "__setitem__"} | {f"i{name}" for name in (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul", "concat"
 )}  # fmt: skip

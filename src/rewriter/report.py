@@ -40,6 +40,8 @@ class GraphReport:
     untouched: str = ""  # why the graph went through as it was, if it did
     opaque: dict[str, str] = field(default_factory=dict)  # node → why the shadow does not look inside
     deferred: list[Any] = field(default_factory=list)  # outputs that are computed when they are read
+    parts: int = 1  # into which it was cut, and how many of them had to be compiled: equal ones are compiled once
+    compiled: int = 1
 
     def line(self, titles: dict[str, str]) -> str:
         """`129/129 RMSNorm, 32/32 RoPE, 0.8 s`"""
@@ -81,11 +83,15 @@ class Report:
         return dict(total)
 
     def to_dict(self) -> dict[str, Any]:
-        """The public format: constructs, sites, graphs (how many), breaks, and seconds by stage."""
+        """The public format: constructs, sites, graphs (how many, of how many parts, of these compiled), breaks, and seconds by
+        stage.
+        """
         return {
             "constructs": self.constructs,
             "sites": [asdict(s) for s in self.sites],
             "graphs": len(self.graphs),
+            "parts": sum(g.parts for g in self.graphs),
+            "compiled": sum(g.compiled for g in self.graphs),
             "breaks": self.breaks,
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
             "untouched": [g.untouched for g in self.graphs if g.untouched],
@@ -99,7 +105,9 @@ class Report:
         if missed := [s for s in self.sites if s.status != MATCHED]:
             yield _misses(missed)
         stages = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
-        yield Text(f"{len(self.graphs)} graph(s), {len(self.breaks)} break(s); {stages}")
+        parts, compiled = sum(g.parts for g in self.graphs), sum(g.compiled for g in self.graphs)
+        cut = f" in {parts} parts, {compiled} of them compiled" if parts > len(self.graphs) else ""
+        yield Text(f"{len(self.graphs)} graph(s){cut}, {len(self.breaks)} break(s); {stages}")
         for why in (*(g.untouched for g in self.graphs if g.untouched), *self.breaks):
             yield Text(f"  {why}", style="yellow")
 
