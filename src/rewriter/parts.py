@@ -10,6 +10,7 @@ is captured as a CUDA graph or called on fake tensors.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import copy
@@ -22,6 +23,7 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sloth.rewriter.ir import Symbol
 from sloth.rewriter.memory import may_be_written, may_write, storages, tensors
@@ -30,6 +32,7 @@ REPETITIONS = 3  # at least, or nothing is won
 CALLS = 16  # of a repetition, those in bodies included; a shorter one runs about as fast as a part is entered
 PERIODS = 64  # that are looked at
 
+log = logging.getLogger("sloth")
 Compiled = Callable[..., Any]
 
 
@@ -57,20 +60,32 @@ def compile_in_parts(
 ) -> tuple[Compiled, int, int]:
     """What `compile_one` makes of the graph, of how many parts it is, and how many of them were compiled."""
     context = TracingContext.try_get()
-    if context is None or context.fake_mode is None or context.fakify_first_call or not (parts := parts_of(gm)):
-        return compile_one(gm, example_inputs), 1, 1
     known = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    compiled: dict[Hashable, Compiled] = {}
+    compiled: dict[int, Compiled] = {}
     run = []
-    for part in parts:
-        module = part.module(gm)
-        same = key(module), tuple(_described(n) for n in part.inputs)
+    for part, module, same in _prepared(gm, context):
         if same not in compiled:
             given = [known[n] if n in known else _fake(n, context.fake_mode) for n in part.inputs]
             with tracing(copy(context)):  # one of its own: facts of what is compiled are noted in it
                 compiled[same] = compile_one(module, given)
         run.append((compiled[same], part))
-    return _Run(gm, run), len(run), len(compiled)
+    return (_Run(gm, run), len(run), len(compiled)) if run else (compile_one(gm, example_inputs), 1, 1)
+
+
+def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[Part, fx.GraphModule, int]]:
+    """Each part as a graph of its own, and the number of the first that is compiled to the same. Nothing if the graph is to stay
+    whole, as it does if anything here goes wrong.
+    """
+    if context is None or context.fake_mode is None or context.fakify_first_call:
+        return []
+    try:
+        found = [(part, part.module(gm)) for part in parts_of(gm)]
+        keys = [(key(module), tuple(_described(n) for n in part.inputs)) for part, module in found]
+        first: dict[Hashable, int] = {}
+        return [(*each, first.setdefault(k, i)) for i, (each, k) in enumerate(zip(found, keys, strict=True))]
+    except Exception as e:
+        log.info("sloth: compiled as a whole: %s", f"{type(e).__name__}: {e}".split("\n")[0])
+        return []
 
 
 # ---------------------------------------------------------------- where to cut
@@ -110,11 +125,15 @@ def _cuts(calls: list[fx.Node], gm: fx.GraphModule) -> list[int]:
     for start in range(first, first + period):
         places = range(start, first + length + period + 1, period)
         crossing = [[n for n in calls[:at] if n.op != "get_attr" and last_read[n] >= at] for at in places]
-        known = all(isinstance(n.meta.get("example_value"), torch.Tensor | torch.SymInt) for each in crossing for n in each)
+        plain = all(_is_plain(n.meta.get("example_value")) for each in crossing for n in each)
         cost = max(map(len, crossing)), -len(places)
-        if len(places) > REPETITIONS and known and all(allowed[at] for at in places) and (best is None or cost < best):
+        if len(places) > REPETITIONS and plain and all(allowed[at] for at in places) and (best is None or cost < best):
             best, cuts = cost, list(places)
     return cuts
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, torch.SymInt) or isinstance(x, torch.Tensor) and not is_traceable_wrapper_subclass(x)
 
 
 def longest_repetition(labels: Sequence[int], weights: Sequence[int]) -> tuple[int, int, int]:
@@ -273,7 +292,7 @@ class _Run:
         self.steps = []
         for i, (compiled, part) in enumerate(run):
             done = [place[n] for n in part.inputs if last[n] == i]
-            written = [(place[n], _stride(n)) for n in part.outputs]
+            written = [(place[n], _layout(n)) for n in part.outputs]
             self.steps.append((compiled, [place[n] for n in part.inputs], done, written))
 
     def __call__(self, *args: Any) -> tuple:
@@ -284,16 +303,20 @@ class _Run:
                 values[i] = None
             results = compiled(*given)
             del given
-            for (i, stride), value in zip(written, results, strict=True):
-                values[i] = value if stride is None or value.stride() == stride else _strided(value, stride)
+            for (i, layout), value in zip(written, results, strict=True):
+                values[i] = value if all(value.stride(d) == stride for d, stride in layout) else _laid_out(value, layout)
         return tuple([x if i is None else values[i] for i, x in self.returned])
 
 
-def _stride(n: fx.Node) -> tuple[int, ...] | None:
-    """That later parts were compiled for; None where it is not known."""
-    stride = n.meta["example_value"].stride()
-    return None if any(isinstance(s, Symbol) for s in stride) else stride
+def _layout(n: fx.Node) -> list[tuple[int, int]]:
+    """The strides that later parts were compiled for, of dimensions where they mean something; none where they are not known."""
+    x = n.meta["example_value"]
+    if not isinstance(x, torch.Tensor) or any(isinstance(s, Symbol) for s in (*x.shape, *x.stride())):
+        return []
+    return [(d, x.stride(d)) for d in range(x.dim()) if x.shape[d] > 1]
 
 
-def _strided(x: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+def _laid_out(x: torch.Tensor, layout: list[tuple[int, int]]) -> torch.Tensor:
+    strides = dict(layout)
+    stride = [strides.get(d, 1) for d in range(x.dim())]
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)

@@ -248,6 +248,11 @@ def test_blocks_inside_of_parts():
     assert compared(stack(make=Framed), X)[0] > 1
 
 
+def test_whatever_goes_wrong_the_graph_is_compiled_whole(monkeypatch):
+    monkeypatch.setattr(parts, "key", lambda gm: [])  # which cannot be compared
+    assert compared(stack(), X) == (1, 1)
+
+
 def test_cuda_graphs_are_of_the_whole():
     from sloth.rewriter import inner
 
