@@ -11,6 +11,7 @@ is captured as a CUDA graph or called on fake tensors.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import copy
@@ -19,6 +20,7 @@ from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
@@ -133,7 +135,10 @@ def _cuts(calls: list[fx.Node], gm: fx.GraphModule) -> list[int]:
 
 
 def _is_plain(x: Any) -> bool:
-    return isinstance(x, torch.SymInt) or isinstance(x, torch.Tensor) and not is_traceable_wrapper_subclass(x)
+    """May it cross a cut: can it be brought into the strides that are expected behind it?"""
+    if not isinstance(x, torch.Tensor):
+        return isinstance(x, torch.SymInt)
+    return not is_traceable_wrapper_subclass(x) and (not _symbolic(x) or _order(x) is not None)
 
 
 def longest_repetition(labels: Sequence[int], weights: Sequence[int]) -> tuple[int, int, int]:
@@ -292,7 +297,7 @@ class _Run:
         self.steps = []
         for i, (compiled, part) in enumerate(run):
             done = [place[n] for n in part.inputs if last[n] == i]
-            written = [(place[n], _layout(n)) for n in part.outputs]
+            written = [(place[n], _layout(n.meta["example_value"])) for n in part.outputs]
             self.steps.append((compiled, [place[n] for n in part.inputs], done, written))
 
     def __call__(self, *args: Any) -> tuple:
@@ -304,19 +309,49 @@ class _Run:
             results = compiled(*given)
             del given
             for (i, layout), value in zip(written, results, strict=True):
-                values[i] = value if all(value.stride(d) == stride for d, stride in layout) else _laid_out(value, layout)
+                values[i] = value if layout is None else _laid_out(value, layout(value))
         return tuple([x if i is None else values[i] for i, x in self.returned])
 
 
-def _layout(n: fx.Node) -> list[tuple[int, int]]:
-    """The strides that later parts were compiled for, of dimensions where they mean something; none where they are not known."""
-    x = n.meta["example_value"]
-    if not isinstance(x, torch.Tensor) or any(isinstance(s, Symbol) for s in (*x.shape, *x.stride())):
-        return []
-    return [(d, x.stride(d)) for d in range(x.dim()) if x.shape[d] > 1]
+Strides = list[tuple[int, int]]  # of dimensions where they mean something
 
 
-def _laid_out(x: torch.Tensor, layout: list[tuple[int, int]]) -> torch.Tensor:
-    strides = dict(layout)
-    stride = [strides.get(d, 1) for d in range(x.dim())]
+def _layout(x: Any) -> Callable[[torch.Tensor], Strides] | None:
+    """The strides that later parts were compiled for, of the tensor that is there in the place of `x`. None for numbers."""
+    if not isinstance(x, torch.Tensor):
+        return None
+    if not _symbolic(x):
+        fixed = [(d, x.stride(d)) for d in range(x.dim()) if x.shape[d] > 1]
+        return lambda _: fixed
+    if (order := _order(x)) is None:  # a result of the graph
+        return None
+    return lambda t: [(d, math.prod(t.size(inner) for inner in order[:i])) for i, d in enumerate(order) if t.size(d) > 1]
+
+
+def _symbolic(x: torch.Tensor) -> bool:
+    return any(isinstance(s, Symbol) for s in (*x.shape, *x.stride()))
+
+
+def _order(x: torch.Tensor) -> list[int] | None:
+    """The dimensions of a tensor with symbolic sizes, innermost first. None if it is not dense, or if that is not known."""
+    numbers = [
+        (s.node.expr, s.node.has_hint() and s.node.hint) if isinstance(s, Symbol) else (sympy.Integer(s), s)
+        for s in (*x.stride(), *x.shape)
+    ]
+    if any(hint is False for _, hint in numbers):
+        return None
+    stride, size = numbers[: x.dim()], [s for s, _ in numbers[x.dim() :]]
+    inner, order = sympy.Integer(1), sorted(range(x.dim()), key=lambda d: (stride[d][1], size[d] != 1))
+    for d in order:
+        if size[d] != 1 and sympy.expand(stride[d][0] - inner) != 0:
+            return None
+        inner *= size[d]
+    return order
+
+
+def _laid_out(x: torch.Tensor, strides: Strides) -> torch.Tensor:
+    if all(x.stride(d) == stride for d, stride in strides):
+        return x
+    wanted = dict(strides)
+    stride = [wanted.get(d, 1) for d in range(x.dim())]
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
