@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sloth.kernels.launch import no_derivative
+from sloth.kernels.launch import launch_opaque, no_derivative
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -85,24 +85,17 @@ def _dequantize_kernel(
 
 
 def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
-    packed = packed.reshape(-1).view(torch.uint8)
+    packed = packed.contiguous().view(torch.uint8)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     half, n = blocksize // 2, packed.numel()
     blocks = max(1, BYTES // half)
     nested = absmax_8bit is not None
-    _dequantize_kernel[((n + blocks * half - 1) // (blocks * half),)](
-        packed,
-        absmax,
-        absmax_8bit if nested else absmax,
-        code8 if nested else absmax,
-        offset if nested else absmax,
-        out,
-        n,
-        HALF=half,
-        BLOCKS=blocks,
-        NESTED=nested,
-        NESTED_BLOCK=NESTED_BLOCK,
-        CODE=CODES[quant_type],
+    launch_opaque(
+        _dequantize_kernel,
+        ((n + blocks * half - 1) // (blocks * half),),
+        [packed, absmax, *((absmax_8bit, code8, offset) if nested else (absmax, absmax, absmax)), out],
+        [n],
+        {"HALF": half, "BLOCKS": blocks, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": CODES[quant_type]},
         **OPTIONS,
     )
     return out

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sloth.kernels.launch import launch_opaque
 from sloth.kernels.tiles import multiprocessors
 
 MAX_RANK = 64
@@ -85,17 +86,21 @@ def _hopper(device: torch.device) -> bool:
 
 def serves(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float) -> bool:
     """Is the kernel made for these operands, and the product large enough for the GPU and the host?"""
-    waves = _tiles(x.shape[0], w.shape[1]) / multiprocessors(x.device) if _hopper(x.device) else 0.0
     return (
-        waves > FULL * math.ceil(waves)
-        and 2 * x.numel() * w.shape[1] >= LEAST
+        2 * x.numel() * w.shape[1] >= LEAST
         and x.dtype in (torch.bfloat16, torch.float16)
         and (x.dtype == torch.bfloat16 or abs(scale) <= 1)  # s T does not overflow where s T U would not
         and t.shape[1] <= MAX_RANK
         and not (_by_columns(t) or _by_columns(x))
         and all(map(_addressable, (t, u, x, w)))
         and w.shape[1] % 8 == 0  # so that y is too
+        and _hopper(x.device)
+        and _fills(_tiles(x.shape[0], w.shape[1]) / multiprocessors(x.device))
     )
+
+
+def _fills(waves: float) -> bool:
+    return waves > FULL * math.ceil(waves)
 
 
 def thin_and_big(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float, bias: Tensor | None, y: Tensor) -> None:
@@ -108,12 +113,16 @@ def thin_and_big(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float, bias:
         return TensorDescriptor(a, list(a.shape), list(a.stride()), list(block))
 
     programs = multiprocessors(x.device)
-    _thin_and_big_kernel[(min(programs, _tiles(M, N)),)](
-        tiles_of(x, BM, BK), tiles_of(w, BK, BN), tiles_of(t, BM, R), tiles_of(u, R, BN), tiles_of(y, BM, BN // 2),
-        y if bias is None else bias.contiguous(), M, N, K,
-        SCALE=scale, SPLIT=x.dtype == torch.float16 or abs(math.frexp(scale)[0]) != 0.5, HAS_BIAS=bias is not None,
-        W_BY_COLUMNS=_by_columns(w), U_BY_COLUMNS=_by_columns(u),
-        BM=BM, BN=BN, BK=BK, GROUP=GROUP, PROGRAMS=programs, **OPTIONS,
+    launch_opaque(
+        _thin_and_big_kernel,
+        (min(programs, _tiles(M, N)),),
+        [tiles_of(x, BM, BK), tiles_of(w, BK, BN), tiles_of(t, BM, R), tiles_of(u, R, BN), tiles_of(y, BM, BN // 2),
+         y if bias is None else bias.contiguous()],
+        [M, N, K],
+        {"SCALE": scale, "SPLIT": x.dtype == torch.float16 or abs(math.frexp(scale)[0]) != 0.5, "HAS_BIAS": bias is not None,
+         "W_BY_COLUMNS": _by_columns(w), "U_BY_COLUMNS": _by_columns(u),
+         "BM": BM, "BN": BN, "BK": BK, "GROUP": GROUP, "PROGRAMS": programs},
+        **OPTIONS,
     )  # fmt: skip
 
 

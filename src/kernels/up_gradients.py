@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sloth.kernels.gemm import sum_of_products
-from sloth.kernels.launch import no_derivative, use_triton
+from sloth.kernels.launch import launch_opaque, no_derivative, use_triton
 from sloth.kernels.tiles import multiprocessors
 
 MAX_RANK = 64
@@ -99,28 +99,19 @@ def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tens
     per_split = (M + splits * BM - 1) // (splits * BM) * BM
     u = torch.empty(strips, M, R, dtype=torch.float32, device=g.device)
     db = torch.empty(splits, N, R, dtype=torch.float32, device=g.device)
-    _strip_kernel[(strips, splits)](
-        g,
-        b,
-        t,
-        u,
-        db,
-        g.stride(0),
-        t.stride(0),
-        M,
-        N,
-        per_split,
-        scale=scale,
-        R=R,
-        RP=max(16, 1 << (R - 1).bit_length()),
-        BM=BM,
-        BN=BN,
-        STAGES=SHARED // (BM * BN * g.element_size()),
+    launch_opaque(
+        _strip_kernel,
+        (strips, splits),
+        [g, b, t, u, db],
+        [g.stride(0), t.stride(0), M, N, per_split],
+        {"scale": scale, "R": R, "RP": max(16, 1 << (R - 1).bit_length()), "BM": BM, "BN": BN,
+         "STAGES": SHARED // (BM * BN * g.element_size())},
         num_warps=NUM_WARPS,
-    )
+    )  # fmt: skip
     out = b.new_empty(M, R), b.new_empty(N, R)
     grid = (-(-M * R // SUM_BLOCK) - (-N * R // SUM_BLOCK),)
-    _sum_kernel[grid](u, db, *out, strips, splits, M * R, N * R, STEP=SUM_STEP, BLOCK=SUM_BLOCK, num_warps=4)
+    numbers = [strips, splits, M * R, N * R]
+    launch_opaque(_sum_kernel, grid, [u, db, *out], numbers, {"STEP": SUM_STEP, "BLOCK": SUM_BLOCK}, num_warps=4)
     return out
 
 
