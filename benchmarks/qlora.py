@@ -5,6 +5,7 @@
 The model has random weights in NF4 (double-quantised), rank 16 on all seven projections, adapters in bf16, fused AdamW; it is
 written once as a checkpoint to a temporary folder, and every contender trains it in a process of its own on the same batches
 (labels = inputs). W1: 2 x 2048 tokens with checkpointing; W2: the same without; W4: 1 x 16384 with.
+ms: a step that is waited for, by events; in_a_row_ms: where only the last is waited for; host_ms: until the host has started all.
 The floor is the arithmetic of the matmuls and of causal attention over the measured rate of a large bf16 matmul.
 One after the other; with `--together` all load and compile side by side, each workload on a GPU of its own where there are
 several, and then wait for their turn: first steps are slower then, steps are timed on an idle host.
@@ -37,6 +38,7 @@ SHAPES = {
 WORKLOADS = {"W1": (2, 2048, True), "W2": (2, 2048, False), "W4": (1, 16384, True)}  # batch, sequence, checkpointing
 CONTENDERS = ("sloth", "eager", "inductor", "liger", "unsloth")
 REGIONS = "sloth-regions"  # each layer by itself, through accelerate: if asked for
+GRAPHS = "sloth-graphs"  # replayed as CUDA graphs, mode="reduce-overhead": if asked for
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, BLOCK = 16, 64
 
@@ -147,6 +149,8 @@ def train(contender: str, workload: str, folder: str, steps: int, profile: str, 
     adapters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=1e-4, weight_decay=0.0, fused=True)
     called = torch.compile(model, backend=contender) if contender in ("sloth", "inductor") else model
+    if contender == GRAPHS:
+        called = torch.compile(model, backend="sloth", mode="reduce-overhead")
     if contender == REGIONS:
         from accelerate.utils import compile_regions
 
@@ -181,17 +185,25 @@ def train(contender: str, workload: str, folder: str, steps: int, profile: str, 
         step(4)
         torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    events = []
+    times, host = [], []
     for i in range(steps):
-        events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        events[-1][0].record()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = time.perf_counter()
+        begin.record()
         step(i)
-        events[-1][1].record()
-        events[-1][1].synchronize()
-    times = [a.elapsed_time(b) for a, b in events]
+        end.record()
+        host.append((time.perf_counter() - start) * 1e3)
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    start = time.perf_counter()
+    for i in range(steps):
+        step(i)
+    torch.cuda.synchronize()
+    in_a_row = (time.perf_counter() - start) / steps * 1e3
     flops = floor_flops(model.config, result["trainable"], batch, sequence, checkpointing)
     result |= {
         "ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times), "flops": flops,
+        "in_a_row_ms": in_a_row, "host_ms": statistics.median(host),
         "tokens_s": batch * sequence / statistics.median(times) * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
