@@ -343,7 +343,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> int:
     options = parser(__doc__)
     options.add_argument(
-        "--contenders", default=",".join(CONTENDERS), help=f"comma-separated, of {', '.join((*CONTENDERS, REGIONS))}"
+        "--contenders", default=",".join(CONTENDERS), help=f"comma-separated, of {', '.join((*CONTENDERS, REGIONS, GRAPHS))}"
     )
     options.add_argument("--workloads", default="W1,W2", help=f"comma-separated, of {', '.join(WORKLOADS)}; empty for none")
     options.add_argument("--projection", action="store_true", help="time one projection and its dequantisation too")
@@ -355,7 +355,7 @@ def main() -> int:
     options.add_argument("--one", default="", help=argparse.SUPPRESS)
     args = parse(options)
     asked = {*args.contenders.split(","), *filter(None, args.workloads.split(","))}
-    if unknown := asked - {*CONTENDERS, REGIONS, *WORKLOADS}:
+    if unknown := asked - {*CONTENDERS, REGIONS, GRAPHS, *WORKLOADS}:
         options.error(f"unknown: {', '.join(sorted(unknown))}")
     if not args.one:
         run(args)
