@@ -113,7 +113,9 @@ def parts_of(gm: fx.GraphModule) -> list[Part]:
 
 
 def _cuts(calls: list[fx.Node], gm: fx.GraphModule) -> list[int]:
-    """Before which calls the graph is cut: at the same place of each repetition, where the least crosses."""
+    """Before which calls the graph is cut: at the same place of each repetition, where the least crosses. Of equally many tensors
+    those of fewest dimensions: what attention gives by heads is laid out as its kernel likes, and its gradient would be copied.
+    """
     numbers: dict[Hashable, int] = {}
     labels = [numbers.setdefault(_label(n, gm), len(numbers)) for n in calls]
     weights = [_weight(n, gm) for n in calls]
@@ -122,13 +124,16 @@ def _cuts(calls: list[fx.Node], gm: fx.GraphModule) -> list[int]:
         return []
     order = {n: i for i, n in enumerate(calls)}
     last_read = {n: max((order.get(u, len(calls)) for u in n.users), default=-1) for n in calls}
-    best: tuple[int, int] | None = None
+    best: tuple[int, int, int] | None = None
     cuts: list[int] = []
     for start in range(first, first + period):
         places = range(start, first + length + period + 1, period)
-        crossing = [[n for n in calls[:at] if n.op != "get_attr" and last_read[n] >= at] for at in places]
-        plain = all(_is_plain(n.meta.get("example_value")) for each in crossing for n in each)
-        cost = max(map(len, crossing)), -len(places)
+        crossing = [
+            [n.meta.get("example_value") for n in calls[:at] if n.op != "get_attr" and last_read[n] >= at] for at in places
+        ]
+        plain = all(_is_plain(x) for each in crossing for x in each)
+        dimensions = (sum(x.dim() for x in each if isinstance(x, torch.Tensor)) for each in crossing)
+        cost = max(map(len, crossing)), max(dimensions), -len(places)
         if len(places) > REPETITIONS and plain and all(allowed[at] for at in places) and (best is None or cost < best):
             best, cuts = cost, list(places)
     return cuts

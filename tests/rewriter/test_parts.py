@@ -158,6 +158,15 @@ def test_models(name, checkpointing):
     assert found >= 4 and compiled <= 4
 
 
+def test_results_by_heads_do_not_cross(monkeypatch):
+    """As many tensors would cross between attention and the reshaping of its result."""
+    found, parts_of = [], parts.parts_of
+    monkeypatch.setattr(parts, "parts_of", lambda gm: found.append(parts_of(gm)) or found[-1])
+    compared(model_of("llama"), **batch())
+    dimensions = [[n.meta["example_value"].dim() for n in part.outputs] for part in found[0][1:-1]]
+    assert len(dimensions) == 4 and all(each == [3, 3] for each in dimensions)
+
+
 def test_without_gradients():
     model = model_of("llama").eval()
     torch._dynamo.reset()
