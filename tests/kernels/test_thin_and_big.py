@@ -95,11 +95,11 @@ def test_too_few_tiles_for_the_gpu(monkeypatch):
         assert module.serves(*operands(m, 16, 256, 8, torch.float16, (False, False), 0), 1.0) is served
 
 
-def test_too_short_for_the_host(monkeypatch):
+def test_products_too_small(monkeypatch):
     monkeypatch.setattr(module, "_hopper", lambda _: True)
     monkeypatch.setattr(module, "FULL", 0.0)
     of = lambda m: operands(m, 4096, 4096, 16, torch.float16, (True, True), 0)  # noqa: E731
-    assert module.serves(*of(6144), 1.0) and not module.serves(*of(4096), 1.0)
+    assert module.serves(*of(640), 1.0) and not module.serves(*of(512), 1.0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
