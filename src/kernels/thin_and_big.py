@@ -85,7 +85,7 @@ def _hopper(device: torch.device) -> bool:
 
 
 def serves(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float) -> bool:
-    """Is the kernel made for these operands, and the product large enough for the GPU and the host?"""
+    """Is the kernel made for these operands, and the product large enough for the GPU?"""
     return (
         2 * x.numel() * w.shape[1] >= LEAST
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -95,12 +95,8 @@ def serves(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float) -> bool:
         and all(map(_addressable, (t, u, x, w)))
         and w.shape[1] % 8 == 0  # so that y is too
         and _hopper(x.device)
-        and _fills(_tiles(x.shape[0], w.shape[1]) / multiprocessors(x.device))
+        and (waves := _tiles(x.shape[0], w.shape[1]) / multiprocessors(x.device)) > FULL * math.ceil(waves)
     )
-
-
-def _fills(waves: float) -> bool:
-    return waves > FULL * math.ceil(waves)
 
 
 def thin_and_big(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float, bias: Tensor | None, y: Tensor) -> None:

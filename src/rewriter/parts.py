@@ -46,7 +46,7 @@ class Part:
     inputs: list[fx.Node]
     outputs: list[fx.Node]
 
-    def module(self, gm: fx.GraphModule) -> fx.GraphModule:
+    def graph(self) -> fx.Graph:
         graph = fx.Graph()
         env = {n: graph.placeholder(n.name) for n in self.inputs}
         for n, placeholder in env.items():
@@ -54,7 +54,7 @@ class Part:
         for n in self.calls:
             env[n] = graph.node_copy(n, env.__getitem__)
         graph.output(tuple(env[n] for n in self.outputs))
-        return fx.GraphModule(gm, graph)
+        return graph
 
 
 def compile_in_parts(
@@ -66,7 +66,7 @@ def compile_in_parts(
     compiled: dict[int, Compiled] = {}
     run = []
     for part, module, same in _prepared(gm, context):
-        if same not in compiled:
+        if module is not None:
             given = [known[n] if n in known else _fake(n, context.fake_mode) for n in part.inputs]
             with tracing(copy(context)):  # one of its own: facts of what is compiled are noted in it
                 compiled[same] = compile_one(module, given)
@@ -74,17 +74,18 @@ def compile_in_parts(
     return (_Run(gm, run), len(run), len(compiled)) if run else (compile_one(gm, example_inputs), 1, 1)
 
 
-def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[Part, fx.GraphModule, int]]:
-    """Each part as a graph of its own, and the number of the first that is compiled to the same. Nothing if the graph is to stay
+def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[Part, fx.GraphModule | None, int]]:
+    """Each part, a module of it if it is the first of its kind, and the number of that first. Nothing if the graph is to stay
     whole, as it does if anything here goes wrong.
     """
     if context is None or context.fake_mode is None or context.fakify_first_call:
         return []
     try:
-        found = [(part, part.module(gm)) for part in parts_of(gm)]
-        keys = [(key(module), tuple(_described(n) for n in part.inputs)) for part, module in found]
+        found = [(part, part.graph()) for part in parts_of(gm)]
+        keys = [(key(graph, gm), tuple(_described(n) for n in part.inputs)) for part, graph in found]
         first: dict[Hashable, int] = {}
-        return [(*each, first.setdefault(k, i)) for i, (each, k) in enumerate(zip(found, keys, strict=True))]
+        same = [first.setdefault(k, i) for i, k in enumerate(keys)]
+        return [(part, fx.GraphModule(gm, graph) if same[i] == i else None, same[i]) for i, (part, graph) in enumerate(found)]
     except Exception as e:
         log.info("sloth: compiled as a whole: %s", f"{type(e).__name__}: {e}".split("\n")[0])
         return []
@@ -123,18 +124,26 @@ def _cuts(calls: list[fx.Node], gm: fx.GraphModule) -> list[int]:
     if sum(weights[first : first + period]) < CALLS or not length or (allowed := _allowed(calls)) is None:
         return []
     order = {n: i for i, n in enumerate(calls)}
-    last_read = {n: max((order.get(u, len(calls)) for u in n.users), default=-1) for n in calls}
+    values = {n: n.meta.get("example_value") for n in calls}
+    plain = {n: _is_plain(x) for n, x in values.items()}
+    dimensions = {n: x.dim() if isinstance(x, torch.Tensor) else 0 for n, x in values.items()}
+    crossing: list[list[fx.Node]] = [[] for _ in range(len(calls) + 1)]
+    for n, i in order.items():
+        last_read = max((order.get(u, len(calls)) for u in n.users), default=i)
+        for at in range(i + 1, last_read + 1) if n.op != "get_attr" else ():
+            crossing[at].append(n)
     best: tuple[int, int, int] | None = None
     cuts: list[int] = []
     for start in range(first, first + period):
         places = range(start, first + length + period + 1, period)
-        crossing = [
-            [n.meta.get("example_value") for n in calls[:at] if n.op != "get_attr" and last_read[n] >= at] for at in places
-        ]
-        plain = all(_is_plain(x) for each in crossing for x in each)
-        dimensions = (sum(x.dim() for x in each if isinstance(x, torch.Tensor)) for each in crossing)
-        cost = max(map(len, crossing)), max(dimensions), -len(places)
-        if len(places) > REPETITIONS and plain and all(allowed[at] for at in places) and (best is None or cost < best):
+        if len(places) <= REPETITIONS or not all(allowed[at] and all(plain[n] for n in crossing[at]) for at in places):
+            continue
+        cost = (
+            max(len(crossing[at]) for at in places),
+            max(sum(dimensions[n] for n in crossing[at]) for at in places),
+            -len(places),
+        )
+        if best is None or cost < best:
             best, cuts = cost, list(places)
     return cuts
 
@@ -218,9 +227,9 @@ def _label(n: fx.Node, gm: fx.GraphModule) -> Hashable:
     return n.op, n.target, _literal((n.args, n.kwargs), lambda _: None), _described(n)
 
 
-def key(gm: fx.GraphModule) -> Hashable:
-    """The same for two graphs that are the same code."""
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+def key(graph: fx.Graph, gm: fx.GraphModule) -> Hashable:
+    """The same for two graphs that are the same code. `gm` has their attributes."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
 
     def target(n: fx.Node) -> Hashable:
         return _attribute(n, gm) if n.op == "get_attr" else n.op.startswith("call") and n.target
@@ -230,10 +239,11 @@ def key(gm: fx.GraphModule) -> Hashable:
 
 def _attribute(n: fx.Node, gm: fx.GraphModule) -> Hashable:
     body = _body(n, gm)
-    return id(attrgetter(n.target)(gm)) if body is None else key(body)
+    return id(attrgetter(n.target)(gm)) if body is None else key(body.graph, body)
 
 
 def _literal(a: Any, of: Callable[[fx.Node], Hashable]) -> Hashable:
+    """Of code, so unlike `literal_key` it tells lists from tuples: x[[0, 1]] is not x[(0, 1)]."""
     if isinstance(a, fx.Node):
         return fx.Node, of(a)
     if isinstance(a, tuple | list):
