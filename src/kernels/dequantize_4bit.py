@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sloth.kernels.launch import launch_opaque, no_derivative
+from sloth.kernels.launch import launch_opaque, no_derivative, use_triton
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -132,7 +132,7 @@ def _check(packed, absmax, absmax_8bit, code8, offset, blocksize: int, quant_typ
 @torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")
 def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
     _check(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape)
-    compute = _triton if packed.is_cuda else _bitsandbytes
+    compute = _triton if use_triton(packed) else _bitsandbytes
     return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
 
 

@@ -10,10 +10,12 @@ from torch.library import wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sloth.kernels.device import device_of
+
 
 def use_triton(x: torch.Tensor) -> bool:
     """Triton on GPUs; elsewhere the ATen formula, which Inductor fuses. Triton has no fp64 worth using, so fp64 is ATen too."""
-    return x.is_cuda and x.dtype != torch.float64
+    return device_of(x.device).triton and x.dtype != torch.float64
 
 
 def launch(kernel):

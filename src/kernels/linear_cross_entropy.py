@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels import loss_terms
 from sloth.kernels.cross_entropy import REDUCTIONS, backward_aten, backward_triton, cross_entropy, forward_aten, forward_triton
+from sloth.kernels.device import device_of
 from sloth.kernels.gemm import add_product, as_matrix, product
 from sloth.kernels.launch import compiling, compute_dtype, use_triton, without_autocast
 from sloth.kernels.loss_terms import Terms
@@ -39,7 +40,6 @@ from sloth.kernels.tiles import once
 BUDGET = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # bytes of logits: enough rows to keep the matmuls fast, few enough for caches
 STEPS = (1024, 64)  # chunks are a multiple of the first of these that fits: on an H200 1408 rows are 8 % slower than 1024
 TRAINED = 0.9  # bytes of logits over those of W where it is trained: fewer passes over dW; the backward pass needs as much
-WHOLE = ("cuda",)  # devices on which more memory is worth larger products
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
@@ -323,7 +323,7 @@ the adapter but for up_scale."""
 
 def _is_whole(hidden: Tensor) -> bool:
     few = hidden.numel() * hidden.itemsize <= 4 * hidden.shape[-1] ** 2  # rows · V · itemsize <= V · H · 4
-    return hidden.device.type in WHOLE and hidden.itemsize == 2 and compiling() and statically_known_true(few)
+    return device_of(hidden.device).roomy and hidden.itemsize == 2 and compiling() and statically_known_true(few)
 
 
 torch.library.define(

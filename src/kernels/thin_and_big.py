@@ -11,7 +11,6 @@ Bytes    each operand once (tiles of X and W again for each row and column of ti
 """
 
 import math
-from functools import cache
 
 import torch
 import triton
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sloth.kernels.device import device_of
 from sloth.kernels.launch import launch_opaque
 from sloth.kernels.tiles import multiprocessors
 
@@ -79,9 +79,8 @@ def _tiles(M: int, N: int) -> int:
     return -(-M // BM) * -(-N // BN)
 
 
-@cache
 def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return device_of(device).hopper
 
 
 def serves(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float) -> bool:

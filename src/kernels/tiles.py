@@ -6,12 +6,12 @@ the result is the same in every run. Cost over the pass itself: P·D·8 bytes, w
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from sloth.kernels.device import device_of
 from sloth.kernels.launch import launch
 
 
@@ -49,10 +49,8 @@ class Tuning:
         return self.programs * multiprocessors(device) if self.programs else (N + rows - 1) // rows
 
 
-@cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a small number for Triton's interpreter on the CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return device_of(device).multiprocessors
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from recorder import interpret
 from test_cross_entropy import eager as cross_entropy_of
 from test_cross_entropy import random_targets
 
-from sloth.kernels import cross_entropy
+from sloth.kernels import cross_entropy, device
 from sloth.kernels import linear_cross_entropy as module
 from sloth.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
 
@@ -188,7 +188,7 @@ def test_chunks_are_even():
 @pytest.mark.parametrize("how", HOW)
 def test_whole(how, monkeypatch):
     """Where a compiler sees it and the logits are no larger than dW in fp32: no chunks. A rounded loss scale is no reason to."""
-    monkeypatch.setattr(module, "WHOLE", ("cpu", "cuda"))
+    monkeypatch.setitem(device._pretended, "cpu", device.Device(roomy=True))
     bias, items, reduction, *rest = HOW[how]
     hidden, weight = make((2, 60, 64), torch.bfloat16, seed=1), make((1000, 64), torch.bfloat16, seed=2, scale=0.3)
     bias = make((1000,), torch.bfloat16, seed=4) if bias else None
@@ -206,7 +206,7 @@ def test_whole(how, monkeypatch):
 
 @pytest.mark.parametrize("case", ["frozen", "budget", "many rows", "any number of rows", "fp32"])
 def test_not_whole(case, monkeypatch):
-    monkeypatch.setattr(module, "WHOLE", ("cpu", "cuda"))
+    monkeypatch.setitem(device._pretended, "cpu", device.Device(roomy=True))
     dtype, rows = torch.float32 if case == "fp32" else torch.bfloat16, 17 if case == "many rows" else 16
     hidden, weight = make((rows, 8), dtype).requires_grad_(), make((50, 8), dtype, seed=2).requires_grad_(case != "frozen")
     target = random_targets((rows,), 50, 0.2, 3)

@@ -1,0 +1,61 @@
+"""What a device can do. Whatever depends on it is asked here, so that a test can say what there is: on a machine without a GPU,
+the graphs that a GPU would get are traced with tensors of a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """triton: kernels run there. shared_memory: bytes that one program may take, None where that is no limit. hopper: it has
+    wgmma and TMA. roomy: it is worth more memory to have larger products.
+    """
+
+    triton: bool = False
+    multiprocessors: int = 2  # of Triton's interpreter on a CPU: a small number
+    shared_memory: int | None = None
+    hopper: bool = False
+    roomy: bool = False
+
+
+H100 = Device(triton=True, multiprocessors=132, shared_memory=232_448, hopper=True, roomy=True)
+_pretended: dict[str, Device] = {}  # by type
+
+
+def device_of(device: torch.device) -> Device:
+    return _pretended.get(device.type) or _found(device)
+
+
+@contextmanager
+def pretending(device: Device, kind: str = "cpu") -> Iterator[None]:
+    """Meanwhile, tensors on devices of this type are taken to be on this one."""
+    before = dict(_pretended)
+    _pretended[kind] = device
+    try:
+        yield
+    finally:
+        _pretended.clear()
+        _pretended.update(before)
+
+
+@cache
+def _found(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device()
+    if not torch.cuda.is_available():  # of a fake tensor
+        return Device(triton=True, roomy=True)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        triton=True,
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=getattr(properties, "shared_memory_per_block_optin", 0),
+        hopper=torch.version.hip is None and properties.major == 9,
+        roomy=True,
+    )
