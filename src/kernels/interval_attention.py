@@ -42,7 +42,6 @@ Saved    q, k, v, out, L [B, H, S] in fp32. lo, hi … are made once a step by A
 Floor    2·(D + E) (forward) and 6·D + 4·E (backward, which does 8·D + 6·E) FLOPs for each seen pair (i, j) and each of B·H heads.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -50,6 +49,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
+from sloth.kernels.device import device_of
 from sloth.kernels.interval_kernels import LOG2E, backward_kv_kernel, backward_q_kernel, forward_kernel
 from sloth.kernels.launch import launch
 from sloth.kernels.tiles import once
@@ -100,12 +100,8 @@ def tile_of(table: dict[int, tuple[Tile, ...]], *heads: Tensor, masked: bool = F
     """For heads of these widths; all are alike otherwise."""
     x, width = heads[0], _width(*heads)
     tiles = next(tiles for most, tiles in table.items() if width <= most) if x.element_size() == 2 else ()
-    return next((tile for tile in tiles if not x.is_cuda or tile.kib(masked) * 1024 <= _shared(x.device)), SMALL)
-
-
-@cache
-def _shared(device: torch.device) -> int:
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    most = device_of(x.device).shared_memory
+    return next((tile for tile in tiles if most is None or tile.kib(masked) * 1024 <= most), SMALL)
 
 
 def _options(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, bias: Tensor | None, tile: Tile) -> dict:

@@ -49,18 +49,25 @@ def _tile(i, start, whole, wholes, REST: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr):
-    """Of program (tile, b·H + h): b, h, its queries, their intervals, and the walk over all of these. The last tile comes first:
-    in causal masks it is the longest."""
+def _place(H, BM: tl.constexpr):
+    """Of program (tile, b·H + h): b, h and its queries. The last tile comes first: in causal masks it is the longest.
+
+    By itself, since results are stored where it says: torch takes every pointer that has a part in an address, as an argument of
+    a call whose result is one, to be written to.
+    """
     pid = tl.program_id(1).to(tl.int64)
-    b = pid // H
-    at_M = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM + tl.arange(0, BM)
+    return pid // H, pid % H, (tl.num_programs(0) - 1 - tl.program_id(0)) * BM + tl.arange(0, BM)
+
+
+@triton.jit
+def _queries(S, at_M, b, lo_ptr, hi_ptr, holes_ptr, lo_b, BN: tl.constexpr, VALID: tl.constexpr):
+    """The intervals of these queries, and the walk over all of them."""
     bounds = b * lo_b + tl.minimum(at_M, S - 1)  # rows beyond the last do as it does
     lo_M, hi_M = tl.load(lo_ptr + bounds), tl.load(hi_ptr + bounds)
     start, tiles, whole, wholes = _walk(tl.min(lo_M), tl.max(hi_M), tl.max(lo_M), tl.min(hi_M), BN)
     if VALID:
         wholes = tl.where(tl.max(tl.load(holes_ptr + bounds).to(tl.int32)) > 0, 0, wholes)
-    return b, pid % H, at_M, lo_M, hi_M, start, tiles, whole, wholes
+    return lo_M, hi_M, start, tiles, whole, wholes
 
 
 # ---------------------------------------------------------------- scores
@@ -149,7 +156,8 @@ def forward_kernel(
     BLIND: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries of one head."""
-    b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM, BN, VALID)
+    b, h, at_M = _place(H, BM)
+    lo_M, hi_M, start, tiles, whole, wholes = _queries(S, at_M, b, lo_ptr, hi_ptr, holes_ptr, lo_b, BN, VALID)
     k_ptr += b * k_b + h // GROUP * k_h
     v_ptr += b * v_b + h // GROUP * v_h
     valid_ptr = _valid(valid_ptr + b * valid_b, at_M, S, T, VALID)
@@ -202,7 +210,8 @@ def backward_q_kernel(
     BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, BIAS: tl.constexpr, BLIND: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, programs as in the forward pass."""
-    b, h, at_M, lo_M, hi_M, start, tiles, whole, wholes = _queries(S, H, lo_ptr, hi_ptr, holes_ptr, lo_b, BM, BN, VALID)
+    b, h, at_M = _place(H, BM)
+    lo_M, hi_M, start, tiles, whole, wholes = _queries(S, at_M, b, lo_ptr, hi_ptr, holes_ptr, lo_b, BN, VALID)
     k_ptr += b * k_b + h // GROUP * k_h
     v_ptr += b * v_b + h // GROUP * v_h
     valid_ptr = _valid(valid_ptr + b * valid_b, at_M, S, T, VALID)

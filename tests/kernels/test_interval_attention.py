@@ -1,7 +1,5 @@
 """sloth.kernels.attention with masks that are intervals, and the kernels of sloth.kernels.interval_attention, against eager."""
 
-from unittest import mock
-
 import pytest
 import sympy
 import torch
@@ -14,6 +12,7 @@ from recorder import Recorder, interpret
 from sloth.kernels import attention as module
 from sloth.kernels import interval_attention as kernels
 from sloth.kernels.attention import attention, intervals
+from sloth.kernels.device import Device, pretending
 from sloth.kernels.interval_attention import Tile
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter cannot round to bf16
@@ -153,8 +152,8 @@ def test_tiles_by_shared_memory(kib, width, masked, index, monkeypatch):
     """H100, A100, RTX 4090 and T4; a mask takes some."""
     monkeypatch.undo()
     x = torch.empty(1, 1, 1, width, dtype=torch.float16)
-    monkeypatch.setattr(kernels, "_shared", lambda _: kib * 1024)
-    tile = kernels.tile_of(kernels.FORWARD, mock.Mock(wraps=x, is_cuda=True, shape=x.shape), masked=masked)
+    with pretending(Device(shared_memory=kib * 1024)):
+        tile = kernels.tile_of(kernels.FORWARD, x, masked=masked)
     assert tile == (kernels.SMALL if index is None else kernels.FORWARD[width][index])
 
 
