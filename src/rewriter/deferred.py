@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.amp.autocast_mode import _enter_autocast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sloth.rewriter.ambient import OFF, dtype_of
 from sloth.rewriter.canonical import POINTWISE
 from sloth.rewriter.emit import EMIT, written
 from sloth.rewriter.ir import Symbol, Value, same_literal, uncast
@@ -80,6 +80,13 @@ def deferrable(match: Match, v: Value, view: View) -> bool:
         return False
     chains = [_chain(n, view) for n in v.nodes if any(u.op == "output" for u in n.users)]
     return all(c is not None and all(view.env[layer.node] in match.values for layer in c.layers) for c in chains)
+
+
+def only_given_out(match: Match, v: Value, view: View) -> bool:
+    """Is `v` a cast of what the match computes on the way, read by nobody but the graph's caller, and deferrable?"""
+    read = [user for n in v.nodes for user in n.users]
+    given = bool(read) and all(u.op == "output" for u in read) and not v.users
+    return given and v.op == "cast" and deferrable(match, v, view)
 
 
 def left_alone(view: View, deferrals: Sequence[Deferral]) -> set[Value]:
@@ -165,7 +172,10 @@ def _chain(node: fx.Node, view: View) -> Chain | None:
     widths = [view.env[n].meta.shape for n in layers]
     if None in layers.values() or not all(same_literal(w, widths[0]) for w in widths) or any(view.env[n].pinned for n in nodes):
         return None
-    if len({view.env[n].region for n in nodes}) > 1 or view.env[node].region.transforms:
+    values = [view.env[n] for n in nodes]
+    if len({v.region._replace(autocast=OFF) for v in values}) > 1 or values[0].region.transforms:
+        return None
+    if len({v.region for v in values if v.op != "cast"}) > 1:  # autocast casts no cast
         return None
     order = sorted(nodes)  # fx nodes compare by their place in the graph
     return Chain(order, [layers[n] for n in order if n in layers])
@@ -266,7 +276,7 @@ def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view:
     layers = [layer.node for layer in chain.layers]
     following = [n for n in chain.nodes if n not in layers]
     value = view.env[layers[0]]
-    autocast = _autocast(value, view)
+    autocast = _autocast(value)
     plain = len(layers) == 1 and not autocast[2] and all(view.env[n].op in ("linear", "cast") for n in following)
     step = _function(following, layers, autocast, view) if following else None
     place = lambda w: None if w is None else _remade(w, inputs) if isinstance(w, Value) else inputs.index(w)  # noqa: E731
@@ -282,12 +292,11 @@ def _words(node: fx.Node, view: View) -> tuple | None:
     return v.args[2:] if not any(isinstance(a, Symbol) for a in v.args[2:]) else None
 
 
-def _autocast(value: Value, view: View) -> tuple:
+def _autocast(value: Value) -> tuple[str, torch.dtype, bool]:
     """(device type, dtype, enabled) of the autocast that it stands in."""
-    device = value.meta.device.type
-    if block := value.region.autocast:
-        return tuple([n for n in view.gm.graph.nodes if n.target is _enter_autocast][block - 1].args[:3])
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    kind = value.meta.device.type
+    dtype = dtype_of(value.region.autocast, kind)
+    return kind, dtype or torch.get_autocast_dtype(kind), dtype is not None
 
 
 def _function(nodes: list[fx.Node], of: list[fx.Node], autocast: tuple, view: View) -> Callable[..., torch.Tensor]:

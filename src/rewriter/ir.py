@@ -16,6 +16,8 @@ import torch
 from torch import SymBool, SymFloat, SymInt, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sloth.rewriter.ambient import OFF, Autocast
+
 Symbol = (SymInt, SymFloat, SymBool)
 
 
@@ -36,7 +38,7 @@ class Region(NamedTuple):
     """The ambient state an operation runs under. A match never spans two regions."""
 
     grad: bool = True
-    autocast: int = 0  # number of the autocast block in the graph; 0 is whatever was ambient
+    autocast: Autocast = OFF
     transforms: int = 0  # how many transforms of torch.func (vmap, grad …) it is inside of
 
 

@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
+from sloth.rewriter.ambient import under
 from sloth.rewriter.canonical import ALIASES, POINTWISE, VIEWS
-from sloth.rewriter.deferred import deferrable
+from sloth.rewriter.deferred import deferrable, only_given_out
 from sloth.rewriter.emit import held, made_anew
 from sloth.rewriter.ir import Meta, Value, literal_key, same_literal, values_in
 from sloth.rewriter.match import Match, Refused
 from sloth.rewriter.memory import root, storages, writers
+from sloth.rewriter.notices import warn_once
 from sloth.rewriter.pattern import ARGUMENTS
+from sloth.rewriter.scratch import Compared, comparing_nothing, into
 from sloth.rewriter.shadow import View
 from sloth.rewriter.trace import fakes, rebuilt
 
@@ -38,8 +43,16 @@ class Ground:
 
 def check(match: Match, graph: Ground) -> None:
     """Raise Refused where the rewrite is not proven legal."""
-    for rule in RULES:
-        rule(match, graph)
+    with under(match.roots[0].region.autocast):
+        for rule in RULES:
+            try:
+                rule(match, graph)
+            except Refused:
+                raise
+            except Exception as e:  # a bug of the entry costs its matches, not the graph
+                why = f"{type(e).__name__}: {e}".split("\n")[0]
+                warn_once(f"pattern {match.pattern.name!r} is not used where it raises: {why}")
+                raise Refused("error", f"{match.pattern.name} raises {why}") from e
 
 
 def memory(match: Match, graph: Ground) -> None:
@@ -96,7 +109,7 @@ def escapes(match: Match, graph: Ground) -> None:
 
     for v in match.values - set(match.roots):
         given_out = any(user.op == "output" for n in v.nodes for user in n.users)
-        elsewhere = any(u not in match.values and _alive(u) for u in v.users)
+        elsewhere = any(u not in match.values and _alive(u) and not only_given_out(match, u, graph.view) for u in v.users)
         if not is_cheap(v) and (elsewhere or given_out and not deferrable(match, v, graph.view)):
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
 
@@ -124,6 +137,8 @@ def results(match: Match, graph: Ground) -> None:
     """The operator's results have the shapes and dtypes of what they replace."""
     try:
         found = operator_metas(match, graph)
+    except Compared as e:
+        raise Refused("sizes", f"{match.pattern.op}: {e}") from e
     except Exception as e:
         raise Refused("operator", f"{match.pattern.op} does not accept these operands: {type(e).__name__}: {e}"[:300]) from e
     if len(found) < len(match.roots) or any(
@@ -188,11 +203,12 @@ def operator_metas(match: Match, graph: Ground) -> list[Meta]:
     """What the operator gives for operands like these."""
     leaves = operands_of(match)
     arguments = call_arguments([match], lambda v: v.meta[:3])
-    key = (match.pattern.op, literal_key(arguments), torch.is_autocast_enabled(leaves[0].meta.device.type))
+    key = (match.pattern.op, literal_key(arguments), match.roots[0].region.autocast)
     if key not in graph.tried:
         tensors = dict(zip(leaves, fakes([v.meta for v in leaves], graph.mode), strict=True))
-        with graph.mode, torch.no_grad():
-            out = match.pattern.op(*call_arguments([match], tensors.__getitem__))
+        dispatching = enable_python_dispatcher()  # in C++, sizes would become numbers
+        with comparing_nothing(graph.mode), graph.mode, torch.no_grad(), dispatching:
+            out = match.pattern.op(*pytree.tree_map(lambda a: into(a, graph.mode), call_arguments([match], tensors.__getitem__)))
         graph.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
     return graph.tried[key]
 

@@ -8,7 +8,6 @@ for a miss.
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,9 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.rewriter.ambient import OFF, Autocast, dtype_of, under
 from sloth.rewriter.canonical import COMMUTATIVE, VIEWS
 from sloth.rewriter.ir import Meta, Symbol, Value, literal_key, same_literal
+from sloth.rewriter.notices import warn_once
 from sloth.rewriter.pattern import Graph, Pattern, Variant
+from sloth.rewriter.scratch import comparing_nothing
 
 Bindings = dict[Any, Any]  # pattern Value → graph Value, and name of a number → number
 
@@ -100,8 +102,7 @@ class Unifier:
                     yield from self.unify(p.args[0], g.args[0], bound)
                 yield from self.unify(p.args[0], g, bound)
         elif p.op != g.op:
-            if not self.exact and p.op == "mul" and (name := self.number(p.args[1])) is not None:  # x · 1 is no node
-                yield from self.unify(p.args[0], g, {**b, p: g, name: 1.0})
+            yield from self.times_one(p, g, b)
             self.differ(b, p.op, g, "dtype" if "cast" in (p.op, g.op) else "structure")
         elif self.exact and p.meta is not None and p.meta.dtype != g.meta.dtype:
             self.differ(b, f"{p.op} in {p.meta.dtype}", g, "dtype")
@@ -109,6 +110,15 @@ class Unifier:
             yield from self.unify_all(p.args, g.args, {**b, p: g}, g)
             if p.op in COMMUTATIVE and len(p.args) == 2 and isinstance(g.args[1], Value):
                 yield from self.unify_all(p.args, g.args[::-1], {**b, p: g}, g)
+            if all(isinstance(a, Value) for a in g.args):  # x · y, where the pattern has (x · y) · number
+                yield from self.times_one(p, g, b)
+
+    def times_one(self, p: Value, g: Value, b: Bindings) -> Iterator[Bindings]:
+        """x · 1 is no node. Where the graph scales x, that is the number that is meant."""
+        if any(u.op == "mul" and not isinstance(u.args[1], Value) for u in g.users):
+            return
+        if not self.exact and p.op == "mul" and (name := self.number(p.args[1])) is not None and name not in b:
+            yield from self.unify(p.args[0], g, {**b, p: g, name: 1.0})
 
     def unify_all(self, ps: tuple, gs: tuple, b: Bindings, at: Value) -> Iterator[Bindings]:
         if len(ps) != len(gs):
@@ -180,7 +190,11 @@ class Matcher:
         self.by_root: dict[str, list[tuple[Variant, Graph]]] = defaultdict(list)
         for entry in entries:
             for variant in entry.variants:
-                graph = variant.loose()
+                try:
+                    graph = variant.loose()
+                except Exception as e:  # a bug of one variant costs that variant
+                    warn_once(f"pattern {variant} is not used: its reference raises {type(e).__name__}: {e}".split("\n")[0])
+                    continue
                 root = graph.main
                 self.by_root[root.op].append((variant, graph))
                 if root.op == "cast":  # which may be absent
@@ -230,11 +244,11 @@ class Matcher:
             for bound in unifier.unify(root, g, b):
                 yield from self.other_roots(unifier, graph, i + 1, bound)
 
-    def exact(self, variant: Variant, metas: list[Meta], numbers: dict[str, Any], autocast: bool) -> Graph:
+    def exact(self, variant: Variant, metas: list[Meta], numbers: dict[str, Any], autocast: Autocast) -> Graph:
         """The reference with a match's own shapes, dtypes and numbers, traced once for all sites alike."""
         key = (variant, literal_key(([m[:3] for m in metas], tuple(numbers.values()))), autocast)
         if key not in self.traced:
-            with contextlib.nullcontext() if autocast else torch.autocast(metas[0].device.type, enabled=False):
+            with under(autocast), comparing_nothing(self.mode):
                 self.traced[key] = variant.graph(metas, numbers, self.mode)
         return self.traced[key]
 
@@ -246,15 +260,16 @@ class Matcher:
             return None, Difference(len(b), "a reference that uses all its parameters", roots[0], "structure")
         metas = [v.meta for v in tensors.values()]
         match = difference = None
-        if torch.is_autocast_enabled(metas[0].device.type):
-            match, difference = self.compared(variant, roots, tensors, numbers, len(b), True)
+        autocast = roots[0].region.autocast
+        if dtype_of(autocast, metas[0].device.type) is not None:
+            match, difference = self.compared(variant, roots, tensors, numbers, len(b), autocast)
         if match is None:  # operators of others are not cast by autocast: casts that there are stand in the graph
-            match, plain = self.compared(variant, roots, tensors, numbers, len(b), False)
+            match, plain = self.compared(variant, roots, tensors, numbers, len(b), OFF)
             difference = difference or plain
         return match, difference
 
     def compared(
-        self, variant: Variant, roots: tuple, tensors: dict[str, Value], numbers: dict[str, Any], depth: int, autocast: bool
+        self, variant: Variant, roots: tuple, tensors: dict[str, Value], numbers: dict[str, Any], depth: int, autocast: Autocast
     ) -> tuple[Match | None, Difference]:
         """The reference, traced again for these operands, against the graph, literal for literal."""
         try:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sloth.rewriter.canonical import INT_MAX, RULES, VIEWS, Call, Normal, rule
 from sloth.rewriter.ir import Symbol, Value, same_literal
 
@@ -19,11 +21,22 @@ __all__ = ["RULES", "VIEWS", "Call", "Normal", "rule"]  # who builds Values, or 
 
 # ---------------------------------------------------------------- dtypes and copies
 
+WIDER = {  # that hold each number of the dtype
+    **dict.fromkeys((torch.bfloat16, torch.float16), (torch.float32, torch.float64)),
+    torch.float32: (torch.float64,),
+}
+
 
 @rule("to", "_to_copy", "type_as")
 def cast(n: Normal, c: Call, x: Value, *_):
-    """x.to(dtype), x.float(), x.type_as(y) = cast(x, dtype), and nothing where that is x's dtype already."""
-    return n.cast(x, c.meta.dtype) if c.meta.device == x.meta.device else None
+    """x.to(dtype), x.float(), x.type_as(y) = cast(x, dtype), and nothing where that is x's dtype already;
+    cast(cast(x, wider), x's dtype) = x.
+    """
+    if c.meta.device != x.meta.device:
+        return None
+    if n.near(x, "cast") and x.args[0].meta.dtype == c.meta.dtype and x.meta.dtype in WIDER.get(c.meta.dtype, ()):
+        return x.args[0]
+    return n.cast(x, c.meta.dtype)
 
 
 @rule("contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "resolve_conj", "resolve_neg")

@@ -10,7 +10,6 @@ is captured as a CUDA graph or called on fake tensors.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -25,34 +24,40 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sloth.rewriter.ir import Symbol
 from sloth.rewriter.memory import may_be_written, may_write, storages, tensors
+from sloth.rewriter.notices import warn_once
 
 REPETITIONS = 3  # at least, or nothing is won
 CALLS = 16  # of a repetition, those in bodies included; a shorter one runs about as fast as a part is entered
 PERIODS = 64  # that are looked at
 
-log = logging.getLogger("sloth")
 Compiled = Callable[..., Any]
 
 
 @dataclass(eq=False)
 class Part:
-    """Consecutive calls of a graph, what they read of others, and what others read of them."""
+    """Consecutive calls of a graph, what they read of others, and what others read of them. `entered`: the blocks of autocast
+    that it begins in.
+    """
 
     calls: list[fx.Node]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    entered: list[fx.Node]
 
     def graph(self) -> fx.Graph:
         graph = fx.Graph()
         env = {n: graph.placeholder(n.name) for n in self.inputs}
         for n, placeholder in env.items():
             placeholder.meta.update(n.meta)
-        for n in self.calls:
+        for n in (*self.entered, *self.calls):
             env[n] = graph.node_copy(n, env.__getitem__)
+        for block in reversed(_open_blocks(self.calls, self.entered)):
+            graph.call_function(_exit_autocast, (env[block],))
         graph.output(tuple(env[n] for n in self.outputs))
         return graph
 
@@ -87,7 +92,8 @@ def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[
         same = [first.setdefault(k, i) for i, k in enumerate(keys)]
         return [(part, fx.GraphModule(gm, graph) if same[i] == i else None, same[i]) for i, (part, graph) in enumerate(found)]
     except Exception as e:
-        log.info("sloth: compiled as a whole: %s", f"{type(e).__name__}: {e}".split("\n")[0])
+        why = f"{type(e).__name__}: {e}".split("\n")[0]
+        warn_once(f"equal layers are compiled one by one, because the graph cannot be cut: {why}. Please report this")
         return []
 
 
@@ -102,14 +108,15 @@ def parts_of(gm: fx.GraphModule) -> list[Part]:
         return []
     pieces = [calls[a:b] for a, b in pairwise([0, *cuts, len(calls)]) if a < b]
     made_in = {n: i for i, piece in enumerate(pieces) for n in piece}
+    blocks = list(accumulate(pieces, lambda entered, piece: _open_blocks(piece, entered), initial=[]))
     if any(made_in.get(n) != i for i, piece in enumerate(pieces) for n in _written(piece, gm)):
         return []
     found = []
     for i, piece in enumerate(pieces):
-        inputs = dict.fromkeys(a for n in piece for a in n.all_input_nodes if made_in.get(a) != i)
+        inputs = dict.fromkeys(a for n in piece for a in n.all_input_nodes if made_in.get(a) != i and a not in blocks[i])
         sizes = dict.fromkeys(symbols[s] for n in (*inputs, *piece) for s in _free_symbols(n))
-        outputs = [n for n in piece if n.op != "get_attr" and any(made_in.get(u) != i for u in n.users)]
-        found.append(Part(piece, list(sizes | inputs), outputs))
+        outputs = [n for n in piece if _crosses(n) and any(made_in.get(u) != i for u in n.users)]
+        found.append(Part(piece, list(sizes | inputs), outputs, blocks[i]))
     return found
 
 
@@ -130,7 +137,7 @@ def _cuts(calls: list[fx.Node], gm: fx.GraphModule) -> list[int]:
     crossing: list[list[fx.Node]] = [[] for _ in range(len(calls) + 1)]
     for n, i in order.items():
         last_read = max((order.get(u, len(calls)) for u in n.users), default=i)
-        for at in range(i + 1, last_read + 1) if n.op != "get_attr" else ():
+        for at in range(i + 1, last_read + 1) if _crosses(n) else ():
             crossing[at].append(n)
     best: tuple[int, int, int] | None = None
     cuts: list[int] = []
@@ -176,14 +183,17 @@ def longest_repetition(labels: Sequence[int], weights: Sequence[int]) -> tuple[i
 
 
 def _allowed(calls: list[fx.Node]) -> list[bool] | None:
-    """May the graph be cut before each call, and behind the last? Not inside of a block (of autocast, of a transform of
-    torch.func), or of another grad mode. None if it holds calls that leave another state behind.
+    """May the graph be cut before each call, and behind the last? Not inside of a block (of inference mode, of a transform of
+    torch.func; what is cut inside of autocast enters it itself), or of another grad mode. None if it holds calls that leave
+    another state behind.
     """
     ambient = torch.is_grad_enabled()
     grad, blocks, allowed = ambient, 0, []
     for n in calls:
         allowed.append(blocks == 0 and grad == ambient)
         name = getattr(n.target, "__name__", "")
+        if n.target in (_enter_autocast, _exit_autocast):
+            continue
         if name.startswith("_enter_") or name.endswith("_increment_nesting"):
             blocks += 1
         elif name.startswith("_exit_") or name.endswith("_decrement_nesting"):
@@ -193,6 +203,22 @@ def _allowed(calls: list[fx.Node]) -> list[bool] | None:
         elif n.op == "call_function" and n.is_impure() and not may_write(n):
             return None
     return [*allowed, blocks == 0 and grad == ambient]
+
+
+def _crosses(n: fx.Node) -> bool:
+    """May what it gives be handed from part to part? Attributes and blocks of autocast each part has by itself."""
+    return n.op != "get_attr" and n.target is not _enter_autocast
+
+
+def _open_blocks(calls: Iterable[fx.Node], entered: list[fx.Node]) -> list[fx.Node]:
+    """The blocks of autocast that are open behind these calls, where those of `entered` are before them."""
+    blocks = list(entered)
+    for n in calls:
+        if n.target is _enter_autocast:
+            blocks.append(n)
+        elif n.target is _exit_autocast:
+            blocks.remove(n.args[0])
+    return blocks
 
 
 def _written(calls: Iterable[fx.Node], gm: fx.GraphModule) -> list[fx.Node]:

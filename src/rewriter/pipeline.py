@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter import legality
 from sloth.rewriter.deferred import defer, left_alone
 from sloth.rewriter.match import Match, Matcher, Refused
+from sloth.rewriter.narrow import keep_narrow
 from sloth.rewriter.pattern import Construct, Deferral, Pattern
 from sloth.rewriter.report import MATCHED, GraphReport
 from sloth.rewriter.rewrite import Rewriter, choose, together
+from sloth.rewriter.scratch import scratch_mode
 from sloth.rewriter.shadow import View, shape_env_of, views
 from sloth.rewriter.sites import deferred_sites, matched_sites, missed_sites
 
@@ -34,7 +35,7 @@ def rewrite(
             shadows = views(gm)
         bodies = [view.gm for view in shadows]
         backup = [_copied(body.graph) for body in bodies]
-        mode = FakeTensorMode(shape_env=shape_env_of(gm))
+        mode = scratch_mode(shape_env_of(gm))
         with _timed(report, "patterns"):
             matcher = Matcher(entries, mode)
         tried: dict = {}
@@ -62,6 +63,7 @@ def rewrite_view(
     deferrals: Sequence[Deferral],
     report: GraphReport,
 ) -> None:
+    known = len(report.sites)
     legal: list[Match] = []
     refused: list[tuple[Match, Refused]] = []
     with _timed(report, "match"):
@@ -96,11 +98,15 @@ def rewrite_view(
             report.sites += sites
         later = deferred_sites(spared, constructs)
         deferred, sites = defer(view, placed, deferrals)
+        if placed or deferred:
+            rewriter.sweep_rest()
+            keep_narrow(view.gm.graph)
         report.deferred += deferred
         report.sites += [*sites, *later]
     with _timed(report, "report"):
         covered = spared.union(*(m.values for m in placed))
         report.sites += missed_sites(view, matcher, covered, refused, constructs)
+        report.sites[known:] *= view.times
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

@@ -39,6 +39,7 @@ class GraphReport:
     seconds: dict[str, float] = field(default_factory=dict)  # stage → time
     untouched: str = ""  # why the graph went through as it was, if it did
     opaque: dict[str, str] = field(default_factory=dict)  # node → why the shadow does not look inside
+    guards: list[str] = field(default_factory=list)  # that rewriting added, of which there should be none
     deferred: list[Any] = field(default_factory=list)  # outputs that are computed when they are read
     parts: int = 1  # into which it was cut, and how many of them had to be compiled: equal ones are compiled once
     compiled: int = 1

@@ -15,7 +15,7 @@ from sloth.rewriter.emit import EMIT, held, written
 from sloth.rewriter.ir import Value, literal_key, values_in
 from sloth.rewriter.legality import call_arguments, is_list, match_arguments, operands_of, takes_many
 from sloth.rewriter.match import Match, Refused
-from sloth.rewriter.memory import writers
+from sloth.rewriter.memory import may_write, writers
 from sloth.rewriter.shadow import View
 
 
@@ -32,7 +32,30 @@ def choose(matches: list[Match], standing: Iterable[Match] = ()) -> tuple[list[M
             continue
         taken.update(dict.fromkeys(_own(m), m))
         accepted.append(m)
+    _trade(accepted, losers, set(standing))
     return sorted(accepted, key=lambda m: m.roots[0].id), losers
+
+
+def _trade(accepted: list[Match], losers: list[tuple[Match, Match]], standing: set[Match]) -> None:
+    """Where a winner keeps out a match of another construct, but a smaller match for its own result would not: those two, if they
+    cover more together. An adapter's sum in front of a norm is the adapter's, not the norm's residual.
+    """
+    by_root: dict[Value, list[Match]] = {}
+    for m, _ in losers:
+        for root in m.roots:
+            by_root.setdefault(root, []).append(m)
+    for loser, winner in list(losers):
+        own = winner.pattern.construct
+        if winner in standing or winner not in accepted or loser in accepted or loser.pattern.construct is own:
+            continue
+        others = {v for m in (*accepted, *standing) if m is not winner for v in _own(m)}
+        smaller = [m for root in winner.roots for m in by_root.get(root, ()) if m.pattern.construct is own]
+        fitting = [m for m in smaller if others.isdisjoint(_own(m)) and not set(_own(m)) & set(_own(loser))]
+        best = max(fitting, key=lambda m: m.size, default=None)
+        if best is not None and others.isdisjoint(_own(loser)) and best.size[0] + loser.size[0] > winner.size[0]:
+            accepted[accepted.index(winner)] = best
+            accepted.append(loser)
+            losers[:] = [(m, w) for m, w in losers if m not in (loser, best)] + [(winner, best)]
 
 
 def _own(m: Match) -> list[Value]:
@@ -56,6 +79,7 @@ class Rewriter:
 
     def __init__(self, view: View):
         self.graph, self.view = view.gm.graph, view
+        self.live = _live(self.graph)
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
 
     def apply(self, matches: list[Match]) -> fx.Node:
@@ -167,6 +191,30 @@ class Rewriter:
                     if n in v.nodes:
                         v.nodes.remove(n)
 
+    def sweep_rest(self) -> None:
+        """Remove what was needed before the graph was rewritten and is not now: calls with several results, and what was computed
+        for them alone. (AOTAutograd would trace an autograd function that nobody reads, and would not cache the graph.)
+        """
+        live = _live(self.graph)
+        done = self.live - live
+        for n in self.graph.nodes:  # what nobody ever read of it goes too
+            if n not in live and not done.isdisjoint(n.all_input_nodes):
+                done.add(n)
+        for n in reversed(self.graph.nodes):
+            if n in done and n.op.startswith("call_"):
+                self.graph.erase_node(n)
+                for v in values_in((self.view.env.get(n),)):
+                    v.nodes[:] = [m for m in v.nodes if m is not n]
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """The calls that somebody needs in the end."""
+    live: set[fx.Node] = set()
+    for n in reversed(graph.nodes):
+        if n.op == "output" or n.is_impure() or may_write(n) or not live.isdisjoint(n.users):
+            live.add(n)
+    return live
+
 
 def passed(v: Value, view: View) -> fx.Node:
     """The node that holds `v` of the graph around this body, or further out: one more input, and argument of the call."""
@@ -177,7 +225,8 @@ def passed(v: Value, view: View) -> fx.Node:
     with view.gm.graph.inserting_after(inputs[-1]):
         node = view.gm.graph.placeholder(f"{source.name}_passed")
     node.meta.update({k: m for k, m in source.meta.items() if k in ("example_value", "stack_trace")})
-    view.call.args = (*view.call.args, source)
+    for call in view.calls:
+        call.args = (*call.args, source)
     value = view.env[node] = view.shadow.add("input", (node.name,), v.meta, view.region, origin=node)
     value.outer, value.nodes = v, [node]
     view.regions[node] = view.region

@@ -22,6 +22,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
+from sloth.rewriter.ambient import Autocast, current, under
 from sloth.rewriter.functions import is_derivative
 from sloth.rewriter.ir import Meta, Region, Shadow, Symbol, Value, literal_key, values_in
 from sloth.rewriter.memory import may_write, root, storages, tensors
@@ -47,23 +48,32 @@ class View:
     opaque: dict[fx.Node, str] = field(default_factory=dict)  # node → why it was not lowered
     regions: dict[fx.Node, Region] = field(default_factory=dict)
     writes: list[tuple[fx.Node, Value]] = field(default_factory=list)  # in place: the call, and what it writes to
-    around: View | None = None  # of a body that is called once, in order: the view of the graph that calls it, and the call
-    call: fx.Node | None = None
+    around: View | None = None  # of a body that is given its inputs in order: the view of the graph that calls it, and the calls
+    calls: list[fx.Node] = field(default_factory=list)
+    callers: list[View] = field(default_factory=list)  # a view for each call
+    torn: bool = False  # it is called in more than one region
+
+    @property
+    def times(self) -> int:
+        """How often it runs when the whole graph does: layers that are alike share a body."""
+        return sum(caller.times for caller in self.callers) or 1
 
 
 def views(gm: fx.GraphModule) -> list[View]:
-    """The shadow of `gm` and of every body in it, outermost first."""
+    """The shadow of `gm` and of every body in it, outermost first. Of a body that is called in more than one region, and of what
+    is inside of it, there is none.
+    """
     shape_env = shape_env_of(gm)
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=False)
     out: list[View] = []
-    todo: list[tuple] = [(gm, "", Region(grad=torch.is_grad_enabled()), [], None, None)]
+    todo: list[tuple] = [(gm, "", Region(torch.is_grad_enabled(), current()), [], None, None)]
     seen: dict[int, View] = {}
     memo: dict[Any, Trace | Exception] = {}
     with shape_env.suppress_guards() if shape_env else contextlib.nullcontext():
         while todo:
             body, path, region, operands, around, call = todo.pop(0)
-            if id(body) in seen:  # called from two places: its inputs are now these values, now those
-                _pass(seen[id(body)], [], None, None)
+            if id(body) in seen:  # called from several places: an input may be now this value, now that
+                _pass(seen[id(body)], region, operands, around, call)
                 continue
             builder = _Builder(View(body, path, region), mode, memo)
             written = builder.run()
@@ -71,21 +81,29 @@ def views(gm: fx.GraphModule) -> list[View]:
                 builder = _Builder(View(body, path, region), mode, memo, written)
                 builder.run()
             seen[id(body)] = builder.view
-            _pass(builder.view, operands, around, call)
+            _pass(builder.view, region, operands, around, call)
             out.append(builder.view)
             todo += [(*told, builder.view, node) for *told, node in builder.bodies]
-    return out
+    torn = tuple(view.path for view in out if view.torn)
+    return [view for view in out if not torn or not view.path.startswith(torn)]
 
 
-def _pass(view: View, operands: list[Any], around: View | None, call: fx.Node | None) -> None:
-    """Note for a body which values its inputs are, and where they come from; nothing where `operands` is empty."""
-    inputs = view.gm.graph.find_nodes(op="placeholder")
-    known = len(operands) == len(inputs)
-    view.around, view.call = (around, call) if known and operands else (None, None)
+def _pass(view: View, region: Region, operands: list[Any], caller: View | None, call: fx.Node | None) -> None:
+    """Note for a body which values of its caller its inputs are: those that are the same in all calls. None are where `operands`
+    is empty.
+    """
+    if caller is None:
+        return
+    first, inputs = not view.callers, view.gm.graph.find_nodes(op="placeholder")
+    known = bool(operands) and len(operands) == len(inputs) and (first or view.around is caller)
+    view.torn |= region != view.region
+    view.around = caller if known else None
+    view.callers.append(caller)
+    view.calls.append(call)
     for node, outer in zip(inputs, operands if known else [None] * len(inputs), strict=True):
         value = view.env[node]
         if isinstance(value, Value):
-            value.outer = outer if isinstance(outer, Value) else None
+            value.outer = outer if isinstance(outer, Value) and (first or value.outer is outer) else None
 
 
 def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
@@ -103,31 +121,24 @@ def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
 class _Builder:
     def __init__(self, view: View, mode: FakeTensorMode, memo: dict[Any, Any], written: frozenset[fx.Node] = frozenset()):
         self.view, self.mode, self.memo, self.written = view, mode, memo, written
+        self.outside = current()
         self.normal = Normal(view.shadow)
         self.normal.region = view.region
         self.bodies: list[
             tuple[fx.GraphModule, str, Region, list[Any], fx.Node]
         ] = []  # with what is passed to each, and the call
         self.inference: list[bool] = []  # the grad mode outside of each open inference mode
-        self.blocks = 0  # autocast blocks seen
-        self.autocasts: list[tuple[torch.autocast, int]] = []  # open ones, and the region outside of each
+        self.autocasts: list[tuple[torch.autocast, Autocast]] = []  # open blocks, and the state outside of each
         self.dropped: frozenset[fx.Node] = frozenset()  # returned, but to nobody who reads them
 
     def run(self) -> frozenset[fx.Node]:
         """Build the view; the nodes whose memory is written in place."""
-        try:
-            for node in self.view.gm.graph.nodes:
-                self.normal.origin = node
-                self.normal.pinned = node in self.written
-                self.view.regions[node] = self.normal.region
-                result = self.view.env[node] = self.lower(node)
-                if isinstance(result, Value):
-                    result.nodes.append(node)
-                self.view.writes += [(node, v) for v in self.normal.mutated]
-                self.normal.mutated.clear()
-        finally:
-            while self.autocasts:
-                self.leave_autocast()
+        with under(self.view.region.autocast):
+            try:
+                self.lower_all()
+            finally:
+                while self.autocasts:
+                    self.leave_autocast()
         gm, values = self.view.gm, self.view.shadow.values
         roots = {root(v) for _, v in self.view.writes}
         rebound = {n for v in self.normal.rebound for n in v.nodes}
@@ -135,6 +146,17 @@ class _Builder:
         places = {s for n in written for s in storages(n, gm)}
         self.view.writes += [(gm.graph.output_node(), v) for v in self.normal.rebound]  # it is another tensor until the end
         return frozenset(written | rebound | {n for n in gm.graph.nodes if not places.isdisjoint(storages(n, gm))})
+
+    def lower_all(self) -> None:
+        for node in self.view.gm.graph.nodes:
+            self.normal.origin = node
+            self.normal.pinned = node in self.written
+            self.view.regions[node] = self.normal.region
+            result = self.view.env[node] = self.lower(node)
+            if isinstance(result, Value):
+                result.nodes.append(node)
+            self.view.writes += [(node, v) for v in self.normal.mutated]
+            self.normal.mutated.clear()
 
     def lower(self, node: fx.Node) -> Any:
         example = node.meta.get("example_value")
@@ -183,9 +205,8 @@ class _Builder:
     def enter_autocast(self, node: fx.Node) -> None:
         block = torch.autocast(*node.args)
         block.__enter__()
-        self.blocks += 1
         self.autocasts.append((block, self.normal.region.autocast))
-        self.normal.region = self.normal.region._replace(autocast=self.blocks)
+        self.normal.region = self.normal.region._replace(autocast=current())
 
     def leave_autocast(self) -> None:
         block, outer = self.autocasts.pop()
@@ -195,13 +216,16 @@ class _Builder:
     def enter_bodies(self, node: fx.Node) -> None:
         if node.target.name() not in BODIES:
             return
-        grad = self.normal.region.grad and node.target.name() != "autograd_function_apply"
+        function = node.target.name() == "autograd_function_apply"
+        region = Region(self.normal.region.grad and not function, self.normal.region.autocast)
         for arg in node.args:
             body = self.view.env.get(arg) if isinstance(arg, fx.Node) else None
             if isinstance(body, fx.GraphModule):
                 plain = node.target.name() in PLAIN and body is self.view.env.get(node.args[0])
                 operands = [self._value(a) for a in node.args[1:]] if plain else []
-                self.bodies.append((body, f"{self.view.path}{arg.target}.", Region(grad=grad), operands, node))
+                backward = function and arg is node.args[1]  # runs when all blocks of the graph are left
+                inside = region._replace(autocast=self.outside) if backward else region
+                self.bodies.append((body, f"{self.view.path}{arg.target}.", inside, operands, node))
 
     def opaque(self, node: fx.Node, example: Any, why: str) -> Any:
         """Values that stand for themselves, one for each tensor in the result."""
@@ -305,8 +329,7 @@ class _Builder:
             return rebuilt(a, lift)
 
         lifted = lift((args, kwargs))
-        own = node.op == "call_module" or self.normal.region.autocast  # a name, or number, that means this only in this graph
-        where = own and self.view.path, self.normal.region.autocast
+        where = node.op == "call_module" and self.view.path, self.normal.region.autocast  # a name means this only in this graph
         signature = (node.op, node.target, literal_key(_flat(lifted)), where)
         key = (signature, tuple((literal_key(v.meta.shape), v.meta.dtype, v.meta.device) for v in leaves))
         if key not in self.memo:

@@ -11,6 +11,7 @@ from itertools import islice
 
 from sloth.rewriter.ir import Value
 from sloth.rewriter.match import Match, Matcher, Refused, Unifier
+from sloth.rewriter.notices import warn_once
 from sloth.rewriter.pattern import Construct, Variant
 from sloth.rewriter.report import MATCHED, Site, source
 from sloth.rewriter.shadow import View
@@ -33,7 +34,16 @@ def deferred_sites(values: set[Value], constructs: list[Construct]) -> list[Site
 
 def _held(values: Iterable[Value], constructs: Iterable[Construct], variant: str) -> list[Site]:
     found = [v for v in sorted(values, key=lambda v: v.id) if v.nodes or not v.spelled]
-    return [Site(c.name, variant, MATCHED, *source(v.origin)) for c in constructs for v in found if c.anchor(v)]
+    return [Site(c.name, variant, MATCHED, *source(v.origin)) for c in constructs for v in found if _anchors(c, v)]
+
+
+def _anchors(construct: Construct, v: Value) -> bool:
+    """Is it characteristic of the construct? A bug in somebody's anchor costs the count of his construct."""
+    try:
+        return construct.anchor(v)
+    except Exception as e:
+        warn_once(f"sites of construct {construct.name!r} are not all counted: its anchor raises {type(e).__name__}: {e}")
+        return False
 
 
 def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Refusals, constructs: list[Construct]) -> list[Site]:
@@ -42,7 +52,7 @@ def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Ref
     for construct in constructs:
         groups: dict[object, list[Value]] = {}
         for v in view.shadow.values:
-            if v not in covered and (v.nodes or not v.spelled) and construct.anchor(v):
+            if v not in covered and (v.nodes or not v.spelled) and _anchors(construct, v):
                 groups.setdefault(_module(v) if construct.per_site > 1 else v, []).append(v)
         for anchors in groups.values():
             for i in range(0, len(anchors), construct.per_site):

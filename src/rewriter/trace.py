@@ -17,6 +17,7 @@ from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 
 from sloth.rewriter.ir import Meta, same_literal
+from sloth.rewriter.scratch import into
 
 
 class Ref(NamedTuple):
@@ -122,7 +123,7 @@ def _layout(t: torch.Tensor) -> tuple:
 def fakes(metas: Sequence[Meta], mode: FakeTensorMode) -> list[torch.Tensor]:
     """Fresh fake tensors of these descriptions (contiguous: layout is no part of the mathematics)."""
     with mode:
-        return [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in metas]
+        return [torch.empty([into(s, mode) for s in m.shape], dtype=m.dtype, device=m.device) for m in metas]
 
 
 def trace(fn: Callable[..., Any], metas: Sequence[Meta], mode: FakeTensorMode) -> Trace:

@@ -28,7 +28,7 @@ from toys import (
     turned,
 )
 
-from sloth.rewriter import backend
+from sloth.rewriter import options
 from sloth.rewriter.ir import Shadow, Value
 from sloth.rewriter.match import Match, Matcher
 from sloth.rewriter.registry import patterns
@@ -349,7 +349,7 @@ def test_reason_missing_cast() -> None:
 @pytest.fixture
 def without_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only entries that know neither weights of classes nor smoothing."""
-    monkeypatch.setattr(backend, "patterns", lambda: [p for p in patterns() if p.name != "cross_entropy_terms"])
+    monkeypatch.setattr(options, "patterns", lambda: [p for p in patterns() if p.name != "cross_entropy_terms"])
 
 
 def test_reason_weight_where_there_should_be_none(without_terms: None) -> None:
