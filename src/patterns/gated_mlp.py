@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from sloth.kernels.gated_act import backward_kernel, gated_act, gated_act_packed
 from sloth.rewriter.again import writes_over
 from sloth.rewriter.ir import Value, same_literal
+from sloth.rewriter.narrow import computes_wide
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
 
@@ -57,6 +58,7 @@ def packed(act, up_first):
 
 
 writes_over(backward_kernel, du_ptr="u_ptr")
+computes_wide(gated_act)
 
 act_mul = pattern(
     GATED_MLP, op=gated_act, dims={"gate": "B S I", "up": "B S I"}, recompute=True, name="gated_mlp", variant="silu", act="silu"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sloth.kernels.adapter import adapter
 from sloth.kernels.lora import lora_linear
 from sloth.rewriter.ir import Value, uncast
+from sloth.rewriter.narrow import rounds_once
 from sloth.rewriter.pattern import Construct
 from sloth.rewriter.registry import pattern
 
@@ -39,7 +40,7 @@ LORA = Construct("lora", "LoRA projection", anchor=is_up_projection, module=_cal
 
 DIMS = {
     "x": "B S K", "weight": "N K", "bias": "N", "xl": "B S K", "a": "2 K", "b": "N 2",
-    "base": "B S N", "inner": "B S N", "m": "1 N",
+    "base": "B S N", "inner": "B S N", "m": "1 N", "c": "N",
 }  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def own_input(match):
     return None if match.xl is match.x else match.xl
 
 
+rounds_once(lora_linear)
 FROZEN = {"no_grad": ("weight",), "cheap": ("xl",)}
 lora = pattern(LORA, op=lora_linear, dims=DIMS, **FROZEN, name="lora", variant="linear", xl=own_input)(fused)
 lora.variant("linear_bias", xl=own_input)(fused_bias)
@@ -76,6 +78,13 @@ def onto(base, xl, a, b, *, scale: float, delta_dtype: torch.dtype, dtype: torch
 @onto.variant("dora", dtype=lambda match: match.dtype)
 def dora(base, inner, m, xl, a, b, *, scale: float, dtype: torch.dtype):
     return (base + ((m - 1) * inner + m * delta(xl, a, b) * scale)).to(dtype)
+
+
+@onto.variant("bias", dtype=lambda match: match.dtype)
+def biased(base, xl, a, b, c, *, scale: float, delta_dtype: torch.dtype, dtype: torch.dtype):
+    """PEFT's lora_bias=True: of the adapter's second layer."""
+    up = F.linear(F.linear(xl.to(a.dtype), a), b, c)
+    return (base + (up * scale).to(delta_dtype)).to(dtype)
 
 
 @lora.check
