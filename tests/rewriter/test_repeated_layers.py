@@ -1,0 +1,127 @@
+"""Equal layers are traced once, and what differs is traced: what comes out is what eager computes."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sloth.rewriter import repeated_layers
+from sloth.rewriter.backend import listening
+
+AOT = {"sloth.inner_backend": "aot_eager"}
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(width) + 0.5), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int = 8, scale: float = 1.0):
+        super().__init__()
+        self.norm, self.linear, self.scale = Norm(width), nn.Linear(width, width), scale
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.linear(self.norm(x)) * self.scale
+        return x + (h if mask is None else h * mask)
+
+
+class Checkpointed(Layer):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, x, mask, use_reentrant=False)
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, masks[i % len(masks)] if masks else None)
+        return x.square().mean()
+
+
+def stack(*scales: float, make: type[Layer] = Layer) -> Stack:
+    torch.manual_seed(0)
+    return Stack(*(make(scale=s) for s in scales))
+
+
+def gradients(model: nn.Module, call, *args) -> list[Tensor]:
+    model.zero_grad()
+    loss = call(*args)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def stamped(model: nn.Module, *args) -> int:
+    """How many layers were made of a template, where the step is eager's and each layer has its norm rewritten."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="sloth", options=AOT)
+    with mock.patch.object(repeated_layers, "_copied", wraps=repeated_layers._copied) as copied, listening() as reports:
+        ours = gradients(model, compiled, *args)
+    torch.testing.assert_close(ours, gradients(model, model, *args), rtol=1e-5, atol=1e-6)
+    (report,) = reports
+    assert sum(s.construct == "rms_norm" and s.status == "matched" for s in report.sites) == len(model.layers)
+    return copied.call_count
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("make", [Layer, Checkpointed])
+def test_equal_layers_are_traced_once(make: type[Layer]) -> None:
+    """But the first, whose input needs no gradient, has a trace of its own."""
+    assert stamped(stack(1, 1, 1, 1, 1, make=make), X) == 3
+
+
+@pytest.mark.parametrize("make", [Layer, Checkpointed])
+def test_another_number_is_another_layer(make: type[Layer]) -> None:
+    assert stamped(stack(1, 1, 2, 1, 2, make=make), X) == 2
+
+
+def test_layers_with_a_hook_are_traced() -> None:
+    model = stack(1, 1, 1, 1)
+    model.layers[3].linear.register_forward_hook(lambda module, args, out: out * 2)
+    assert stamped(model, X) == 1
+
+
+def test_a_frozen_parameter_is_another_layer() -> None:
+    """One without a gradient is not stamped as one that has it."""
+    model = stack(1, 1, 1, 1)
+    model.layers[2].linear.weight.requires_grad_(False)
+    torch._dynamo.reset()
+    torch.compile(model, backend="sloth", options=AOT)(X).backward()
+    assert [layer.linear.weight.grad is None for layer in model.layers] == [False, False, True, False]
+
+
+def test_what_layers_are_given_in_turn_is_told_apart() -> None:
+    """Masks, say, of layers that look back a window and of those that see all."""
+    masks = torch.ones(5, 1), torch.rand(5, 1, generator=torch.Generator().manual_seed(2))
+    assert stamped(stack(*[1] * 6), X, masks) == 3
+
+
+def test_later_layers_have_guards_of_their_own() -> None:
+    model = stack(1, 1, 1, 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="sloth", options=AOT)
+    before = gradients(model, compiled, X)
+    model.layers[3].scale = 3.0
+    after = gradients(model, compiled, X)
+    torch.testing.assert_close(after, gradients(model, model, X), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(before[0], after[0])
+
+
+def test_other_backends_trace_as_ever() -> None:
+    model = stack(1, 1, 1, 1)
+    torch._dynamo.reset()
+    with mock.patch.object(repeated_layers, "stamp") as stamp:
+        torch.compile(model, backend="aot_eager")(X)
+    assert not stamp.called
