@@ -39,15 +39,20 @@ def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
         before = Counter(counters["graph_break"])
         unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
         with listening() as graphs, unlimited:
-            torch.compile(module, backend=_trace_only)(**batch)
+            torch.compile(module, backend=_trace_only())(**batch)
         report.graphs = graphs
         report.breaks = [reason.strip().split("\n")[0] for reason in Counter(counters["graph_break"]) - before]
     return report
 
 
-@wraps(sloth)  # what Dynamo is taught, it is taught for graphs of a backend of this name
-def _trace_only(gm, example_inputs):
-    return sloth(gm, example_inputs, options={"sloth.inner_backend": "eager"})
+def _trace_only():
+    """A backend that Dynamo has not seen: what it traced for another one it would not trace again."""
+
+    @wraps(sloth)  # what Dynamo is taught, it is taught for graphs of a backend of this name
+    def backend(gm, example_inputs):
+        return sloth(gm, example_inputs, options={"sloth.inner_backend": "eager"})
+
+    return backend
 
 
 def _expected(model: torch.nn.Module, batch: Mapping[str, Any], wanted: list[Construct]) -> dict[str, int]:

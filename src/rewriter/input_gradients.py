@@ -13,6 +13,7 @@ What no longer happens: `.grad` of the embedding's own output, which nobody read
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -31,6 +32,21 @@ def teach_dynamo(transformers: ModuleType) -> None:
     enable = getattr(getattr(transformers, "PreTrainedModel", None), "enable_input_require_grads", None)
     constants = getattr(getattr(enable, "__code__", None), "co_consts", ())
     _hooks.update(c for c in constants if isinstance(c, CodeType) and c.co_names == ("requires_grad_",))
+    if _hooks:
+        transformers.PreTrainedModel.enable_input_require_grads = _registering_once(enable)
+
+
+def _registering_once(enable: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Trainers switch checkpointing on and off around the reference model's pass (DPO, KTO, GRPO). Each time on, transformers
+    registers the hook once more, and Dynamo, which guards on how many there are, compiles anew. One is enough.
+    """
+
+    @wraps(enable)
+    def enable_input_require_grads(self: Any) -> None:
+        if not (getattr(self, "_require_grads_hooks", None) or getattr(self, "_require_grads_hook", None)):
+            enable(self)
+
+    return enable_input_require_grads
 
 
 def _skipping(trace: Callable[..., Any]) -> Callable[..., Any]:

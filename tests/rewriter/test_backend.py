@@ -17,7 +17,8 @@ from torch import Tensor
 from toys import Call, Stack, compiled, counts, llama_norm, matched
 
 from sloth.rewriter import inner
-from sloth.rewriter.backend import OPTIONS, _arguments, listening, sloth
+from sloth.rewriter.backend import listening, sloth
+from sloth.rewriter.options import OPTIONS, _arguments, parse
 from sloth.rewriter.report import MATCHED, GraphReport, Report, Site
 
 
@@ -272,10 +273,50 @@ def test_one_line_for_each_graph(caplog: pytest.LogCaptureFixture) -> None:
     assert len(lines) == 1 and lines[0].startswith("sloth: 1/1 RMSNorm, 1/1 gated MLP, ") and lines[0].endswith(" s")
 
 
-def test_nothing_to_rewrite_is_said_as_well(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_graph_without_sites_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "sloth"):
         compiled(lambda x: x.sin())(x_like(3))
-    assert [r.getMessage().split(",")[0] for r in caplog.records if r.name == "sloth"] == ["sloth: nothing to rewrite"]
+    assert not [r for r in caplog.records if r.name == "sloth"]
+
+
+def test_options_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For those who write no options=; what the call says counts more."""
+    monkeypatch.setenv("SLOTH_OPTIONS", "sloth.disable=rms_norm; sloth.linear_cross_entropy.budget=4096")
+    chosen = parse(None)
+    assert "rms_norm" not in {e.construct.name for e in chosen.entries}
+    assert chosen.arguments["linear_cross_entropy"] == {"budget": 4096}
+    chosen = parse({"sloth.disable": "rope"})
+    assert {"rms_norm"} <= {e.construct.name for e in chosen.entries} and "rope" not in {e.construct.name for e in chosen.entries}
+
+
+@pytest.mark.parametrize(
+    "value, told", [("rope", "'rope'"), ("disable=rope", "sloth.NAME=VALUE"), ("sloth.disble=rope", "sloth.disable")]
+)
+def test_a_bad_environment_is_an_error_that_says_what_to_write(value: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOTH_OPTIONS", value)
+    with pytest.raises(ValueError, match=told):
+        parse(None)
+
+
+def test_a_graph_that_is_left_alone_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sloth.rewriter.pipeline.views", lambda gm: [][0])
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
+    for _ in range(2):
+        compiled(lambda x: x.sin())(x_like(3))
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name == "sloth"]
+    assert len(warnings) == 1 and "left to Inductor as it was: IndexError" in warnings[0]
+
+
+def test_the_last_compilation_that_dynamo_allows_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        fn = torch.compile(lambda x, n: x * n, backend="sloth", options={"sloth.inner_backend": "eager"}, dynamic=False)
+        for n in (2, 3):
+            fn(x_like(3), n)
+    assert [r for r in caplog.records if "compiled a last time" in r.getMessage()]
 
 
 def test_listeners_hear_only_what_is_compiled_meanwhile() -> None:

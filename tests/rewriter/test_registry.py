@@ -297,6 +297,6 @@ def test_packages_bring_patterns_and_broken_ones_only_warn(tmp_path: Path) -> No
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{USE}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    warning, sites, ours = done.stdout.strip().split("\n")
+    warning, *_, sites, ours = done.stdout.strip().split("\n")
     assert warning == "WARNING sloth: patterns of a_broken_package were not loaded: RuntimeError: needs a newer world"
     assert sites == "[('twice[default]', 'matched')]" and ours == "True"
