@@ -99,7 +99,7 @@ def test_every_construct_and_entry_is_listed():
 
 
 def test_every_option_is_listed():
-    from sloth.rewriter.backend import OPTIONS
+    from sloth.rewriter.options import OPTIONS
 
     listed = re.findall(r"^\| `(sloth\.[\w.]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert set(listed) == OPTIONS.keys()
