@@ -49,12 +49,16 @@ def _registering_once(enable: Callable[[Any], None]) -> Callable[[Any], None]:
     return enable_input_require_grads
 
 
+def is_ours(tx: Any) -> bool:
+    """Does Dynamo trace for sloth? What it is taught in this package holds for such graphs alone."""
+    return getattr(tx.output.compiler_fn, "__name__", None) == "sloth"
+
+
 def _skipping(trace: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo's `trace` of x.requires_grad_(), but for graphs of sloth and calls of those hooks."""
 
     def method_requires_grad_(self: TensorVariable, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = getattr(tx.output.compiler_fn, "__name__", None) == "sloth"
-        if not ours or tx.f_code not in _hooks or self.source:
+        if not is_ours(tx) or tx.f_code not in _hooks or self.source:
             return trace(self, tx, *args, **kwargs)
         node = self.as_proxy().node
         if not node.meta["example_value"].requires_grad:

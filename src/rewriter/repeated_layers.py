@@ -45,6 +45,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from sloth.rewriter.ambient import current
+from sloth.rewriter.input_gradients import is_ours
 from sloth.rewriter.memory import tensors
 
 log = logging.getLogger("sloth")
@@ -98,8 +99,7 @@ def _once(trace: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_layer(module: UnspecializedNNModuleVariable, tx: Any) -> bool:
-    ours = getattr(tx.output.compiler_fn, "__name__", None) == "sloth"
-    if not ours or module.source is None or tx.output.current_tracer.parent is not None or tx.output.export:
+    if not is_ours(tx) or module.source is None or tx.output.current_tracer.parent is not None or tx.output.export:
         return False
     return ITEM.search(module.source.name) is not None and any(module.value.children()) and _is_plain(module)
 

@@ -22,6 +22,8 @@ from torch._guards import GuardSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sloth.rewriter.input_gradients import is_ours
+
 DIMENSIONS = 2  # batch and length
 BROKEN_ON_CPU = torch.__version__ < "2.12"  # Inductor's C++ for cummax of a batch of any size does not compile
 
@@ -32,7 +34,7 @@ def _marking(context: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(context)
     def automatic_dynamic(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         made = context(e, tx, source, *args, **kwargs)
-        if not _is_tokens(e) or not _is_ours(tx) or source.guard_source is not GuardSource.LOCAL or not sizes_vary():
+        if not _is_tokens(e) or not is_ours(tx) or source.guard_source is not GuardSource.LOCAL or not sizes_vary():
             return made
         if e.device.type == "cpu" and BROKEN_ON_CPU:
             return made
@@ -45,10 +47,6 @@ def _is_tokens(e: Any) -> bool:
     if not isinstance(e, torch.Tensor) or isinstance(e, torch.nn.Parameter) or is_traceable_wrapper_subclass(e):
         return False
     return e.dim() == DIMENSIONS and not e.is_floating_point() and not e.is_complex()
-
-
-def _is_ours(tx: Any) -> bool:
-    return getattr(tx.output.compiler_fn, "__name__", None) == "sloth"
 
 
 def sizes_vary() -> bool:
