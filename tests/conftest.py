@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,3 +25,11 @@ def exact_fp32_products():
     """accelerate and transformers turn TF32 on for whoever compiles, and for good: no other test shall see it."""
     yield
     torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@pytest.fixture(autouse=True)
+def no_trainer_of_before():
+    """accelerate remembers for good that a trainer ran; with one, sizes are symbols from the first graph on."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

@@ -121,6 +121,32 @@ def test_adapters_of_other_kinds(lora: dict[str, Any]) -> None:
     torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
 
 
+def test_another_alpha_in_one_process_is_no_symbol() -> None:
+    """Dynamo makes a float symbolic that had another value in another model: a scale of 1 would not be known for one."""
+    for alpha in (16, 4, 8):
+        assert sites(build("llama", "lora", lora_alpha=alpha))["lora"] == "21/21"
+    assert sites(checkpointed(build("gemma3_text", "lora", lora_alpha=24), reentrant=False))["lora"] == "21/21"
+
+
+def test_a_float_that_changes_in_its_module_becomes_a_symbol() -> None:
+    class Annealed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(x * self.temperature)
+
+    torch._dynamo.reset()
+    counters.clear()
+    model, x = Annealed(), torch.randn(4)
+    compiled = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+    for temperature in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        model.temperature = temperature
+        torch.testing.assert_close(compiled(x), torch.sigmoid(x * temperature))
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
 def step(model: nn.Module, call: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     model.zero_grad()
     loss = call(**batch).loss

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch._guards import CompileContext
 
-from sloth.rewriter import repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
+from sloth.rewriter import module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
 from sloth.rewriter.deferred import returning
 from sloth.rewriter.inner import captures, compile_with, compiler
 from sloth.rewriter.input_gradients import left_to_require, requiring
