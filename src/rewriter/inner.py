@@ -16,8 +16,11 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._higher_order_ops import triton_kernel_wrap
 
 from sloth.rewriter.again import Pass, kept, made_again, written_over
+from sloth.rewriter.ambient import current
 from sloth.rewriter.ir import Symbol
 from sloth.rewriter.not_random import not_random
+
+AUTOCAST = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
 
 
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
@@ -25,7 +28,7 @@ def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[.
     if name == "inductor":
         passes = {"joint_custom_pre_pass": (kept, not_random), "post_grad_custom_post_pass": (made_again, written_over)}
         free = [at for at in passes if getattr(torch._inductor.config, at) is None]  # not somebody's own
-        ours = {at: Pass(_sources(), *passes[at]) for at in free}
+        ours = {at: Pass(sources_digest(), *passes[at]) for at in free}
         return partial(_inductor, torch._TorchCompileInductorWrapper(mode, ours | options, None).config)
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
@@ -53,17 +56,26 @@ def _inductor(config: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequen
 
 @contextmanager
 def _ours(known: dict) -> Iterator[None]:
-    """While something is compiled. `known` is what `_analysed_once` remembers."""
-    tag, own = torch.compiler.config.cache_key_tag, f"sloth-{_sources()}"
-    with torch.compiler.config.patch(cache_key_tag=tag if tag.endswith(own) else tag + own), _analysed_once(known):
+    """While something is compiled. `known` is what `_analysed_once` remembers.
+
+    torch's key for AOTAutograd's results knows that autocast is on around the graph, not for which dtype; and it refuses graphs
+    that hold autocast themselves, as a trainer's do, though their text is in the key.
+    """
+    tag, own = torch.compiler.config.cache_key_tag, f"sloth-{sources_digest()}-{current()}"
+    cacheable = torch._inductor.config.unsafe_marked_cacheable_functions | dict.fromkeys(AUTOCAST, "in the graph's text")
+    with (
+        torch.compiler.config.patch(cache_key_tag=tag if tag.endswith(own) else tag + own),
+        torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable),
+        _analysed_once(known),
+    ):
         yield
 
 
 @cache
-def _sources() -> str:
+def sources_digest() -> str:
     """A digest of this package: torch's caches on disk must not outlive the code that was compiled into them."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.parent.glob("*/*.py")):
+    for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

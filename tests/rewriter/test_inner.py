@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._higher_order_ops import triton_kernel_wrap
 
 from sloth.rewriter import inner
@@ -62,7 +63,24 @@ def test_torch_is_itself_again_afterwards(analyses):
 def test_caches_know_our_sources():
     seen = []
     inner.compile_with(lambda gm, inputs: seen.append(torch.compiler.config.cache_key_tag), None, [])
-    assert seen[0].endswith(inner._sources()) and torch.compiler.config.cache_key_tag == ""
+    with torch.autocast("cpu", torch.bfloat16):
+        inner.compile_with(lambda gm, inputs: seen.append(torch.compiler.config.cache_key_tag), None, [])
+    assert inner.sources_digest() in seen[0] and "bfloat16" in seen[1] and torch.compiler.config.cache_key_tag == ""
+
+
+def test_a_graph_that_holds_autocast_is_found_in_the_cache_again():
+    """torch refuses to keep what AOTAutograd makes of one: every trainer's graph under mixed precision."""
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (x @ x).sin()
+
+    counters.clear()
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(run, backend="sloth")(torch.ones(3, 3))
+    found = counters["aot_autograd"]
+    assert found["autograd_cache_hit"] and not found["autograd_cache_bypass"], found
 
 
 def test_a_backward_pass_is_compiled_as_its_forward_pass_is(monkeypatch):
@@ -81,7 +99,7 @@ def test_a_backward_pass_is_compiled_as_its_forward_pass_is(monkeypatch):
         y = torch.compile(lambda x: x.sin().sum(), backend="sloth")(torch.ones(3, requires_grad=True))
         assert len(seen) == 1
         y.backward()
-    assert seen == [(f"sloth-{inner._sources()}", True)] * 2
+    assert seen == [(f"sloth-{inner.sources_digest()}-()", True)] * 2
     assert torch.compiler.config.cache_key_tag == "" and getattr(triton_kernel_wrap, NAME) is own
 
 
