@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from sloth import lazy_tensor
 from sloth.rewriter import varying_sizes
 from sloth.rewriter.backend import listening
 from sloth.rewriter.explain import explain
@@ -210,18 +212,24 @@ def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {k: torch.tensor([row[k] + [v] * (longest - len(row[k])) for row in batch]) for k, v in pad.items()}
 
 
-def trained(backend: str, folder: Path) -> list[float]:
+def trained(backend: str, folder: Path, evaluating: bool = False) -> list[float]:
+    """The losses of some steps; or, where it evaluates, those of the evaluations, during training and behind it."""
     from transformers import Trainer, TrainingArguments
 
     compiling = {"torch_compile_backend": backend} if backend else {}
     arguments = TrainingArguments(
         output_dir=str(folder), use_cpu=True, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3,
         bf16=True, report_to=[], save_strategy="no", gradient_checkpointing=True, logging_steps=1, learning_rate=1e-3,
-        disable_tqdm=True,
+        disable_tqdm=True, eval_strategy="steps" if evaluating else "no", eval_steps=2, per_device_eval_batch_size=4,
         gradient_checkpointing_kwargs={"use_reentrant": False}, **compiling,
     )  # fmt: skip
-    trainer = Trainer(model=build("llama", "qlora"), args=arguments, train_dataset=rows(32), data_collator=collate)
+    trainer = Trainer(
+        model=build("llama", "qlora"), args=arguments, train_dataset=rows(32), eval_dataset=rows(16), data_collator=collate
+    )
     trainer.train()
+    if evaluating:
+        trainer.evaluate()
+        return [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
     return [h["loss"] for h in trainer.state.log_history if "loss" in h]
 
 
@@ -239,6 +247,40 @@ def test_trainer_with_autocast_checkpointing_and_lengths(tmp_path: Path, monkeyp
     assert not missed and sum(s.construct == "lora" for s in reports[0].sites) == 21
     assert (reports[0].parts, reports[0].compiled) == (5, 3) and not reports[0].guards
     assert ours == pytest.approx(trained("", tmp_path / "eager"), abs=2e-3)
+
+
+def test_trainer_evaluates_compiled_and_without_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varying_sizes, "BROKEN_ON_CPU", False)
+    for name, value in AOT.items():
+        monkeypatch.setenv(name, value)
+    read: list[torch.Tensor] = []
+    monkeypatch.setattr(lazy_tensor, "read", lambda x: read.append(x) or x.known)
+    torch._dynamo.reset()
+    with listening() as reports:
+        ours = trained("sloth", tmp_path / "sloth", evaluating=True)
+    monkeypatch.undo()
+    assert len(reports) == 2 and not read, [r.line({}) for r in reports]
+    assert all(s.status == "matched" for r in reports for s in r.sites)
+    assert Counter(s.construct for s in reports[1].sites) == Counter(s.construct for s in reports[0].sites)
+    assert len(ours) == 3 and ours == pytest.approx(trained("", tmp_path / "eager", evaluating=True), abs=2e-3)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generating_between_steps_makes_no_graphs(cache: str) -> None:
+    model = build("llama", "full")
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = model.eval().generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=True)
+    torch._dynamo.reset()
+    model.compile(backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+    with listening() as reports:
+        for length in (24, 31, 40):
+            model.train()(**batch_of(length)).loss.backward()
+            got = model.eval().generate(
+                input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=True, cache_implementation=cache
+            )
+            torch.testing.assert_close(got, wanted)
+    assert len(reports) == 2
+    assert model._compiled_call_impl is not None
 
 
 def test_hooks_do_not_pile_up() -> None:

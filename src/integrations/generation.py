@@ -1,0 +1,48 @@
+"""Generating is not compiled: its cache grows by a token a call, and each kind of call would be a graph.
+
+`model.compile(backend="sloth")` makes every call of the model a compiled one, those of `model.generate(…)` too: six graphs
+(prompt, first and later tokens, each at new sizes) of the eight that Dynamo allows a function, spent between two training
+steps. Meanwhile the model is called as it is. A static cache, which transformers compiles by itself, stays as it was.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from torch._dynamo.eval_frame import innermost_backend
+
+from sloth.when_imported import when_imported
+
+
+def is_compiled_for_sloth(call: Any) -> bool:
+    """Is it what torch.compile(…, backend="sloth") gives?"""
+    free = getattr(getattr(call, "__code__", None), "co_freevars", ())
+    if "callback" not in free:
+        return False
+    backend = innermost_backend(call.__closure__[free.index("callback")].cell_contents)
+    return "sloth" in (getattr(backend, "compiler_name", None), getattr(backend, "__name__", None))
+
+
+def _leave_alone(generation: ModuleType) -> None:
+    """`generation` is transformers.generation.utils."""
+    generate = getattr(getattr(generation, "GenerationMixin", None), "generate", None)
+    if generate is None:
+        return
+
+    @wraps(generate)
+    def as_it_is(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled = getattr(self, "_compiled_call_impl", None)
+        if not is_compiled_for_sloth(compiled):
+            return generate(self, *args, **kwargs)
+        self._compiled_call_impl = None
+        try:
+            return generate(self, *args, **kwargs)
+        finally:
+            self._compiled_call_impl = compiled
+
+    generation.GenerationMixin.generate = as_it_is
+
+
+when_imported("transformers.generation.utils", _leave_alone)

@@ -1,0 +1,38 @@
+"""Evaluation inside transformers' Trainer runs what training runs: the compiled model.
+
+Trainer evaluates the bare model (`self._wrap_model(self.model, training=False)`), whatever it trains with. Where the compiled one
+is sloth's and wraps nothing else, it is given that one: then a loss is computed without logits, there as in training.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from sloth.when_imported import when_imported
+
+
+def _evaluating_compiled(trainer: ModuleType) -> None:
+    """`trainer` is transformers.trainer."""
+    wrap = getattr(getattr(trainer, "Trainer", None), "_wrap_model", None)
+    if wrap is None:
+        return
+
+    @wraps(wrap)
+    def _wrap_model(self: Any, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+        wrapped = wrap(self, model, training, *args, **kwargs)
+        if training or wrapped is not self.model or not _is_for_sloth(self):
+            return wrapped
+        compiled = self.model_wrapped
+        return compiled if getattr(compiled, "_orig_mod", None) is wrapped else wrapped
+
+    trainer.Trainer._wrap_model = _wrap_model
+
+
+def _is_for_sloth(trainer: Any) -> bool:
+    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    return getattr(getattr(plugin, "backend", None), "value", None) == "SLOTH"
+
+
+when_imported("transformers.trainer", _evaluating_compiled)
