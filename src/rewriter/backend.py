@@ -12,7 +12,8 @@ import torch
 from torch import fx
 from torch._guards import CompileContext
 
-from sloth.rewriter import module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
+from sloth.integrations import generation, trainer  # noqa: F401  (they teach transformers)
+from sloth.rewriter import called_modules, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
 from sloth.rewriter.deferred import returning
 from sloth.rewriter.inner import captures, compile_with, compiler
 from sloth.rewriter.input_gradients import left_to_require, requiring
@@ -27,6 +28,7 @@ from sloth.rewriter.scratch import guards_of
 from sloth.rewriter.shadow import shape_env_of
 
 patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know
+NODES_A_SECOND = 15  # that Inductor compiles, both passes: 12 to 18, tiny models on two cores as 8B ones on a GPU's host
 _listeners: list[list[GraphReport]] = []
 speak()
 
@@ -47,16 +49,30 @@ def sloth(
     for listener in _listeners:
         listener.append(report)
     start = time.perf_counter()
-    compile_one = partial(compile_with, inner)
+    compile_one, starting = partial(compile_with, inner), partial(_say, report, chosen.inner)
     if chosen.inner == "inductor" and captures(mode, chosen.rest):
+        starting(1, [gm])
         compiled = compile_one(gm, example_inputs)
     else:
-        compiled, report.parts, report.compiled = compile_in_parts(gm, example_inputs, compile_one)
+        compiled = compile_in_parts(gm, example_inputs, compile_one, starting)
     compiled = returning(requiring(compiled, required), report.deferred)
     report.seconds[chosen.inner] = time.perf_counter() - start
-    if report.parts > 1:
-        log.info("sloth: in %d parts, %d of them compiled, %.1f s", report.parts, report.compiled, report.seconds[chosen.inner])
     return compiled
+
+
+def _say(report: GraphReport, inner: str, parts: int, modules: list[fx.GraphModule]) -> None:
+    """On one line, before the wait: what was found, what is compiled, and how long that takes, by the number of its nodes."""
+    report.parts, report.compiled = parts, len(modules)
+    if report.untouched or not (report.sites or report.expected or report.unread):
+        return
+    nodes = sum(len(g.graph.nodes) for m in modules for g in m.modules() if isinstance(g, fx.GraphModule))
+    cut = f"; {len(modules)} of {parts} parts are compiled, equal ones once" if parts > 1 else ""
+    wait = (
+        f"; compiling takes about {5 * round(1 + nodes / NODES_A_SECOND / 5)} s, less what is cached"
+        if inner == "inductor"
+        else ""
+    )
+    log.info("sloth: %s%s%s", report.line({c.name: c.title for c in constructs()}), cut, wait)
 
 
 def _rewritten(gm: fx.GraphModule, chosen: Any) -> GraphReport:
@@ -69,12 +85,11 @@ def _rewritten(gm: fx.GraphModule, chosen: Any) -> GraphReport:
     finally:
         ARGUMENTS.reset(token)
     report.guards = guards_of(env)[len(before) :]
+    report.expected = called_modules.expected_sites(CompileContext.current_compile_id(), constructs())
     if report.guards:
         warn_once(f"rewriting made sizes constants ({', '.join(report.guards)}): others are compiled anew. Please report this")
     if report.untouched:
         warn_once(f"a graph is left to Inductor as it was: {report.untouched}. Please report this")
-    elif report.sites:
-        log.info("sloth: %s", report.line({c.name: c.title for c in constructs()}))
     return report
 
 

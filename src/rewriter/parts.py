@@ -63,20 +63,24 @@ class Part:
 
 
 def compile_in_parts(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], compile_one: Callable[[fx.GraphModule, Sequence[Any]], Compiled]
-) -> tuple[Compiled, int, int]:
-    """What `compile_one` makes of the graph, of how many parts it is, and how many of them were compiled."""
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_one: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
+    starting: Callable[[int, list[fx.GraphModule]], None] = lambda parts, modules: None,
+) -> Compiled:
+    """What `compile_one` makes of the graph. starting: is told before, of how many parts it is and which are compiled."""
     context = TracingContext.try_get()
     known = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     compiled: dict[int, Compiled] = {}
-    run = []
-    for part, module, same in _prepared(gm, context):
+    run, prepared = [], _prepared(gm, context)
+    starting(len(prepared) or 1, [module for _, module, _ in prepared if module is not None] or [gm])
+    for part, module, same in prepared:
         if module is not None:
             given = [known[n] if n in known else _fake(n, context.fake_mode) for n in part.inputs]
             with tracing(copy(context)):  # one of its own: facts of what is compiled are noted in it
                 compiled[same] = compile_one(module, given)
         run.append((compiled[same], part))
-    return (_Run(gm, run), len(run), len(compiled)) if run else (compile_one(gm, example_inputs), 1, 1)
+    return _Run(gm, run) if run else compile_one(gm, example_inputs)
 
 
 def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[Part, fx.GraphModule | None, int]]:

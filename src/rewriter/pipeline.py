@@ -18,7 +18,7 @@ from sloth.rewriter.report import MATCHED, GraphReport
 from sloth.rewriter.rewrite import Rewriter, choose, together
 from sloth.rewriter.scratch import scratch_mode
 from sloth.rewriter.shadow import View, shape_env_of, views
-from sloth.rewriter.sites import deferred_sites, matched_sites, missed_sites
+from sloth.rewriter.sites import deferred_sites, layers_in, matched_sites, missed_sites
 
 
 def rewrite(
@@ -41,6 +41,8 @@ def rewrite(
         tried: dict = {}
         for view in shadows:
             report.opaque |= {f"{view.path}{n.name}": why for n, why in view.opaque.items()}
+            for node in view.opaque:
+                report.unread.update({kind: n * view.times for kind, n in layers_in(node, view.gm).items()})
             rewrite_view(view, matcher, legality.Ground(view, mode, tried), constructs, deferrals, report)
         with _timed(report, "rewrite"):  # a body may have asked the graphs around it for more inputs
             for body in bodies if report.deferred or any(s.status == MATCHED for s in report.sites) else ():

@@ -45,6 +45,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from sloth.rewriter.ambient import current
+from sloth.rewriter.called_modules import called_in
 from sloth.rewriter.input_gradients import is_ours
 from sloth.rewriter.memory import tensors
 
@@ -69,6 +70,7 @@ class Template:
     arguments: list[Any]  # as `leaves` gives them
     nodes: list[fx.Node]
     result: Any  # a pytree of nodes and constants
+    called: list[torch.nn.Module]  # the layer, and what it calls
     guards: list[Guard] | None = None  # on what was read of the layer
 
 
@@ -112,11 +114,11 @@ def _is_plain(module: UnspecializedNNModuleVariable) -> bool:
 
 def _recorded(trace, self, tx, args, kwargs, arguments, known):
     graph, effects = tx.output.current_tracer.graph, tx.output.side_effects
-    last, before = next(iter(reversed(graph.nodes))), _effects(effects)
+    last, before, called = next(iter(reversed(graph.nodes))), _effects(effects), len(called_in(tx))
     result = trace(self, tx, args, kwargs)
     if len(known) < MOST and tx.output.current_tracer.graph is graph and _effects(effects, before[0].keys()) == before:
         try:
-            known.append(_template(self, arguments, graph, last, result))
+            known.append(_template(self, arguments, graph, last, result, called_in(tx)[called:]))
         except NotAlike as why:
             log.debug("sloth: no template of %s: %s", self.source.name, why)
     return result
@@ -203,7 +205,9 @@ def _tensor_kind(t: torch.Tensor) -> tuple:
 # ---------------------------------------------------------------- templates
 
 
-def _template(layer: Any, arguments: list[Any], graph: fx.Graph, last: fx.Node, result: Any) -> Template:
+def _template(
+    layer: Any, arguments: list[Any], graph: fx.Graph, last: fx.Node, result: Any, called: list[torch.nn.Module]
+) -> Template:
     nodes = list(takewhile(lambda n: n is not last, reversed(graph.nodes)))[::-1]
     nodes = [n for n in nodes if n.op != "placeholder"]
     for n in nodes:
@@ -220,7 +224,7 @@ def _template(layer: Any, arguments: list[Any], graph: fx.Graph, last: fx.Node, 
     for n in pytree.tree_leaves(told):
         if isinstance(n, fx.Node) and n not in nodes:
             raise NotAlike("its result is computed elsewhere")
-    return Template(layer.value, _core(layer.source), arguments, nodes, told)
+    return Template(layer.value, _core(layer.source), arguments, nodes, told, called)
 
 
 def _examples(node: fx.Node) -> list[torch.Tensor]:
@@ -264,14 +268,13 @@ def stamp(template: Template, layer: UnspecializedNNModuleVariable, arguments: l
             graph.erase_node(n)
         raise NotAlike(f"its nodes cannot be copied: {type(e).__name__}: {e}") from e
 
+    called_in(tx).extend(template.called)
+
     def result(told: Any) -> Any:
-        if isinstance(told, fx.Node):
-            return made[told]
-        return (
-            told
-            if isinstance(told, ConstantVariable)
-            else told[0]([result(x) for x in told[1]], mutation_type=ValueMutationNew())
-        )
+        if isinstance(told, fx.Node | ConstantVariable):
+            return made[told] if isinstance(told, fx.Node) else told
+        kind, items = told
+        return kind([result(x) for x in items], mutation_type=ValueMutationNew())
 
     return result(template.result)
 

@@ -38,7 +38,9 @@ class GraphReport:
     sites: list[Site] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # stage → time
     untouched: str = ""  # why the graph went through as it was, if it did
+    expected: dict[str, int] = field(default_factory=dict)  # by construct, sites that the modules called here have
     opaque: dict[str, str] = field(default_factory=dict)  # node → why the shadow does not look inside
+    unread: Counter[str] = field(default_factory=Counter)  # how many layers, by kind, are in such places
     guards: list[str] = field(default_factory=list)  # that rewriting added, of which there should be none
     deferred: list[Any] = field(default_factory=list)  # outputs that are computed when they are read
     parts: int = 1  # into which it was cut, and how many of them had to be compiled: equal ones are compiled once
@@ -48,12 +50,15 @@ class GraphReport:
         """`129/129 RMSNorm, 32/32 RoPE, 0.8 s`"""
         if self.untouched:
             return f"graph left as it was: {self.untouched}"
-        expected, matched = (
-            Counter(s.construct for s in self.sites),
-            Counter(s.construct for s in self.sites if s.status == MATCHED),
-        )
-        parts = [f"{matched[c]}/{n} {titles.get(c, c)}" for c, n in expected.items()] or ["nothing to rewrite"]
-        return f"{', '.join(parts)}, {sum(self.seconds.values()):.1f} s"
+        parts = [f"{n['matched']}/{n['expected']} {titles.get(c, c)}" for c, n in counts(self.sites, self.expected).items()]
+        parts += [f"{n} {kind} not looked into" for kind, n in self.unread.items()]
+        return f"{', '.join(parts or ['nothing to rewrite'])}, {sum(self.seconds.values()):.1f} s"
+
+
+def counts(sites: list[Site], expected: dict[str, int]) -> dict[str, dict[str, int]]:
+    """name → {"matched": int, "expected": int}; expected: of those that were seen or, if more, by what is told."""
+    seen, matched = Counter(s.construct for s in sites), Counter(s.construct for s in sites if s.status == MATCHED)
+    return {c: {"matched": matched[c], "expected": max(seen[c], expected.get(c, 0))} for c in dict.fromkeys([*expected, *seen])}
 
 
 @dataclass
@@ -72,9 +77,7 @@ class Report:
     @property
     def constructs(self) -> dict[str, dict[str, int]]:
         """name → {"matched": int, "expected": int}"""
-        found, matched = Counter(s.construct for s in self.sites), Counter(s.construct for s in self.sites if s.status == MATCHED)
-        names = list(dict.fromkeys([*self.titles, *found]))
-        return {c: {"matched": matched[c], "expected": max(found[c], self.expected.get(c, 0))} for c in names}
+        return counts(self.sites, dict.fromkeys(self.titles, 0) | self.expected)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -96,6 +99,7 @@ class Report:
             "breaks": self.breaks,
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
             "untouched": [g.untouched for g in self.graphs if g.untouched],
+            "unread": dict(sum((g.unread for g in self.graphs), Counter())),
         }
 
     def to_json(self) -> str:
@@ -109,6 +113,10 @@ class Report:
         parts, compiled = sum(g.parts for g in self.graphs), sum(g.compiled for g in self.graphs)
         cut = f" in {parts} parts, {compiled} of them compiled" if parts > len(self.graphs) else ""
         yield Text(f"{len(self.graphs)} graph(s){cut}, {len(self.breaks)} break(s); {stages}")
+        unread = sum((g.unread for g in self.graphs), Counter())
+        opaque = sorted({why for g in self.graphs for why in g.opaque.values()}) if unread else ()
+        for kind, n in unread.items():
+            yield Text(f"{n} {kind} not looked into: {'; '.join(opaque)}", style="yellow")
         for why in (*(g.untouched for g in self.graphs if g.untouched), *self.breaks):
             yield Text(f"  {why}", style="yellow")
 

@@ -6,16 +6,25 @@ reached it from above, the largest part of a pattern that does match around it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
+
+import torch
+from torch import fx
 
 from sloth.rewriter.ir import Value
 from sloth.rewriter.match import Match, Matcher, Refused, Unifier
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.pattern import Construct, Variant
 from sloth.rewriter.report import MATCHED, Site, source
-from sloth.rewriter.shadow import View
+from sloth.rewriter.shadow import BODIES, View
 
+LAYERS = {
+    torch.nn.functional.linear: "linear layer(s)",
+    torch.nn.functional.scaled_dot_product_attention: "attention(s)",
+    "flex_attention": "attention(s)",
+}
 Refusals = list[tuple[Match, Refused]]
 
 
@@ -58,6 +67,19 @@ def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Ref
             for i in range(0, len(anchors), construct.per_site):
                 sites.append(_missed(anchors[i], construct, matcher, refused))
     return sites
+
+
+def layers_in(node: fx.Node, gm: fx.GraphModule) -> Counter[str]:
+    """Layers that are out of sight in this opaque node of `gm`, by their kind."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return Counter([LAYERS[node.target]] if node.target in LAYERS else [])
+    if node.target.name() in LAYERS:
+        return Counter([LAYERS[node.target.name()]])
+    if node.target.name() in BODIES:  # they have views of their own
+        return Counter()
+    bodies = [gm.get_submodule(a.target) for a in node.all_input_nodes if a.op == "get_attr"]
+    inside = [layers_in(n, body) for body in bodies if isinstance(body, fx.GraphModule) for n in body.graph.nodes]
+    return sum(inside, Counter())
 
 
 def _module(v: Value) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from rich.console import Console
 from torch import Tensor
 from toys import Call, Stack, compiled, counts, llama_norm, matched
 
-from sloth.rewriter import inner
+from sloth import explain
+from sloth.rewriter import backend, inner, shadow, sites
 from sloth.rewriter.backend import listening, sloth
 from sloth.rewriter.options import OPTIONS, _arguments, parse
 from sloth.rewriter.report import MATCHED, GraphReport, Report, Site
@@ -271,6 +273,44 @@ def test_one_line_for_each_graph(caplog: pytest.LogCaptureFixture) -> None:
         report_of()
     lines = [r.getMessage() for r in caplog.records if r.name == "sloth"]
     assert len(lines) == 1 and lines[0].startswith("sloth: 1/1 RMSNorm, 1/1 gated MLP, ") and lines[0].endswith(" s")
+
+
+def test_the_line_comes_before_inductor_and_says_how_long_it_takes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    monkeypatch.setattr(
+        backend, "compile_with", lambda inner, gm, given: said.extend(r.getMessage() for r in caplog.records) or gm
+    )
+    with caplog.at_level(logging.INFO, "sloth"):
+        torch._dynamo.reset()
+        torch.compile(Call(norm_and_mlp), backend="sloth")(x_like(2, 3, 8))
+    (line,) = [s for s in said if s.startswith("sloth: ")]
+    assert re.search(r"1/1 RMSNorm, .*; compiling takes about \d+ s, less what is cached$", line)
+
+
+def test_what_is_out_of_sight_is_counted(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies that the matcher cannot look into have no sites, and would look complete."""
+    for module in (shadow, sites):
+        monkeypatch.setattr(module, "BODIES", set())
+    model = checkpointed_llama()
+    with caplog.at_level(logging.INFO, "sloth"):
+        report = explain(model, {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]})
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "sloth"]
+    assert "1/5 RMSNorm" in line and "0/2 gated MLP" in line
+    assert "14 linear layer(s) not looked into" in line and "2 attention(s) not looked into" in line
+    assert report.to_dict()["unread"] == {"linear layer(s)": 14, "attention(s)": 2}
+    assert "2 attention(s) not looked into: higher-order operator tag_activation_checkpoint" in str(report)
+
+
+def checkpointed_llama() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, num_hidden_layers=2, use_cache=False)).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
 
 
 def test_a_graph_without_sites_says_nothing(caplog: pytest.LogCaptureFixture) -> None:

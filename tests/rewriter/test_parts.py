@@ -284,7 +284,7 @@ def test_what_no_later_part_reads_is_let_go():
     torch._dynamo.reset()
 
     def backend(gm, example_inputs):
-        return parts.compile_in_parts(gm, example_inputs, remembering)[0]
+        return parts.compile_in_parts(gm, example_inputs, remembering)
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend)(X), model(X))
@@ -306,7 +306,7 @@ def test_a_result_in_other_strides_is_brought_into_those_that_were_compiled_for(
                 seen.append([t.stride() for t in args if isinstance(t, torch.Tensor) and t.shape == X.shape]) or run(*args)
             )
 
-        return parts.compile_in_parts(gm, example_inputs, compile_one)[0]
+        return parts.compile_in_parts(gm, example_inputs, compile_one)
 
     torch._dynamo.reset()
     run = torch.compile(model, backend=backend, dynamic=dynamic)
