@@ -1,6 +1,7 @@
 # make demo   fine-tune a small model with sloth, and compare with eager and Inductor
 # make demo-qlora   the same model in 4 bits, adapters trained through TRL, and compared with eager
 # make test   lint, format check and the test suite
+# make nightly  tests that take minutes each
 # make sweep  the slow sweep over the model zoo
 # Both share one environment, .venv, which is brought up to date when pyproject.toml, TORCH or TRITON changes.
 
@@ -18,11 +19,11 @@ BIN := $(VENV)/bin
 # The name of the stamp holds a checksum of TORCH and TRITON: another choice is another stamp.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help demo demo-qlora test sweep clean
+.PHONY: help demo demo-qlora test nightly sweep clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | demo-qlora | test | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
+	@echo "make demo | demo-qlora | test | nightly | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
 
 $(STAMP): pyproject.toml
 	@echo "== environment: $(VENV), $(TORCH)"
@@ -48,6 +49,10 @@ test: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@echo "== tests"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+nightly: $(STAMP)
+	@echo "== nightly"
+	@$(BIN)/python -m pytest -m nightly
 
 sweep: $(STAMP)
 	@echo "== sweep"

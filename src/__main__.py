@@ -1,12 +1,14 @@
-"""`python -m sloth`: what would be rewritten in a model, and which patterns there are."""
+"""`python -m sloth`: what would be rewritten in a model, which patterns there are, and caches filled ahead of a run."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import sys
+import time
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +16,20 @@ from rich.table import Table
 from rich.text import Text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+class Precision(StrEnum):
+    bf16, fp16, no = "bf16", "fp16", "no"
+
+
+class Dtype(StrEnum):
+    auto, bf16, fp16, fp32 = "auto", "bf16", "fp16", "fp32"
+
+    @property
+    def torch(self) -> Any:
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(self.value)
 
 
 @app.command()
@@ -48,6 +64,50 @@ def explain(
         print(report.to_json())
     else:
         Console().print(report)
+
+
+@app.command()
+def warm(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder, or a config.json (random weights of its sizes)")] = "",
+    lora: Annotated[int, typer.Option(min=0, help="rank of adapters on all linear layers; 0: trained in full")] = 0,
+    lora_alpha: Annotated[int, typer.Option(min=0, help="their alpha; 0: the rank")] = 0,
+    four_bit: Annotated[bool, typer.Option("--load-in-4bit", help="NF4, prepared for k-bit training")] = False,
+    double_quant: Annotated[bool, typer.Option(help="scales of NF4 quantised too")] = True,
+    precision: Annotated[Precision, typer.Option(help="of Trainer")] = Precision.bf16,
+    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = Dtype.auto,
+    checkpointing: Annotated[bool, typer.Option(help="with gradient checkpointing")] = True,
+    packed: Annotated[bool, typer.Option("--packed", help="rows laid end to end instead of padded ones")] = False,
+    rows: Annotated[int, typer.Option(min=1, help="rows in a batch")] = 4,
+    save: Annotated[Path | None, typer.Option(help="write what was compiled to this file")] = None,
+    load: Annotated[Path | None, typer.Option(help="instead: put such a file into this machine's caches")] = None,
+) -> None:
+    """Fill the compiler's caches with a recipe of transformers' Trainer, so that its first step takes seconds.
+
+    Runs two batches of random tokens at a learning rate of 0; nothing is trained or kept. A file that --save wrote serves
+    machines with the same card and versions: `sloth warm --load FILE`.
+    """
+    from sloth import warm as ahead
+    from sloth.rewriter.build import ModelError
+
+    try:
+        if bool(model) == (load is not None):
+            raise ahead.WarmError("give a MODEL to compile for, or --load FILE, one of the two")
+        if load is not None:
+            print(f"{load}: {ahead.load(load)} entries put into the caches")
+            return
+        if save is not None and not save.resolve().parent.is_dir():
+            raise ahead.WarmError(f"--save {save}: there is no folder {save.resolve().parent}")
+        recipe = ahead.Recipe(
+            model, lora, lora_alpha, four_bit, double_quant, dtype.torch, precision.value, checkpointing, packed, rows
+        )
+        start = time.perf_counter()
+        graphs = ahead.warm(recipe)
+        print(f"{model}: {len(graphs)} graph(s) compiled, {time.perf_counter() - start:.0f} s")
+        if save is not None:
+            print(f"{save}: {ahead.save(save) / 1e6:.1f} MB, for `sloth warm --load {save}` on a machine like this one")
+    except (ahead.WarmError, ModelError) as e:
+        print(f"sloth warm: {e}", file=sys.stderr)
+        raise typer.Exit(2) from e
 
 
 @app.command()

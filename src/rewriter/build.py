@@ -1,4 +1,6 @@
-"""Models to explain, built without weights: every layer of a config with its widths shrunk, or two layers of a model_type."""
+"""Models to explain, built without weights: every layer of a config with its widths shrunk, or two layers of a model_type. Models
+to warm caches with, of their real sizes.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +57,47 @@ def build(model: str) -> torch.nn.Module:
         raise
     except Exception as e:
         raise ModelError(f"{model} cannot be built: {type(e).__name__}: {e}".split("\n")[0]) from e
+
+
+def full(model: str, quantization: Any = None, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The model in its real sizes, on the GPU if there is one. Raises ModelError.
+
+    model: a checkpoint folder, or a config.json (random weights). quantization: a BitsAndBytesConfig, for 4 bits.
+    dtype: of the weights; None: as the checkpoint's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path, device = Path(model), "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        config = _config(path)
+        config.use_cache = False
+        dtype = dtype or getattr(config, "dtype", None) or torch.float32
+        if path.is_dir() and any(path.glob("*.safetensors")):
+            how = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device}}
+            return AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, **how).to(device)
+        with torch.device(device):
+            made = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return made if quantization is None else _in_4_bits(made, quantization, device)
+    except ModelError:
+        raise
+    except Exception as e:
+        raise ModelError(f"{model} cannot be built: {type(e).__name__}: {e}".split("\n")[0]) from e
+
+
+def _in_4_bits(model: torch.nn.Module, quantization: Any, device: str) -> torch.nn.Module:
+    import bitsandbytes as bnb
+
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is torch.nn.Linear and layer is not head:
+            four = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, quantization.bnb_4bit_compute_dtype,
+                quantization.bnb_4bit_use_double_quant, quantization.bnb_4bit_quant_type,
+            )  # fmt: skip
+            four.load_state_dict({k: t.cpu() for k, t in layer.state_dict().items()})
+            model.set_submodule(name, four.to(device))
+    model.is_loaded_in_4bit = True
+    return model
 
 
 def _config(path: Path) -> Any:
