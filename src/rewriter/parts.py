@@ -90,8 +90,9 @@ def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[
     if context is None or context.fake_mode is None or context.fakify_first_call:
         return []
     try:
-        found = [(part, part.graph()) for part in parts_of(gm)]
-        keys = [(key(graph, gm), tuple(_described(n) for n in part.inputs)) for part, graph in found]
+        bodies = Bodies()
+        found = [(part, part.graph()) for part in parts_of(gm, bodies)]
+        keys = [(key(graph, gm, bodies), tuple(_described(n) for n in part.inputs)) for part, graph in found]
         first: dict[Hashable, int] = {}
         same = [first.setdefault(k, i) for i, k in enumerate(keys)]
         return [(part, fx.GraphModule(gm, graph) if same[i] == i else None, same[i]) for i, (part, graph) in enumerate(found)]
@@ -104,16 +105,17 @@ def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[
 # ---------------------------------------------------------------- where to cut
 
 
-def parts_of(gm: fx.GraphModule) -> list[Part]:
+def parts_of(gm: fx.GraphModule, bodies: Bodies) -> list[Part]:
     """The graph, cut where it repeats itself; nothing where it does not, or must stay whole."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
     symbols = _symbols(gm)
-    if symbols is None or not (cuts := _cuts(calls, gm)):
+    if symbols is None or not (cuts := _cuts(calls, gm, bodies)):
         return []
     pieces = [calls[a:b] for a, b in pairwise([0, *cuts, len(calls)]) if a < b]
     made_in = {n: i for i, piece in enumerate(pieces) for n in piece}
     blocks = list(accumulate(pieces, lambda entered, piece: _open_blocks(piece, entered), initial=[]))
-    if any(made_in.get(n) != i for i, piece in enumerate(pieces) for n in _written(piece, gm)):
+    memory = _memory(gm)
+    if any(made_in.get(n) != i for i, piece in enumerate(pieces) for n in _written(piece, gm, memory)):
         return []
     found = []
     for i, piece in enumerate(pieces):
@@ -124,12 +126,12 @@ def parts_of(gm: fx.GraphModule) -> list[Part]:
     return found
 
 
-def _cuts(calls: list[fx.Node], gm: fx.GraphModule) -> list[int]:
+def _cuts(calls: list[fx.Node], gm: fx.GraphModule, bodies: Bodies) -> list[int]:
     """Before which calls the graph is cut: at the same place of each repetition, where the least crosses. Of equally many tensors
     those of fewest dimensions: what attention gives by heads is laid out as its kernel likes, and its gradient would be copied.
     """
     numbers: dict[Hashable, int] = {}
-    labels = [numbers.setdefault(_label(n, gm), len(numbers)) for n in calls]
+    labels = [numbers.setdefault(_label(n, gm, bodies), len(numbers)) for n in calls]
     weights = [_weight(n, gm) for n in calls]
     first, period, length = longest_repetition(labels, weights)
     if sum(weights[first : first + period]) < CALLS or not length or (allowed := _allowed(calls)) is None:
@@ -225,14 +227,23 @@ def _open_blocks(calls: Iterable[fx.Node], entered: list[fx.Node]) -> list[fx.No
     return blocks
 
 
-def _written(calls: Iterable[fx.Node], gm: fx.GraphModule) -> list[fx.Node]:
+def _memory(gm: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    """What lies in each memory of the graph."""
+    found: dict[int, list[fx.Node]] = {}
+    for n in gm.graph.nodes:
+        for s in storages(n, gm):
+            found.setdefault(s, []).append(n)
+    return found
+
+
+def _written(calls: Iterable[fx.Node], gm: fx.GraphModule, memory: dict[int, list[fx.Node]]) -> list[fx.Node]:
     """Those of the graph in whose memory some of `calls` may write."""
     own: set[int] = set()
     for n in calls:
         bodies = [body for a in n.all_input_nodes if (body := _body(a, gm)) is not None]
-        inside = any(m.op == "placeholder" for body in bodies for m in _written(body.graph.nodes, body))
+        inside = any(m.op == "placeholder" for body in bodies for m in _written(body.graph.nodes, body, _memory(body)))
         own.update(s for a in (n.all_input_nodes if inside else may_be_written(n)) for s in storages(a, gm))
-    return [n for n in gm.graph.nodes if not own.isdisjoint(storages(n, gm))]
+    return [n for s in own for n in memory[s]]
 
 
 def _body(n: fx.Node, gm: fx.GraphModule) -> fx.GraphModule | None:
@@ -250,26 +261,39 @@ def _weight(n: fx.Node, gm: fx.GraphModule) -> int:
 # ---------------------------------------------------------------- what is the same
 
 
-def _label(n: fx.Node, gm: fx.GraphModule) -> Hashable:
+class Bodies:
+    """Bodies of checkpoints and the like, by number: one for all that are the same code."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[Hashable, int] = {}
+        self.known: dict[int, int] = {}
+
+    def number(self, body: fx.GraphModule) -> int:
+        if id(body) not in self.known:
+            self.known[id(body)] = self.numbers.setdefault(key(body.graph, body, self), len(self.numbers))
+        return self.known[id(body)]
+
+
+def _label(n: fx.Node, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
     """What a call looks like, whatever it is called with."""
     if n.op == "get_attr":
-        return _attribute(n, gm)
+        return _attribute(n, gm, bodies)
     return n.op, n.target, _literal((n.args, n.kwargs), lambda _: None), _described(n)
 
 
-def key(graph: fx.Graph, gm: fx.GraphModule) -> Hashable:
+def key(graph: fx.Graph, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
     """The same for two graphs that are the same code. `gm` has their attributes."""
     order = {n: i for i, n in enumerate(graph.nodes)}
 
     def target(n: fx.Node) -> Hashable:
-        return _attribute(n, gm) if n.op == "get_attr" else n.op.startswith("call") and n.target
+        return _attribute(n, gm, bodies) if n.op == "get_attr" else n.op.startswith("call") and n.target
 
     return tuple((n.op, target(n), _literal((n.args, n.kwargs), order.get), n.meta.get("recompute")) for n in order)
 
 
-def _attribute(n: fx.Node, gm: fx.GraphModule) -> Hashable:
+def _attribute(n: fx.Node, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
     body = _body(n, gm)
-    return id(attrgetter(n.target)(gm)) if body is None else key(body.graph, body)
+    return (False, id(attrgetter(n.target)(gm))) if body is None else (True, bodies.number(body))
 
 
 def _literal(a: Any, of: Callable[[fx.Node], Hashable]) -> Hashable:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.guards import _get_closure_vars, install_guard
+from torch._dynamo.source import TypeSource
 from torch._dynamo.utils import get_fake_value
 from torch._dynamo.variables import (
     ConstantVariable,
@@ -245,7 +246,7 @@ def stamp(template: Template, layer: UnspecializedNNModuleVariable, arguments: l
     place = _Place(template.source, _core(layer.source), tx)
     if template.guards is None:
         known = TracingContext.get().guards_context.dynamo_guards
-        template.guards = [guard for guard in known if place.moves(guard.originating_source)]
+        template.guards = [g for g in known if place.moves(g.originating_source) and not _is_implied(g, known)]
     own = place.moved_guards(template.guards)
     inputs: dict[fx.Node, Source] = {}
     for a in dict.fromkeys(a for n in template.nodes for a in n.all_input_nodes):
@@ -392,6 +393,15 @@ def _attribute(source: Source, more: tuple) -> tuple[Source, str]:
 def _more(guard: Guard) -> tuple:
     """What its kind is told beside the value."""
     return (*guard.create_fn.args, *guard.create_fn.keywords.values()) if isinstance(guard.create_fn, partial) else ()
+
+
+def _is_implied(guard: Guard, known: Any) -> bool:
+    """Two objects, each of which is guarded to be of a type, are of the same one. torch asks this in Python, at each call."""
+    if guard.create_fn_name() != "DUPLICATE_INPUT":
+        return False
+    both = guard.originating_source, _more(guard)[0]
+    typed = {g.originating_source for g in known if g.create_fn_name() == "TYPE_MATCH"}
+    return all(isinstance(s, TypeSource) and s.base in typed for s in both)
 
 
 def _same_function(a: Any, b: Any, _: tuple) -> bool:

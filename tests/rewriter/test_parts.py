@@ -161,7 +161,7 @@ def test_models(name, checkpointing):
 def test_results_by_heads_do_not_cross(monkeypatch):
     """As many tensors would cross between attention and the reshaping of its result."""
     found, parts_of = [], parts.parts_of
-    monkeypatch.setattr(parts, "parts_of", lambda gm: found.append(parts_of(gm)) or found[-1])
+    monkeypatch.setattr(parts, "parts_of", lambda *given: found.append(parts_of(*given)) or found[-1])
     compared(model_of("llama"), **batch())
     dimensions = [[n.meta["example_value"].dim() for n in part.outputs] for part in found[0][1:-1]]
     assert len(dimensions) == 4 and all(each == [3, 3] for each in dimensions)
