@@ -47,7 +47,7 @@ def _reaches(start: Value, neighbours: Callable[[Value], Iterable[Value]], throu
     return False
 
 
-ATTENTION = Construct("attention", "attention mask", anchor=lambda v: is_masked(v) or is_spelled(v))
+ATTENTION = Construct("attention", "attention", anchor=lambda v: is_masked(v) or is_spelled(v))
 DIMS = {"query": "B H S D", "key": "B H T D", "value": "B H T E", "attn_mask": "B 1 S T"}
 GROUPED = {"query": "B 2*G S D", "key": "B G T D", "value": "B G T E"}
 BY_TORCH = (Interval(), Interval(ahead=0))  # masks that torch's kernels know

@@ -12,12 +12,12 @@ import torch
 from torch import fx
 from torch._guards import CompileContext
 
-from sloth.integrations import generation, trainer  # noqa: F401  (they teach transformers)
+from sloth.integrations import generation, llamafactory, trainer  # noqa: F401  (other packages are met as they are)
 from sloth.rewriter import called_modules, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
 from sloth.rewriter.deferred import returning
 from sloth.rewriter.inner import captures, compile_with, compiler
 from sloth.rewriter.input_gradients import left_to_require, requiring
-from sloth.rewriter.notices import log, speak, warn_of_recompilations, warn_of_torch, warn_once
+from sloth.rewriter.notices import log, speak, warn_of_breaks, warn_of_recompilations, warn_of_torch, warn_once
 from sloth.rewriter.options import parse
 from sloth.rewriter.parts import compile_in_parts
 from sloth.rewriter.pattern import ARGUMENTS
@@ -41,6 +41,7 @@ def sloth(
     Raises ValueError for an option `sloth.…` that is not known, and what Inductor raises for its own.
     """
     warn_of_torch()
+    warn_of_breaks()
     warn_of_recompilations(CompileContext.current_compile_id())
     chosen = parse(options)
     inner = compiler(chosen.inner, mode, chosen.rest)

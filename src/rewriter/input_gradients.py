@@ -12,7 +12,7 @@ What no longer happens: `.grad` of the embedding's own output, which nobody read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from types import CodeType, ModuleType
 from typing import Any
@@ -23,16 +23,22 @@ from torch._dynamo.variables import TensorVariable
 
 from sloth.when_imported import when_imported
 
-_hooks: set[CodeType] = set()
+_hooks: set[CodeType] = set()  # functions whose call of it is left out
 _MADE = "sloth_requires_grad_"  # in the meta of the node whose value the hook was called with
+
+
+def leave_out(functions: Iterable[CodeType]) -> None:
+    """These call x.requires_grad_() for no other end than the hook does."""
+    _hooks.update(functions)
 
 
 def teach_dynamo(transformers: ModuleType) -> None:
     """`transformers` is transformers.modeling_utils."""
     enable = getattr(getattr(transformers, "PreTrainedModel", None), "enable_input_require_grads", None)
     constants = getattr(getattr(enable, "__code__", None), "co_consts", ())
-    _hooks.update(c for c in constants if isinstance(c, CodeType) and c.co_names == ("requires_grad_",))
-    if _hooks:
+    hooks = [c for c in constants if isinstance(c, CodeType) and c.co_names == ("requires_grad_",)]
+    leave_out(hooks)
+    if hooks:
         transformers.PreTrainedModel.enable_input_require_grads = _registering_once(enable)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch._dynamo.utils import counters
 
 log = logging.getLogger("sloth")
 TESTED = ((2, 11), (2, 13))  # the versions of torch, first and last, that sloth is tested with
@@ -37,6 +38,15 @@ def warn_of_recompilations(compile_id: torch._guards.CompileId | None) -> None:
         warn_once(
             f"the same code is compiled a last time (recompile_limit is {limit}): after that Dynamo runs it without a compiler."
             " TORCH_LOGS=recompiles prints what changes from call to call; torch._dynamo.config.recompile_limit allows more"
+        )
+
+
+def warn_of_breaks() -> None:
+    """Where Dynamo could not trace all: for each reason, what it was."""
+    for reason in list(counters["graph_break"]):
+        warn_once(
+            f"the model is not one graph ({reason.strip().splitlines()[0]}): it is compiled in pieces, and some of it not at all."
+            " TORCH_LOGS=graph_breaks says where"
         )
 
 

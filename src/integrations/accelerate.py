@@ -1,0 +1,57 @@
+"""accelerate knows the name "sloth", so that Trainer and TRL take `torch_compile_backend="sloth"`, Accelerator
+`dynamo_backend="sloth"`, and what its launcher leaves open stays open.
+
+accelerate keeps the names of backends in a closed enum, `DynamoBackend`, and refuses the others before Dynamo is asked. torch
+calls `register` at the end of `import torch` (entry point group "torch.backends"); as soon as accelerate is imported, it adds one
+member to the enum, and looks at `TorchDynamoPlugin`.
+
+`accelerate launch` (so each `trl …` command, and a config file) tells the program of every flag that was not given, and
+`--dynamo_use_dynamic` that was not given as `dynamic=False`: with that, each length of a batch is a compilation, and from the
+ninth on nothing is compiled. Under sloth a flag that was not given is one that was not given: torch decides (`dynamic=None`).
+Who wants static sizes says so in the program: `TorchDynamoPlugin(dynamic=False)`.
+"""
+
+import logging
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from sloth.when_imported import when_imported
+
+
+def register() -> None:
+    """Now, or when accelerate is imported. Never raises: this runs inside `import torch`."""
+    when_imported("accelerate.utils.dataclasses", _know)
+
+
+def _know(module: ModuleType) -> None:
+    for step in (_add_name, _leave_open):
+        try:
+            step(module)
+        except Exception as e:  # another accelerate: its import must not fail for our sake
+            logging.getLogger("sloth").warning("sloth: accelerate is not told of it: %s: %s", type(e).__name__, e)
+
+
+def _add_name(module: ModuleType) -> None:
+    enum = module.DynamoBackend
+    if "SLOTH" in enum.__members__:
+        return
+    member = str.__new__(enum, "SLOTH")
+    member._name_, member._value_ = "SLOTH", "SLOTH"
+    type.__setattr__(enum, "SLOTH", member)
+    enum._member_map_["SLOTH"] = enum._value2member_map_["SLOTH"] = member
+    enum._member_names_.append("SLOTH")
+
+
+def _leave_open(module: ModuleType) -> None:
+    plugin = module.TorchDynamoPlugin
+    read = plugin.__post_init__
+
+    @wraps(read)
+    def __post_init__(self: Any) -> None:
+        given = self.dynamic
+        read(self)
+        if given is None and self.dynamic is False and self.backend.value == "SLOTH":
+            self.dynamic = None
+
+    plugin.__post_init__ = __post_init__

@@ -1,0 +1,125 @@
+"""What other packages do around a model, met as they do it."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from sloth.integrations import generation, llamafactory
+from sloth.rewriter.backend import listening
+
+# ---------------------------------------------------------------- accelerate
+
+
+def test_what_the_launcher_was_not_told_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` without --dynamo_use_dynamic: each length would be a compilation."""
+    from accelerate.utils import TorchDynamoPlugin
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "False")
+    assert TorchDynamoPlugin(backend="sloth").dynamic is None
+    assert TorchDynamoPlugin(backend="sloth", dynamic=False).dynamic is False
+    assert TorchDynamoPlugin(backend="inductor").dynamic is False
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "True")
+    assert TorchDynamoPlugin(backend="sloth").dynamic is True
+
+
+def test_the_name_is_a_member_like_others() -> None:
+    from accelerate.utils import DynamoBackend
+
+    assert DynamoBackend("SLOTH") is DynamoBackend.SLOTH is DynamoBackend["SLOTH"] and "SLOTH" in DynamoBackend.__members__
+
+
+# ---------------------------------------------------------------- LLaMA-Factory
+
+
+def make(through: Any) -> Any:
+    """A function as LLaMA-Factory puts it around each checkpoint."""
+
+    def wrapper(func: partial, *args: Any) -> Any:
+        module = func.func.__self__
+        if not any(p.requires_grad for p in module.parameters()):
+            return func(*args)
+        for arg in args:
+            if torch.is_tensor(arg) and torch.is_floating_point(arg):
+                arg.requires_grad_(True)
+                break
+        return through(func, *args)
+
+    return wrapper
+
+
+class Checkpointed(nn.Module):
+    """As transformers calls its layers up to 5.8."""
+
+    around: Any
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.around(partial(super().__call__), x)
+
+
+class Layer(Checkpointed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.adapter = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.frozen(x) + self.adapter(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_of_trainable_layers_are_in_the_graph(reentrant: bool) -> None:
+    llamafactory._teach(SimpleNamespace(get_custom_gradient_checkpointing_func=make))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 8).requires_grad_(False), Layer(), Layer())
+    for layer in model[1:]:
+        layer.around = make(partial(checkpoint, use_reentrant=reentrant))
+    ids = torch.arange(6)[None]
+    model(ids).sum().backward()
+    eager = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(ids).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters["graph_break"]
+    torch.testing.assert_close([p.grad for p in model.parameters() if p.requires_grad], eager)
+
+
+# ---------------------------------------------------------------- generate()
+
+
+def test_who_compiled_a_call_is_known() -> None:
+    model = nn.Linear(2, 2)
+    assert not generation.is_compiled_for_sloth(model._compiled_call_impl)
+    model.compile(backend="inductor")
+    assert not generation.is_compiled_for_sloth(model._compiled_call_impl)
+    model.compile(backend="sloth")
+    assert generation.is_compiled_for_sloth(model._compiled_call_impl)
+
+
+# ---------------------------------------------------------------- what breaks a graph
+
+
+def test_a_broken_graph_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sloth.rewriter import notices
+
+    monkeypatch.setattr(notices, "_said", set())
+
+    def broken(x: Tensor) -> Tensor:
+        y = torch.sigmoid(x) * 2
+        torch._dynamo.graph_break()
+        return torch.sigmoid(y) * 2
+
+    torch._dynamo.reset()
+    counters.clear()
+    with listening() as reports:
+        torch.compile(broken, backend="sloth", options={"sloth.inner_backend": "eager"})(torch.randn(3))
+    told = [r.getMessage() for r in caplog.records if r.name == "sloth" and "not one graph" in r.getMessage()]
+    counters.clear()
+    assert len(reports) == 2 and len(told) == 1 and "TORCH_LOGS=graph_breaks" in told[0]
