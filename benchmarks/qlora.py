@@ -236,7 +236,7 @@ def projection(flush: torch.Tensor) -> list[dict[str, Any]]:
     import bitsandbytes as bnb
     import bitsandbytes.functional as B
 
-    from sloth.kernels.dequantize_4bit import dequantize_4bit
+    from sloth.kernels.linear.dequantize_4bit import dequantize_4bit
 
     torch.manual_seed(0)
     M, K, N = 4096, 4096, 14336

@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from sloth.rewriter import legality
-from sloth.rewriter.normal_form import RULES
-from sloth.rewriter.registry import patterns
+from sloth.rewriter.graph.normal_form import RULES
+from sloth.rewriter.match.registry import patterns
+from sloth.rewriter.plan import legality
 
 patterns()  # they bring rules of their own
 DOCS = Path(__file__).parent

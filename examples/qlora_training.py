@@ -219,7 +219,7 @@ def write_text(model: PreTrainedModel, run: RunFolder) -> str:
 
 def rewrites(reports: list[Any]) -> str:
     """`28/28 LoRA projection, …` over all graphs of the training step."""
-    from sloth.rewriter.registry import constructs
+    from sloth.rewriter.match.registry import constructs
     from sloth.rewriter.report import GraphReport
 
     together = GraphReport([site for report in reports for site in report.sites])

@@ -12,10 +12,10 @@ from typing import Any
 _HOME = {
     "explain": "sloth.rewriter.explain",
     "Report": "sloth.rewriter.report",
-    "Construct": "sloth.rewriter.pattern",
-    "PatternError": "sloth.rewriter.pattern",
-    "pattern": "sloth.rewriter.registry",
-    "unregister": "sloth.rewriter.registry",
+    "Construct": "sloth.rewriter.match.pattern",
+    "PatternError": "sloth.rewriter.match.pattern",
+    "pattern": "sloth.rewriter.match.registry",
+    "unregister": "sloth.rewriter.match.registry",
 }
 __all__ = [*_HOME]
 

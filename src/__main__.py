@@ -49,7 +49,7 @@ def explain(
     import torch
 
     import sloth
-    from sloth.rewriter.build import ModelError, build
+    from sloth.tiny_model import ModelError, build
 
     try:
         net = build(model)
@@ -87,7 +87,7 @@ def warm(
     machines with the same card and versions: `sloth warm --load FILE`.
     """
     from sloth import warm as ahead
-    from sloth.rewriter.build import ModelError
+    from sloth.tiny_model import ModelError
 
     try:
         if bool(model) == (load is not None):
@@ -116,9 +116,9 @@ def patterns(
     as_json: Annotated[bool, typer.Option("--json", help="names and variants as JSON")] = False,
 ) -> None:
     """The registered pattern entries: construct, entry, operator, variants."""
-    from sloth.rewriter.normal_form import RULES
-    from sloth.rewriter.registry import deferrals
-    from sloth.rewriter.registry import patterns as registered
+    from sloth.rewriter.graph.normal_form import RULES
+    from sloth.rewriter.match.registry import deferrals
+    from sloth.rewriter.match.registry import patterns as registered
 
     if rules:
         table = Table("ATen", "law", title="normal form")

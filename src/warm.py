@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from sloth.rewriter.build import full
+from sloth.tiny_model import full
 
 LENGTHS = (200, 312)  # of the rows in two batches: the second is compiled for again only if sizes were taken for constants
 
@@ -138,7 +138,7 @@ def _adapted(recipe: Recipe) -> nn.Module:
 
 def versions() -> dict[str, str]:
     """What must be equal where the file is made and where it is used: caches are keyed by it."""
-    import sloth.rewriter.inner as inner
+    from sloth.rewriter.compile import inductor
 
     try:
         import triton
@@ -150,7 +150,7 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "triton": getattr(triton, "__version__", "none"),
         "device": card,
-        "sloth": inner.sources_digest(),
+        "sloth": inductor.sources_digest(),
     }
 
 

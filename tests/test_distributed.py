@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sloth import lazy_tensor
-from sloth.lazy_logits import LazyLogits, lazy
+from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy.functions import LazyLogits, lazy
 from sloth.rewriter.backend import listening
 
 V = 40_000  # embedding and head are a bucket each

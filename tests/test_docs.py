@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
-from sloth.rewriter import inner, registry
+from sloth.rewriter.compile import inductor
+from sloth.rewriter.match import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +37,7 @@ def pages_own_patterns():
 def test_examples_run_and_print_what_is_shown(page, pages_own_patterns, tmp_path, monkeypatch):
     """With aot_eager for Inductor: what that makes of rewritten graphs is tested elsewhere."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inner, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
+    monkeypatch.setattr(inductor, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
     torch.manual_seed(0)
     torch._dynamo.reset()
     names: dict = {"__name__": "example"}
@@ -99,7 +100,7 @@ def test_every_construct_and_entry_is_listed():
 
 
 def test_every_option_is_listed():
-    from sloth.rewriter.options import OPTIONS
+    from sloth.options import OPTIONS
 
     listed = re.findall(r"^\| `(sloth\.[\w.]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert set(listed) == OPTIONS.keys()

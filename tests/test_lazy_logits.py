@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sloth import lazy_tensor as module
-from sloth.lazy_logits import LazyLogits, lazy, read
+from sloth.lazy import tensor as module
+from sloth.lazy.functions import LazyLogits, lazy, read
 
 B, S, H, V = 2, 5, 8, 12
 

@@ -17,9 +17,9 @@ from trl.kernels import selective_log_softmax_and_entropy as trl_kernel
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 
-from sloth import lazy_tensor
-from sloth.kernels import linear_cross_entropy
-from sloth.lazy_logits import LazyLogits, lazy
+from sloth.kernels.loss import linear_cross_entropy
+from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy.functions import LazyLogits, lazy
 
 B, S, H, V = 4, 24, 16, 512
 IDS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE
 
-from sloth.kernels.cross_entropy import cross_entropy
-from sloth.lazy_logits import LazyLogits
+from sloth.kernels.loss.cross_entropy import cross_entropy
+from sloth.lazy.functions import LazyLogits
 
 V, H = 128_256, 64
 N = 2**31 // V + 500

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
-from sloth import lazy_tensor
-from sloth.rewriter import inner
+from sloth.lazy import tensor as lazy_tensor
 from sloth.rewriter.backend import listening
+from sloth.rewriter.compile import inductor
 
 STEPS, WORDS = 2, 30_000
 CUDA = torch.cuda.is_available()
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def tokenizer():
     words = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *dict.fromkeys(TEXT)])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inductor.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
@@ -75,7 +75,7 @@ TRAINERS = {  # trainer, its configuration and more of that, columns of the data
 @pytest.mark.parametrize("name", TRAINERS)
 def test_same_curve(name, tokenizer, tmp_path, monkeypatch):
     trainer, config, more, columns, heads, own = TRAINERS[name]
-    monkeypatch.setattr(inner, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
+    monkeypatch.setattr(inductor, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
     monkeypatch.setattr(lazy_tensor, "CHUNK", WORDS * 4)
     torch.manual_seed(0)
     LlamaForCausalLM(CONFIG).save_pretrained(start := tmp_path / "start")  # DPO loads its reference again

@@ -19,8 +19,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from typer.testing import CliRunner, Result
 
-from sloth.rewriter import inner
 from sloth.rewriter.backend import listening
+from sloth.rewriter.compile import inductor
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # the example is a script: its modules lie beside it
@@ -51,7 +51,7 @@ def without_inductor() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inner, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
+        patch.setattr(inductor, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
         yield
     torch.set_num_threads(threads)
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from sloth import lazy_tensor
-from sloth.rewriter import varying_sizes
+from sloth.lazy import tensor as lazy_tensor
 from sloth.rewriter.backend import listening
+from sloth.rewriter.dynamo import varying_sizes
 from sloth.rewriter.explain import explain
 
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3")

@@ -51,7 +51,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sloth.rewriter.backend import listening
 from sloth.rewriter.explain import _expected
-from sloth.rewriter.registry import constructs
+from sloth.rewriter.match.registry import constructs
 from sloth.rewriter.report import MATCHED, Report
 
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from sloth.when_imported import when_imported
+from sloth.integrations.import_hook import when_imported
 
 
 def register() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch._dynamo.eval_frame import innermost_backend
 
-from sloth.when_imported import when_imported
+from sloth.integrations.import_hook import when_imported
 
 
 def is_compiled_for_sloth(call: Any) -> bool:

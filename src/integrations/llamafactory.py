@@ -3,7 +3,7 @@
 Around each layer's checkpoint it puts a function that asks the layer for its parameters (`func.func.__self__`, where `func` is
 `super().__call__`), and calls `requires_grad_(True)` on the hidden states. Dynamo knows neither: with adapters each layer is a
 graph of its own, over a quantised model all layers run without a compiler. The first is answered here, the second is the hook of
-transformers' models written once more (see sloth.rewriter.input_gradients).
+transformers' models written once more (see sloth.integrations.transformers).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from torch._dynamo.variables.misc import GetAttrVariable, SuperVariable
 
-from sloth.rewriter.input_gradients import is_ours, leave_out
-from sloth.when_imported import when_imported
+from sloth.integrations.import_hook import when_imported
+from sloth.integrations.transformers import is_ours, leave_out
 
 
 def _teach(checkpointing: ModuleType) -> None:

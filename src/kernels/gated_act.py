@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from sloth.kernels.launch import compute_dtype, launch, use_triton
-from sloth.kernels.layout import from_rows, ordered_rows, row_order
+from sloth.kernels.common.launch import compute_dtype, launch, use_triton
+from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 

@@ -10,7 +10,7 @@ Backward, one row, from g = ∂L/∂y. Let x̂ = (x − μ)·r and m = g·w = �
 
 Saved    x, w, and μ, r in fp32, shape [..., 1]: 8 bytes a row.
 Bytes    forward 2 passes over [N, D] (read x, write y), backward 3 (read g, x; write dx); dw and db add no pass (see
-         sloth.kernels.tiles) and cost nothing where they are not wanted. [8192, 4096] in bf16 on an H200: 31 and 47 µs.
+         common/row_reduction.py) and cost nothing where they are not wanted. [8192, 4096] in bf16 on an H200: 31 and 47 µs.
 Sources  Ba, Kiros & Hinton, "Layer normalization", 2016; the derivation is ours.
 """
 
@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from sloth.kernels.launch import compute_dtype, launch, rows, use_triton
-from sloth.kernels.tiles import Tuning, check_vectors, once, sum_partials, sum_rows
+from sloth.kernels.common.launch import compute_dtype, launch, rows, use_triton
+from sloth.kernels.common.row_reduction import Tuning, check_vectors, once, sum_partials, sum_rows
 
 FORWARD = Tuning(tile=2048, per_warp=512)
 BACKWARD = Tuning(tile=2048, per_warp=512)  # dx alone

@@ -24,7 +24,7 @@ Saved    q and k, which the projections gave, the weights, cos and sin. r is a s
 Layout   as in sloth.kernels.rope: outputs as eager's, gradients in [B, S, heads, D] memory order.
 Bytes    forward 2 passes over q and k (read x, write y), backward 3 (read g, x; write dx): the floor of both is
          5·B·S·(H + G)·D·itemsize over the copy rate; norm and rope one after the other move 9. dw adds no pass: each program
-         keeps its share of the sum in registers (see sloth.kernels.tiles). Weights without gradient cost nothing.
+         keeps its share of the sum in registers (see sloth.kernels.common.row_reduction). Weights without gradient cost nothing.
 """
 
 import torch
@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.library import triton_op
 
 from sloth.kernels import rms_norm
-from sloth.kernels.launch import compute_dtype, launch, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, use_triton
+from sloth.kernels.common.row_reduction import check_vectors, multiprocessors, once, sum_partials
 from sloth.kernels.rope import (
     allocate,
     arranged,
@@ -47,7 +48,6 @@ from sloth.kernels.rope import (
     table_args,
     unit_stride,
 )
-from sloth.kernels.tiles import check_vectors, multiprocessors, once, sum_partials
 
 # Tuning: warps of a program (some heads of one token, as in rope), and programs for each multiprocessor where weights want a
 # gradient: each then walks over many tokens.

@@ -17,7 +17,7 @@ and for add_rms_norm, where h has a second use with gradient dh:  dx = dresidual
 
 Saved    x (or h), weight, and r in fp32, shape [..., 1]: 4 bytes a row. x̂ is x·r again, which costs a multiplication.
 Bytes    forward 2 passes over [N, D] (read x, write y), backward 3 (read g, x; write dx); with the addition 4 and 4. dweight adds
-         no pass: each program keeps its share of the sum in registers (see sloth.kernels.tiles). [8192, 4096] in bf16 on an H200
+         no pass: each program keeps its share of the sum in registers (see row_reduction.py). [8192, 4096] in bf16 on an H200
          (4288 GB/s): forward ≥ 31 µs, backward ≥ 47 µs. A frozen weight costs nothing, nor does an x without gradient.
 Sources  Zhang & Sennrich, "Root mean square layer normalization", 2019; the derivation is ours.
 
@@ -30,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from sloth.kernels.launch import compute_dtype, launch, use_triton
-from sloth.kernels.layout import from_rows, ordered_rows, row_order
-from sloth.kernels.tiles import Tuning, check_vectors, once, sum_partials, sum_rows
+from sloth.kernels.common.launch import compute_dtype, launch, use_triton
+from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
+from sloth.kernels.common.row_reduction import Tuning, check_vectors, once, sum_partials, sum_rows
 
 FORWARD = Tuning(tile=2048, per_warp=512)
 BACKWARD = Tuning(tile=2048, per_warp=512)  # dx alone

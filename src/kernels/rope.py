@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op
 
-from sloth.kernels.launch import compute_dtype, launch, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, use_triton
 
 # Tuning: channels of a program (some heads of one token), and its warps. Small programs, many of them.
 CHANNELS = 1024

@@ -1,29 +1,23 @@
-"""Sloth's own pattern entries, one construct a file. Importing this package registers them."""
+"""Sloth's own pattern entries, one construct a file. Importing this package registers them, in this order: of two entries that
+match the same, the first is taken.
+"""
 
-from sloth.patterns import (
-    attention,
-    attention_by_mask,
-    cross_entropy,
-    dora_weights,
-    eager_attention,
-    eager_attention_by_mask,
-    gated_mlp,
-    head,
-    layer_norm,
-    linear_4bit,
-    linear_cross_entropy,
-    lora,
-    norm_rope,
-    rms_norm,
-    rope,
-    rows_of_logits,
-)
+# isort: off
+from sloth.patterns.attention import attention, attention_by_mask
+from sloth.patterns.loss import cross_entropy
+from sloth.patterns.attention import eager_attention, eager_attention_by_mask
+from sloth.patterns import gated_mlp
+from sloth.patterns.loss import head
+from sloth.patterns import layer_norm, linear_4bit
+from sloth.patterns.loss import linear_cross_entropy
+from sloth.patterns import lora, norm_rope, rms_norm, rope
+from sloth.patterns.loss import rows_of_logits
+# isort: on
 
 __all__ = [
     "attention",
     "attention_by_mask",
     "cross_entropy",
-    "dora_weights",
     "eager_attention",
     "eager_attention_by_mask",
     "gated_mlp",

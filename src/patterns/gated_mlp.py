@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.gated_act import backward_kernel, gated_act, gated_act_packed
-from sloth.rewriter.again import writes_over
-from sloth.rewriter.ir import Value, same_literal
-from sloth.rewriter.narrow import computes_wide
-from sloth.rewriter.pattern import Construct
-from sloth.rewriter.registry import pattern
+from sloth.rewriter.compile.passes import writes_over
+from sloth.rewriter.graph.value import Value, same_literal
+from sloth.rewriter.match.pattern import Construct
+from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.narrow import computes_wide
 
 
 def is_gate(v: Value) -> bool:

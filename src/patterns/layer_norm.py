@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 from sloth.kernels.layer_norm import layer_norm
 from sloth.patterns.rms_norm import is_centred
-from sloth.rewriter.ir import Value
-from sloth.rewriter.pattern import Construct
-from sloth.rewriter.registry import pattern
+from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.pattern import Construct
+from sloth.rewriter.match.registry import pattern
 
 
 def is_layer_norm(v: Value) -> bool:

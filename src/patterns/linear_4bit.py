@@ -11,14 +11,14 @@ from importlib import metadata
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sloth.kernels.dequantize_4bit import NESTED_BLOCK, dequantize_4bit
-from sloth.kernels.lora import lora_linear
+from sloth.kernels.linear.dequantize_4bit import NESTED_BLOCK, dequantize_4bit
+from sloth.kernels.linear.lora import lora_linear
 from sloth.patterns.lora import DIMS, lora
-from sloth.rewriter.emit import emit
-from sloth.rewriter.ir import Value
-from sloth.rewriter.normal_form import rule
-from sloth.rewriter.pattern import Construct
-from sloth.rewriter.registry import pattern
+from sloth.rewriter.graph.normal_form import rule
+from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.pattern import Construct
+from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.materialize import emit
 
 OLDEST = (0, 46)
 FEW_ROWS = 32  # without gradients bitsandbytes' own product of packed weights is faster up to here

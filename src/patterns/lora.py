@@ -6,12 +6,12 @@ Each projection is one match. Projections that read the same x (q, k and v; gate
 import torch
 import torch.nn.functional as F
 
-from sloth.kernels.adapter import adapter
-from sloth.kernels.lora import lora_linear
-from sloth.rewriter.ir import Value, uncast
-from sloth.rewriter.narrow import rounds_once
-from sloth.rewriter.pattern import Construct
-from sloth.rewriter.registry import pattern
+from sloth.kernels.linear.adapter import adapter
+from sloth.kernels.linear.lora import lora_linear
+from sloth.rewriter.graph.value import Value, uncast
+from sloth.rewriter.match.pattern import Construct
+from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.narrow import rounds_once
 
 
 def is_up_projection(v: Value) -> bool:

@@ -11,7 +11,7 @@ square is that of another row), behind the turn (Hunyuan), LayerNorm with a weig
 from sloth.kernels.norm_rope import norm_rope
 from sloth.patterns.rms_norm import RMS_NORM, gemma, helium, llama, olmo2
 from sloth.patterns.rope import NO_GRAD, ROPE, SIZES, halves, one_table_for_all_heads, partial, plain
-from sloth.rewriter.registry import pattern
+from sloth.rewriter.match.registry import pattern
 
 full, leading = plain(halves), partial(plain(halves))
 TURNED = {"q": "B H S D", "k": "B G S D"}

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.rms_norm import add_rms_norm, rms_norm
-from sloth.rewriter.ir import Value
-from sloth.rewriter.pattern import Construct
-from sloth.rewriter.registry import pattern
+from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.pattern import Construct
+from sloth.rewriter.match.registry import pattern
 
 
 def is_norm(v: Value) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels.rope import rope, rope_single
-from sloth.rewriter.ir import Value
-from sloth.rewriter.pattern import Construct
-from sloth.rewriter.registry import pattern
+from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.pattern import Construct
+from sloth.rewriter.match.registry import pattern
 
 
 def is_rotation(v: Value) -> bool:

@@ -13,19 +13,19 @@ from torch import fx
 from torch._guards import CompileContext
 
 from sloth.integrations import generation, llamafactory, trainer  # noqa: F401  (other packages are met as they are)
-from sloth.rewriter import called_modules, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
-from sloth.rewriter.deferred import returning
-from sloth.rewriter.inner import captures, compile_with, compiler
-from sloth.rewriter.input_gradients import left_to_require, requiring
+from sloth.integrations.transformers import left_to_require, requiring
+from sloth.options import parse
+from sloth.rewriter.compile.inductor import captures, compile_with, compiler
+from sloth.rewriter.compile.regions import compile_in_parts
+from sloth.rewriter.dynamo import called_modules, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
+from sloth.rewriter.graph.lower import shape_env_of
+from sloth.rewriter.graph.scratch import guards_of
+from sloth.rewriter.match.pattern import ARGUMENTS
+from sloth.rewriter.match.registry import constructs, patterns
 from sloth.rewriter.notices import log, speak, warn_of_breaks, warn_of_recompilations, warn_of_torch, warn_once
-from sloth.rewriter.options import parse
-from sloth.rewriter.parts import compile_in_parts
-from sloth.rewriter.pattern import ARGUMENTS
 from sloth.rewriter.pipeline import rewrite
-from sloth.rewriter.registry import constructs, patterns
+from sloth.rewriter.plan.lazy_outputs import returning
 from sloth.rewriter.report import GraphReport
-from sloth.rewriter.scratch import guards_of
-from sloth.rewriter.shadow import shape_env_of
 
 patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know
 NODES_A_SECOND = 15  # that Inductor compiles, both passes: 12 to 18, tiny models on two cores as 8B ones on a GPU's host

@@ -14,8 +14,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from sloth.rewriter.backend import listening, sloth
-from sloth.rewriter.pattern import Construct
-from sloth.rewriter.registry import constructs
+from sloth.rewriter.match.pattern import Construct
+from sloth.rewriter.match.registry import constructs
 from sloth.rewriter.report import Report
 
 

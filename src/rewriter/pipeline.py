@@ -9,15 +9,15 @@ from contextlib import contextmanager
 
 from torch import fx
 
-from sloth.rewriter import legality
-from sloth.rewriter.deferred import defer, left_alone
-from sloth.rewriter.match import Match, Matcher, Refused
-from sloth.rewriter.narrow import keep_narrow
-from sloth.rewriter.pattern import Construct, Deferral, Pattern
+from sloth.rewriter.graph.lower import View, shape_env_of, views
+from sloth.rewriter.graph.scratch import scratch_mode
+from sloth.rewriter.match.matcher import Match, Matcher, Refused
+from sloth.rewriter.match.pattern import Construct, Deferral, Pattern
+from sloth.rewriter.plan import legality
+from sloth.rewriter.plan.apply import Rewriter, choose, together
+from sloth.rewriter.plan.lazy_outputs import defer, left_alone
+from sloth.rewriter.plan.narrow import keep_narrow
 from sloth.rewriter.report import MATCHED, GraphReport
-from sloth.rewriter.rewrite import Rewriter, choose, together
-from sloth.rewriter.scratch import scratch_mode
-from sloth.rewriter.shadow import View, shape_env_of, views
 from sloth.rewriter.sites import deferred_sites, layers_in, matched_sites, missed_sites
 
 

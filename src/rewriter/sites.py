@@ -13,12 +13,12 @@ from itertools import islice
 import torch
 from torch import fx
 
-from sloth.rewriter.ir import Value
-from sloth.rewriter.match import Match, Matcher, Refused, Unifier
+from sloth.rewriter.graph.lower import BODIES, View
+from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.matcher import Match, Matcher, Refused, Unifier
+from sloth.rewriter.match.pattern import Construct, Variant
 from sloth.rewriter.notices import warn_once
-from sloth.rewriter.pattern import Construct, Variant
 from sloth.rewriter.report import MATCHED, Site, source
-from sloth.rewriter.shadow import BODIES, View
 
 LAYERS = {
     torch.nn.functional.linear: "linear layer(s)",

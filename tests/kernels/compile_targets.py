@@ -35,7 +35,7 @@ def modules() -> list[str]:
     """Kernel modules with something to compile."""
     import sloth.kernels
 
-    names = [f"sloth.kernels.{m.name}" for m in pkgutil.iter_modules(sloth.kernels.__path__)]
+    names = [m.name for m in pkgutil.walk_packages(sloth.kernels.__path__, "sloth.kernels.")]
     return [name for name in names if getattr(importlib.import_module(name), "COMPILE", None)]
 
 

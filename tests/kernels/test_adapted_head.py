@@ -1,4 +1,4 @@
-"""A low-rank adapter on the head, in sloth.kernels.linear_cross_entropy, against the layer as PEFT writes it."""
+"""A low-rank adapter on the head, in sloth.kernels.loss.linear_cross_entropy, against the layer as PEFT writes it."""
 
 from unittest import mock
 
@@ -12,9 +12,9 @@ from recorder import interpret
 from test_cross_entropy import eager as cross_entropy_of
 from test_cross_entropy import random_targets
 
-from sloth.kernels import cross_entropy
-from sloth.kernels import linear_cross_entropy as module
-from sloth.kernels.linear_cross_entropy import linear_cross_entropy
+from sloth.kernels.loss import cross_entropy
+from sloth.kernels.loss import linear_cross_entropy as module
+from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

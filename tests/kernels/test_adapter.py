@@ -1,4 +1,4 @@
-"""sloth.kernels.adapter against LoRA and DoRA as PEFT computes them on top of a layer."""
+"""sloth.kernels.linear.adapter against LoRA and DoRA as PEFT computes them on top of a layer."""
 
 import pytest
 import sympy
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorder import Recorder, saved
 
-from sloth.kernels.adapter import adapter
+from sloth.kernels.linear.adapter import adapter
 
 NAMES = ("base", "inner", "m", "xl", "a", "b")
 forward = torch.ops.sloth.adapter_forward.default

@@ -1,4 +1,4 @@
-"""sloth.kernels.cross_entropy against F.cross_entropy of float32 logits, as Hugging Face's losses write it."""
+"""sloth.kernels.loss.cross_entropy against F.cross_entropy of float32 logits, as Hugging Face's losses write it."""
 
 from unittest import mock
 
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorder import Recorder, interpret, saved
 
-from sloth.kernels import cross_entropy as module
-from sloth.kernels.cross_entropy import cross_entropy
+from sloth.kernels.loss import cross_entropy as module
+from sloth.kernels.loss.cross_entropy import cross_entropy
 
 cross_entropy_forward = torch.ops.sloth.cross_entropy_forward.default
 

@@ -1,4 +1,4 @@
-"""sloth.kernels.cross_entropy_terms against torch's own smoothed, weighted and penalised losses, and losses of each row."""
+"""sloth.kernels.loss.cross_entropy_terms against torch's own smoothed, weighted and penalised losses, and losses of each row."""
 
 from unittest import mock
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from recorder import interpret, saved
 from test_cross_entropy import random_targets
 
-from sloth.kernels import cross_entropy, loss_terms
-from sloth.kernels import cross_entropy_terms as module
-from sloth.kernels.cross_entropy_terms import cross_entropy_terms
+from sloth.kernels.loss import cross_entropy, loss_terms
+from sloth.kernels.loss import cross_entropy_terms as module
+from sloth.kernels.loss.cross_entropy_terms import cross_entropy_terms
 
 
 def eager(logits, target, classes, ignore_index, reduction, softcap, scale, smoothing, z_loss):

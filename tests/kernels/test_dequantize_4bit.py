@@ -1,4 +1,4 @@
-"""sloth.kernels.dequantize_4bit against bitsandbytes, bit by bit."""
+"""sloth.kernels.linear.dequantize_4bit against bitsandbytes, bit by bit."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from common import DEVICE, cases, dtypes, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sloth.kernels import dequantize_4bit as module
-from sloth.kernels.dequantize_4bit import CODES, dequantize_4bit
+from sloth.kernels.linear import dequantize_4bit as module
+from sloth.kernels.linear.dequantize_4bit import CODES, dequantize_4bit
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 

@@ -1,4 +1,4 @@
-"""sloth.kernels.attention with masks that are intervals, and the kernels of sloth.kernels.interval_attention, against eager."""
+"""sloth.kernels.attention.attention with masks that are intervals, and the kernels of interval_attention.py, against eager."""
 
 import pytest
 import sympy
@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorder import Recorder, interpret
 
-from sloth.kernels import attention as module
-from sloth.kernels import interval_attention as kernels
-from sloth.kernels.attention import attention, intervals
-from sloth.kernels.device import Device, pretending
-from sloth.kernels.interval_attention import Tile
+from sloth.kernels.attention import attention as module
+from sloth.kernels.attention import interval_attention as kernels
+from sloth.kernels.attention.attention import attention, intervals
+from sloth.kernels.attention.interval_attention import Tile
+from sloth.kernels.common.device import Device, pretending
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter cannot round to bf16
 

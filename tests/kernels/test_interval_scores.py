@@ -1,4 +1,4 @@
-"""sloth.kernels.attention with scores that are no plain products (soft caps, sinks, biases), values of another width, and queries
+"""The attention operator with scores that are no plain products (soft caps, sinks, biases), values of another width, and queries
 that see nothing and weigh all keys alike: its kernels and its ATen path against eager."""
 
 import contextlib
@@ -10,8 +10,8 @@ from common import DEVICE, compare, make, wide
 from recorder import Recorder, interpret
 from test_interval_attention import DTYPES, ids, mask_of, padding, small_tiles  # noqa: F401
 
-from sloth.kernels import attention as module
-from sloth.kernels.attention import attention
+from sloth.kernels.attention import attention as module
+from sloth.kernels.attention.attention import attention
 
 S, SCALE = 70, 0.3
 CAUSAL = ([], [], 0, None)

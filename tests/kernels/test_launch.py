@@ -1,12 +1,12 @@
-"""sloth.kernels.launch: what an opaque operator launches again is what was compiled for such arguments."""
+"""sloth.kernels.common.launch: what an opaque operator launches again is what was compiled for such arguments."""
 
 import pytest
 import torch
 from common import DEVICE
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sloth.kernels import launch as module
-from sloth.kernels.launch import launch_opaque
+from sloth.kernels.common import launch as module
+from sloth.kernels.common.launch import launch_opaque
 
 
 class Kernel:
@@ -93,7 +93,7 @@ def test_sizes_that_are_others_in_every_step_do_not_pile_up(monkeypatch):
 @pytest.mark.skipif(DEVICE != "cuda", reason="launches on a GPU")
 def test_on_the_gpu():
     """Operators that launch this way, twice each, on operands of other addresses."""
-    from sloth.kernels.up_gradients import up_gradients
+    from sloth.kernels.linear.lora_grad_b import up_gradients
 
     for seed in (0, 1):
         g, b, t = (

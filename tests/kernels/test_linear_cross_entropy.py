@@ -1,4 +1,4 @@
-"""sloth.kernels.linear_cross_entropy against a linear layer and F.cross_entropy of its float32 logits."""
+"""sloth.kernels.loss.linear_cross_entropy against a linear layer and F.cross_entropy of its float32 logits."""
 
 from unittest import mock
 
@@ -12,9 +12,10 @@ from recorder import interpret
 from test_cross_entropy import eager as cross_entropy_of
 from test_cross_entropy import random_targets
 
-from sloth.kernels import cross_entropy, device
-from sloth.kernels import linear_cross_entropy as module
-from sloth.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from sloth.kernels.common import device
+from sloth.kernels.loss import cross_entropy
+from sloth.kernels.loss import linear_cross_entropy as module
+from sloth.kernels.loss.linear_cross_entropy import chunk_rows, linear_cross_entropy
 
 
 def eager(hidden, weight, target, bias=None, items=None, *how):

@@ -1,4 +1,4 @@
-"""sloth.kernels.linear_cross_entropy_rows against a linear layer and F.cross_entropy(…, reduction="none")."""
+"""sloth.kernels.loss.linear_cross_entropy_rows against a linear layer and F.cross_entropy(…, reduction="none")."""
 
 from unittest import mock
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from recorder import interpret, saved
 from test_cross_entropy import random_targets
 
-from sloth.kernels import cross_entropy, loss_terms
-from sloth.kernels import linear_cross_entropy_rows as module
-from sloth.kernels.linear_cross_entropy_rows import linear_cross_entropy_rows
+from sloth.kernels.loss import cross_entropy, loss_terms
+from sloth.kernels.loss import linear_cross_entropy_rows as module
+from sloth.kernels.loss.linear_cross_entropy_rows import linear_cross_entropy_rows
 
 
 def eager(hidden, weight, target, bias, classes, ignore_index=-100, softcap=None, scale=1.0, smoothing=0.0):

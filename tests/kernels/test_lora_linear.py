@@ -1,4 +1,4 @@
-"""sloth.kernels.lora against linear layers with adapters as PEFT computes them."""
+"""sloth.kernels.linear.lora against linear layers with adapters as PEFT computes them."""
 
 import pytest
 import sympy
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from recorder import Recorder, saved
 from torch._dynamo.backends.common import aot_autograd
 
-from sloth.kernels.gemm import sum_of_products
-from sloth.kernels.lora import lora_linear
-from sloth.kernels.up_gradients import up_gradients
+from sloth.kernels.linear.gemm import sum_of_products
+from sloth.kernels.linear.lora import lora_linear
+from sloth.kernels.linear.lora_grad_b import up_gradients
 
 PARTS = 5  # weight, bias, xl, a, b of each layer
 forward = torch.ops.sloth.lora_linear_forward.default

@@ -1,4 +1,4 @@
-"""Label smoothing, class weights and z-loss in sloth.kernels.linear_cross_entropy, against torch's own code of them."""
+"""Label smoothing, class weights and z-loss in sloth.kernels.loss.linear_cross_entropy, against torch's own code of them."""
 
 from unittest import mock
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from recorder import interpret
 from test_cross_entropy import random_targets
 
-from sloth.kernels import cross_entropy, loss_terms
-from sloth.kernels import linear_cross_entropy as module
-from sloth.kernels.linear_cross_entropy import linear_cross_entropy
+from sloth.kernels.loss import cross_entropy, loss_terms
+from sloth.kernels.loss import linear_cross_entropy as module
+from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy
 
 
 def eager(hidden, weight, target, classes, bias, items, ignore_index, reduction, softcap, scale, smoothing, z_loss):

@@ -1,4 +1,4 @@
-"""sloth.kernels.attention with masks of which nothing is known: intervals are measured; the mask is read in their holes."""
+"""The attention operator with masks of which nothing is known: intervals are measured; the mask is read in their holes."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from recorder import Recorder, interpret
 from test_interval_attention import DTYPES, mask_of, padding, small_tiles  # noqa: F401
 
-from sloth.kernels import attention as module
-from sloth.kernels import interval_attention as kernels
-from sloth.kernels.attention import attention, measured
-from sloth.kernels.interval_attention import Tile
+from sloth.kernels.attention import attention as module
+from sloth.kernels.attention import interval_attention as kernels
+from sloth.kernels.attention.attention import attention, measured
+from sloth.kernels.attention.interval_attention import Tile
 
 SCALE = 0.3
 

@@ -1,4 +1,4 @@
-"""sloth.kernels.thin_and_big: bias + s T U + X W in one kernel, against the products one after the other."""
+"""sloth.kernels.linear.lowrank_gemm: bias + s T U + X W in one kernel, against the products one after the other."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from common import DEVICE, assert_no_worse, cases, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sloth.kernels import gemm
-from sloth.kernels import thin_and_big as module
-from sloth.kernels.gemm import sum_of_products
+from sloth.kernels.linear import gemm
+from sloth.kernels.linear import lowrank_gemm as module
+from sloth.kernels.linear.gemm import sum_of_products
 
 DTYPES = [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter cannot round to bf16
 GPU = pytest.mark.skipif(DEVICE != "cuda" or not module._hopper(torch.device("cuda", 0)), reason="runs on Hopper GPUs")

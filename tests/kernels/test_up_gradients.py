@@ -1,4 +1,4 @@
-"""sloth.kernels.up_gradients: u = s·g B and dB = s·gᵀ t in one pass over g, against the two products."""
+"""sloth.kernels.linear.lora_grad_b: u = s·g B and dB = s·gᵀ t in one pass over g, against the two products."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from common import DEVICE, assert_no_worse, cases, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sloth.kernels import up_gradients as module
-from sloth.kernels.up_gradients import MAX_RANK, up_gradients
+from sloth.kernels.linear import lora_grad_b as module
+from sloth.kernels.linear.lora_grad_b import MAX_RANK, up_gradients
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter cannot round to bf16
 PATHS = {"operator": up_gradients, "kernel": module._triton}

@@ -16,12 +16,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from sloth.rewriter import legality
 from sloth.rewriter.backend import sloth
-from sloth.rewriter.ir import Meta
-from sloth.rewriter.match import Match
-from sloth.rewriter.pattern import Pattern, Variant
-from sloth.rewriter.registry import patterns
+from sloth.rewriter.graph.value import Meta
+from sloth.rewriter.match.matcher import Match
+from sloth.rewriter.match.pattern import Pattern, Variant
+from sloth.rewriter.match.registry import patterns
+from sloth.rewriter.plan import legality
 from sloth.rewriter.report import MATCHED, GraphReport, Site
 
 NUMBERS = {

@@ -32,9 +32,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from sloth.rewriter.backend import listening
-from sloth.rewriter.deferred import returning
+from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.pipeline import rewrite
-from sloth.rewriter.registry import patterns
+from sloth.rewriter.plan.lazy_outputs import returning
 
 FIRST = 3  # variants of an entry in each run of the suite; the others belong to the sweep
 each_variant = pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from common import DEVICE
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sloth import lazy_tensor
-from sloth.lazy_logits import LazyLogits
+from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy.functions import LazyLogits
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
 

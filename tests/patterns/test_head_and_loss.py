@@ -8,7 +8,7 @@ from common import DEVICE
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sloth.lazy_logits import LazyLogits
+from sloth.lazy.functions import LazyLogits
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
 

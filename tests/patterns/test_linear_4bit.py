@@ -9,8 +9,8 @@ from common import DEVICE
 from peft_layers import BF16, FP32, Attention, Compiled, K, adapted, bnb, same, step, x_like
 from torch import Tensor, nn
 
-from sloth.kernels.dequantize_4bit import dequantize_4bit
-from sloth.kernels.lora import lora_linear
+from sloth.kernels.linear.dequantize_4bit import dequantize_4bit
+from sloth.kernels.linear.lora import lora_linear
 
 unpacked = bnb.functional.dequantize_4bit
 

@@ -30,10 +30,10 @@ from peft_layers import (
 )
 from torch import nn
 
-from sloth.kernels.adapter import adapter
-from sloth.kernels.dequantize_4bit import dequantize_4bit
-from sloth.kernels.lora import lora_linear
-from sloth.patterns.dora_weights import weight_of
+from sloth.integrations.peft import weight_of
+from sloth.kernels.linear.adapter import adapter
+from sloth.kernels.linear.dequantize_4bit import dequantize_4bit
+from sloth.kernels.linear.lora import lora_linear
 
 ONE_FOR_QKV = [3, 1]
 

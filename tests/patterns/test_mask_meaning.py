@@ -4,8 +4,8 @@ import pytest
 import torch
 from common import DEVICE
 
-from sloth.patterns.mask_meaning import Interval, meaning, why_not
-from sloth.rewriter.shadow import views
+from sloth.patterns.attention.mask_meaning import Interval, meaning, why_not
+from sloth.rewriter.graph.lower import views
 
 S = 24
 CAUSAL = Interval(ahead=0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, compare, make, wide
 
-from sloth.lazy_logits import LazyLogits, read
+from sloth.lazy.functions import LazyLogits, read
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
 

@@ -8,9 +8,9 @@ from common import DEVICE
 from peft_layers import BF16, Attention, K, adapted, same, step
 from torch.utils.checkpoint import checkpoint
 
-from sloth.kernels import dequantize_4bit as module
-from sloth.kernels.gemm import sum_of_products
-from sloth.rewriter.again import Pass
+from sloth.kernels.linear import dequantize_4bit as module
+from sloth.kernels.linear.gemm import sum_of_products
+from sloth.rewriter.compile.passes import Pass
 
 
 class Followed(Attention):

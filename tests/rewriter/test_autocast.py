@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from toys import Call, captured, checked
 
-from sloth.rewriter.pattern import Variant
-from sloth.rewriter.registry import patterns
+from sloth.rewriter.match.pattern import Variant
+from sloth.rewriter.match.registry import patterns
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from toys import Call, Stack, compiled, counts, llama_norm, matched
 
 from sloth import explain
-from sloth.rewriter import backend, inner, shadow, sites
+from sloth.options import OPTIONS, _arguments, parse
+from sloth.rewriter import backend, sites
 from sloth.rewriter.backend import listening, sloth
-from sloth.rewriter.options import OPTIONS, _arguments, parse
+from sloth.rewriter.compile import inductor
+from sloth.rewriter.graph import lower
 from sloth.rewriter.report import MATCHED, GraphReport, Report, Site
 
 
@@ -71,7 +73,7 @@ x = torch.randn(2, 8)
 y = torch.compile(norm, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(x)
 torch.testing.assert_close(y, norm(x))
 y.sum().backward()
-from sloth.rewriter.rewrite import Rewriter
+from sloth.rewriter.plan.apply import Rewriter
 from sloth.rewriter.backend import listening
 torch._dynamo.reset()
 with listening() as graphs:
@@ -117,7 +119,7 @@ def test_inductor_compiles_what_was_rewritten_with_its_own_options() -> None:
 def configurations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Inductor's, of each graph; nothing is compiled."""
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(inner, "_inductor", lambda config, gm, inputs: seen.append(config) or gm.forward)
+    monkeypatch.setattr(inductor, "_inductor", lambda config, gm, inputs: seen.append(config) or gm.forward)
     return seen
 
 
@@ -291,7 +293,7 @@ def test_the_line_comes_before_inductor_and_says_how_long_it_takes(
 
 def test_what_is_out_of_sight_is_counted(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies that the matcher cannot look into have no sites, and would look complete."""
-    for module in (shadow, sites):
+    for module in (lower, sites):
         monkeypatch.setattr(module, "BODIES", set())
     model = checkpointed_llama()
     with caplog.at_level(logging.INFO, "sloth"):

@@ -12,7 +12,7 @@ from toys import Call, checked, compiled, matched, missed
 
 import sloth
 from sloth.rewriter import backend
-from sloth.rewriter.registry import patterns
+from sloth.rewriter.match.registry import patterns
 
 BF16, FP32 = torch.bfloat16, torch.float32
 calls: list[tuple] = []

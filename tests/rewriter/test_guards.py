@@ -13,9 +13,9 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sloth
-from sloth.rewriter import varying_sizes
 from sloth.rewriter.backend import listening
-from sloth.rewriter.registry import unregister
+from sloth.rewriter.dynamo import varying_sizes
+from sloth.rewriter.match.registry import unregister
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -65,7 +65,7 @@ def one_graph() -> None:
     print("one graph")
 
 
-PRETEND = "from sloth.kernels import device; device._pretended['cpu'] = device.H100; "
+PRETEND = "from sloth.kernels.common import device; device._pretended['cpu'] = device.H100; "
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "h100"])

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._higher_order_ops import triton_kernel_wrap
 
-from sloth.rewriter import inner
+from sloth.rewriter.compile import inductor
 
 NAME = next(n for n in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(triton_kernel_wrap, n))
 
@@ -31,7 +31,7 @@ def test_a_kernel_is_analysed_once_for_each_signature(analyses):
     def fn(): ...
 
     x = torch.empty(3)
-    with inner._analysed_once({}):
+    with inductor._analysed_once({}):
         ask = getattr(triton_kernel_wrap, NAME)
         first = ask(launched(fn), {"x": x, "BLOCK": 128})
         assert ask(launched(fn), {"x": torch.empty(7), "BLOCK": 128}) == first
@@ -45,7 +45,7 @@ def test_a_kernel_is_analysed_once_for_each_signature(analyses):
 
 def test_what_is_not_understood_is_analysed_each_time(analyses):
     kernel = launched(lambda: 0)
-    with inner._analysed_once({}):
+    with inductor._analysed_once({}):
         ask = getattr(triton_kernel_wrap, NAME)
         for _ in range(2):
             ask(kernel, {"x": object()})
@@ -55,17 +55,17 @@ def test_what_is_not_understood_is_analysed_each_time(analyses):
 
 def test_torch_is_itself_again_afterwards(analyses):
     own = getattr(triton_kernel_wrap, NAME)
-    with pytest.raises(ZeroDivisionError), inner._analysed_once({}):
+    with pytest.raises(ZeroDivisionError), inductor._analysed_once({}):
         raise ZeroDivisionError
     assert getattr(triton_kernel_wrap, NAME) is own
 
 
 def test_caches_know_our_sources():
     seen = []
-    inner.compile_with(lambda gm, inputs: seen.append(torch.compiler.config.cache_key_tag), None, [])
+    inductor.compile_with(lambda gm, inputs: seen.append(torch.compiler.config.cache_key_tag), None, [])
     with torch.autocast("cpu", torch.bfloat16):
-        inner.compile_with(lambda gm, inputs: seen.append(torch.compiler.config.cache_key_tag), None, [])
-    assert inner.sources_digest() in seen[0] and "bfloat16" in seen[1] and torch.compiler.config.cache_key_tag == ""
+        inductor.compile_with(lambda gm, inputs: seen.append(torch.compiler.config.cache_key_tag), None, [])
+    assert inductor.sources_digest() in seen[0] and "bfloat16" in seen[1] and torch.compiler.config.cache_key_tag == ""
 
 
 def test_a_graph_that_holds_autocast_is_found_in_the_cache_again():
@@ -99,10 +99,10 @@ def test_a_backward_pass_is_compiled_as_its_forward_pass_is(monkeypatch):
         y = torch.compile(lambda x: x.sin().sum(), backend="sloth")(torch.ones(3, requires_grad=True))
         assert len(seen) == 1
         y.backward()
-    assert seen == [(f"sloth-{inner.sources_digest()}-()", True)] * 2
+    assert seen == [(f"sloth-{inductor.sources_digest()}-()", True)] * 2
     assert torch.compiler.config.cache_key_tag == "" and getattr(triton_kernel_wrap, NAME) is own
 
 
 def test_options_need_a_compiler_that_takes_them():
     with pytest.raises(ValueError, match="aot_eager"):
-        inner.compiler("aot_eager", None, {"max_autotune": True})
+        inductor.compiler("aot_eager", None, {"max_autotune": True})

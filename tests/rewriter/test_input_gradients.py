@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 from zoo import tiny_batch, tiny_model
 
+from sloth.integrations.transformers import _hooks
 from sloth.rewriter.explain import explain
-from sloth.rewriter.input_gradients import _hooks
 
 
 def adapted(breaks: bool = False) -> PreTrainedModel:

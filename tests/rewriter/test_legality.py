@@ -13,9 +13,9 @@ from torch import Tensor
 from toys import Call, Stack, checked, compiled, llama_norm, matched, missed, tables, turned
 
 import sloth
-from sloth.rewriter import legality
 from sloth.rewriter.backend import listening
-from sloth.rewriter.registry import patterns
+from sloth.rewriter.match.registry import patterns
+from sloth.rewriter.plan import legality
 from sloth.rewriter.report import Report
 
 BF16 = torch.bfloat16

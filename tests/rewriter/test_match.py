@@ -28,11 +28,11 @@ from toys import (
     turned,
 )
 
-from sloth.rewriter import options
-from sloth.rewriter.ir import Shadow, Value
-from sloth.rewriter.match import Match, Matcher
-from sloth.rewriter.registry import patterns
-from sloth.rewriter.rewrite import choose
+from sloth import options
+from sloth.rewriter.graph.value import Shadow, Value
+from sloth.rewriter.match.matcher import Match, Matcher
+from sloth.rewriter.match.registry import patterns
+from sloth.rewriter.plan.apply import choose
 
 BF16 = torch.bfloat16
 
@@ -435,7 +435,7 @@ def test_cost_grows_with_the_layers_and_not_with_their_square() -> None:
 
 
 def test_references_are_traced_once_for_all_sites_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sloth.rewriter import pattern
+    from sloth.rewriter.match import pattern
 
     traced = []
     trace = pattern.trace

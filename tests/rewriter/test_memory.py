@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from toys import Call, Norm, captured, checked, llama_norm, matched
 
-from sloth.rewriter.ir import Value
+from sloth.rewriter.graph.value import Value
 from sloth.rewriter.report import MATCHED
 
 

@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from toys import captured, inputs_like, normalise
 
-from sloth.rewriter import canonical, normal_form
-from sloth.rewriter.ir import Meta, Shadow, Value, same_literal
-from sloth.rewriter.normal_form import RULES
+from sloth.rewriter.graph import canonical, normal_form
+from sloth.rewriter.graph.normal_form import RULES
+from sloth.rewriter.graph.value import Meta, Shadow, Value, same_literal
 
 aten = torch.ops.aten
 INT_MAX = 2**63 - 1

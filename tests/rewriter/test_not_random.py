@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from common import DEVICE
 from torch.utils.checkpoint import checkpoint
 
-from sloth.rewriter.again import Pass
-from sloth.rewriter.not_random import PLAIN
+from sloth.rewriter.compile.drop_rng_tag import PLAIN
+from sloth.rewriter.compile.passes import Pass
 
 
 class Seen(Pass):

@@ -14,7 +14,7 @@ from toys import compiled, missed
 import sloth
 from sloth.rewriter.backend import listening
 from sloth.rewriter.backend import sloth as backend
-from sloth.rewriter.ir import Value
+from sloth.rewriter.graph.value import Value
 from sloth.rewriter.report import Report
 
 torch.library.define("sloth_tests::times_exp_twice", "(Tensor x, Tensor source) -> Tensor")

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers import Gemma2Config, GPT2Config, LlamaConfig
 
-from sloth.rewriter import parts
 from sloth.rewriter.backend import listening
+from sloth.rewriter.compile import regions
 
 AOT = {"sloth.inner_backend": "aot_eager"}
 
@@ -31,7 +31,7 @@ AOT = {"sloth.inner_backend": "aot_eager"}
     ],
 )
 def test_the_longest_repetition(labels, found):
-    assert parts.longest_repetition([ord(c) for c in labels], [10 if c == "C" else 1 for c in labels]) == found
+    assert regions.longest_repetition([ord(c) for c in labels], [10 if c == "C" else 1 for c in labels]) == found
 
 
 class Layer(nn.Module):
@@ -43,7 +43,7 @@ class Layer(nn.Module):
 
     def forward(self, x):
         y = x
-        for _ in range(parts.CALLS // 2):
+        for _ in range(regions.CALLS // 2):
             y = torch.tanh(y @ self.w)
         return x + y
 
@@ -100,7 +100,7 @@ def test_a_gradient_of_the_input_too():
 
 
 def test_few_layers_stay_whole():
-    assert compared(stack(parts.REPETITIONS - 1), X) == (1, 1)
+    assert compared(stack(regions.REPETITIONS - 1), X) == (1, 1)
 
 
 def test_short_layers_stay_whole():
@@ -160,8 +160,8 @@ def test_models(name, checkpointing):
 
 def test_results_by_heads_do_not_cross(monkeypatch):
     """As many tensors would cross between attention and the reshaping of its result."""
-    found, parts_of = [], parts.parts_of
-    monkeypatch.setattr(parts, "parts_of", lambda *given: found.append(parts_of(*given)) or found[-1])
+    found, parts_of = [], regions.parts_of
+    monkeypatch.setattr(regions, "parts_of", lambda *given: found.append(parts_of(*given)) or found[-1])
     compared(model_of("llama"), **batch())
     dimensions = [[n.meta["example_value"].dim() for n in part.outputs] for part in found[0][1:-1]]
     assert len(dimensions) == 4 and all(each == [3, 3] for each in dimensions)
@@ -254,17 +254,17 @@ def test_blocks_inside_of_parts():
 
 
 def test_whatever_goes_wrong_the_graph_is_compiled_whole(monkeypatch):
-    monkeypatch.setattr(parts, "key", lambda *_: [])  # which cannot be compared
+    monkeypatch.setattr(regions, "key", lambda *_: [])  # which cannot be compared
     assert compared(stack(), X) == (1, 1)
 
 
 def test_cuda_graphs_are_of_the_whole():
-    from sloth.rewriter import inner
+    from sloth.rewriter.compile import inductor
 
-    assert inner.captures("reduce-overhead", {}) and inner.captures(None, {"triton.cudagraphs": True})
-    assert not inner.captures(None, {}) and not inner.captures("default", {})
+    assert inductor.captures("reduce-overhead", {}) and inductor.captures(None, {"triton.cudagraphs": True})
+    assert not inductor.captures(None, {}) and not inductor.captures("default", {})
     with torch._inductor.config.patch("triton.cudagraphs", True):
-        assert inner.captures(None, {})
+        assert inductor.captures(None, {})
 
 
 def test_what_no_later_part_reads_is_let_go():
@@ -284,7 +284,7 @@ def test_what_no_later_part_reads_is_let_go():
     torch._dynamo.reset()
 
     def backend(gm, example_inputs):
-        return parts.compile_in_parts(gm, example_inputs, remembering)
+        return regions.compile_in_parts(gm, example_inputs, remembering)
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend)(X), model(X))
@@ -306,7 +306,7 @@ def test_a_result_in_other_strides_is_brought_into_those_that_were_compiled_for(
                 seen.append([t.stride() for t in args if isinstance(t, torch.Tensor) and t.shape == X.shape]) or run(*args)
             )
 
-        return parts.compile_in_parts(gm, example_inputs, compile_one)
+        return regions.compile_in_parts(gm, example_inputs, compile_one)
 
     torch._dynamo.reset()
     run = torch.compile(model, backend=backend, dynamic=dynamic)
@@ -322,7 +322,7 @@ def test_the_order_of_dimensions_of_unknown_sizes():
         symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC]),
     )
     views = [x, x.transpose(1, 2), x.unsqueeze(1).transpose(0, 1), x[:, :, :2], x[..., 0]]
-    assert [parts._order(view) for view in views] == [[3, 2, 1, 0], [3, 1, 2, 0], [4, 3, 2, 0, 1], None, None]
-    layout = parts._layout(views[1])(torch.zeros(3, 4, 5, 8))
+    assert [regions._order(view) for view in views] == [[3, 2, 1, 0], [3, 1, 2, 0], [4, 3, 2, 0, 1], None, None]
+    layout = regions._layout(views[1])(torch.zeros(3, 4, 5, 8))
     assert layout == [(3, 1), (1, 8), (2, 32), (0, 160)]
     assert not mode.shape_env.guards

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from toys import Call, checked, llama_norm, matched
 
 import sloth
-from sloth.rewriter import registry
-from sloth.rewriter.ir import Value
-from sloth.rewriter.registry import constructs, patterns
+from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match import registry
+from sloth.rewriter.match.registry import constructs, patterns
 
 _names = itertools.count()
 
@@ -285,7 +285,7 @@ with listening() as graphs:
     y = torch.compile(f, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(torch.arange(3.0))
 torch.testing.assert_close(y, f(torch.arange(3.0)))
 print([(s.variant, s.status) for g in graphs for s in g.sites])
-from sloth.rewriter.registry import patterns
+from sloth.rewriter.match.registry import patterns
 print("rms_norm" in [p.name for p in patterns()])
 """
 

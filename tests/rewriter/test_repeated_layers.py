@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sloth.rewriter import repeated_layers
 from sloth.rewriter.backend import listening
+from sloth.rewriter.dynamo import repeated_layers
 
 AOT = {"sloth.inner_backend": "aot_eager"}
 

@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from toys import Call, Layer, Norm, Stack, checked, compiled, counts, llama_norm, matched, same, tables, turned
 
-from sloth.rewriter import pipeline, rewrite
+from sloth.rewriter import pipeline
 from sloth.rewriter.backend import listening
-from sloth.rewriter.match import Refused
-from sloth.rewriter.registry import constructs, patterns
+from sloth.rewriter.match.matcher import Refused
+from sloth.rewriter.match.registry import constructs, patterns
+from sloth.rewriter.plan import apply as applying
 from sloth.rewriter.report import GraphReport, Report
 
 
@@ -194,13 +195,13 @@ def test_an_exception_leaves_every_graph_as_it_was(stage: str, monkeypatch: pyte
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a bug\nwith more to say")
 
-    apply, done = rewrite.Rewriter.apply, []
+    apply, done = applying.Rewriter.apply, []
 
     def second(self: Any, match: Any) -> Any:
         return fail() if done else done.append(1) or apply(self, match)
 
     if stage in ("Rewriter.apply", "second apply"):
-        monkeypatch.setattr(rewrite.Rewriter, "apply", fail if stage == "Rewriter.apply" else second)
+        monkeypatch.setattr(applying.Rewriter, "apply", fail if stage == "Rewriter.apply" else second)
     elif stage == "legality.check":
         monkeypatch.setattr(pipeline.legality, "check", fail)
     else:
@@ -225,7 +226,7 @@ OTHER = ("rms_norm[llama]", "matched", "")
 @pytest.mark.parametrize("refused, sites", [(1, [OTHER, ("rms_norm[no_weight]", "matched", "")]), (2, [NOT_HERE, OTHER])])
 def test_a_match_that_cannot_be_placed_leaves_the_others(monkeypatch: pytest.MonkeyPatch, refused: int, sites: list) -> None:
     """What it took the place of, the norm without its weight, may have it; where that cannot be placed either, nothing."""
-    apply, seen = rewrite.Rewriter.apply, []
+    apply, seen = applying.Rewriter.apply, []
 
     def refusing(self: Any, match: Any) -> Any:
         seen.append(match)
@@ -233,7 +234,7 @@ def test_a_match_that_cannot_be_placed_leaves_the_others(monkeypatch: pytest.Mon
             raise Refused("convexity", "not here")
         return apply(self, match)
 
-    monkeypatch.setattr(rewrite.Rewriter, "apply", refusing)
+    monkeypatch.setattr(applying.Rewriter, "apply", refusing)
     report = checked(Call(lambda m, x: llama_norm(llama_norm(x, m.w), m.v)), x_like(2, 3, 8))
     assert sorted((s.variant, s.status, s.reason) for s in report.sites) == sites
 

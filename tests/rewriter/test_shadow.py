@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from toys import Call, Layer, Norm, Stack, captured, checked, counts, llama_norm, matched, missed, tables
 
-from sloth.rewriter import shadow as shadow_module
-from sloth.rewriter.ir import Region
+from sloth.rewriter.graph import lower as shadow_module
+from sloth.rewriter.graph.lower import views
+from sloth.rewriter.graph.value import Region
 from sloth.rewriter.report import Report
-from sloth.rewriter.shadow import views
 
 
 def x_like(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:

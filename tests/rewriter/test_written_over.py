@@ -8,7 +8,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
-from sloth.rewriter import again
+from sloth.rewriter.compile import passes
 
 
 def kernel(x_ptr, y_ptr):
@@ -47,14 +47,14 @@ class Built:
 
     def is_written_over(self, *given):
         self.graph.output((self.call, *given))
-        again.written_over(self.graph)
+        passes.written_over(self.graph)
         return self.call.kwargs["kwargs"]["y_ptr"] is self.x
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    monkeypatch.setattr(again, "_OVER", {})
-    again.writes_over(KERNEL, y_ptr="x_ptr")
+    monkeypatch.setattr(passes, "_OVER", {})
+    passes.writes_over(KERNEL, y_ptr="x_ptr")
 
 
 @pytest.mark.parametrize("autotuned", [False, True])
@@ -77,5 +77,5 @@ def test_not_what_is_read_later_nor_given_out():
 
 
 def test_not_by_kernels_that_do_not_say_so(monkeypatch):
-    monkeypatch.setattr(again, "_OVER", {})
+    monkeypatch.setattr(passes, "_OVER", {})
     assert not Built().is_written_over()

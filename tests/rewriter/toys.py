@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter.backend import listening
-from sloth.rewriter.ir import Meta, Shadow, Value
-from sloth.rewriter.normal_form import Normal
+from sloth.rewriter.graph.lower import View, views
+from sloth.rewriter.graph.normal_form import Normal
+from sloth.rewriter.graph.record import trace
+from sloth.rewriter.graph.value import Meta, Shadow, Value
 from sloth.rewriter.report import MATCHED, Report, Site
-from sloth.rewriter.shadow import View, views
-from sloth.rewriter.trace import trace
 
 # ---------------------------------------------------------------- models
 

@@ -1,0 +1,178 @@
+"""Attention, told what its mask means instead of the mask, or as little of it as can be measured.
+
+    out = softmax(cap(q kᵀ · scale) + bias, over the keys that are seen) v
+
+    query i sees key j where   i − behind ≤ j ≤ i + ahead     (None: no bound; ahead = 0 is causal, behind a window of behind + 1)
+                               i and j lie in one run of each of `documents`       ids, constant over each run
+                               j is valid                                          by each of `valid`
+    Or `visible`, a mask whatever it means, is true where i sees j.
+    cap(x) = softcap · tanh(x / softcap);   bias_hj: of keys;   sink_h is one more score, of a key whose value is 0
+
+Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multiple of G, each for H / G heads in a row;
+         documents (integers) and valid (bool) [B or 1, S], with dimensions of size 1 anywhere; sinks [H], or bias
+         [B or 1, H, S], batch and heads in one dimension too, finite, given no gradient; visible [B or 1, 1, S, T]
+         or [S, T], bool. T is S unless it is given, or scores are plain and what is seen is causal (query 0 sees key 0) or
+         everything.
+By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing and scores are plain: a mask tensor keeps them off
+         their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the
+         same for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than
+         256 and for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by
+         torch's kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products.
+         Of `visible`, the first and last key of each query and so on are measured, on the device: two passes over it in a step,
+         no wait. What lies beyond them is not computed. It stays in memory, and is read where it has holes between them.
+Backward is that of those. A query that sees nothing gives 0, or, where `uniform`, the mean of all values: with the gradient of a
+softmax whose scores were swallowed by the least number there is, added to each.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sloth.kernels.attention.interval_attention import interval_attention
+from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
+
+WIDEST, MULTIPLE = 256, 8  # channels of a head that the kernels take
+
+torch.library.define(
+    "sloth::attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
+    " float dropout_p=0.0, float? scale=None, float? softcap=None, Tensor? sinks=None,"
+    " Tensor? bias=None, Tensor? visible=None, bool uniform=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _latest(marked: Tensor, at: Tensor) -> Tensor:
+    """The last marked position up to each; -1 where there is none."""
+    return torch.where(marked, at, -1).cummax(-1)[0]
+
+
+def _next(marked: Tensor, at: Tensor) -> Tensor:
+    """The first marked position from each on; S where there is none."""
+    return torch.where(marked, at, at.shape[-1]).flip(-1).cummin(-1)[0].flip(-1)
+
+
+def runs(documents: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    """[B or 1, S] first and last position of the run, of ids that are equal in all documents, that each position lies in."""
+    S = at.shape[-1]
+    begins = at == 0
+    for ids in documents:
+        ids = ids.reshape(-1, S)
+        begins = begins | F.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
+    ends = F.pad(begins[:, 1:], (0, 1), value=True)
+    return _latest(begins, at), _next(ends, at)
+
+
+def intervals(documents: list[Tensor], valid: Tensor | None, ahead: int | None, behind: int | None, at: Tensor):
+    """lo, hi: the first and last key of each query; first, last: the first and last query of each key. All [B or 1, S], int32.
+
+    at = 0 … S − 1. A key that is not valid has no queries; bounds of queries are drawn in to valid keys, so that padding costs
+    nothing. A query of which nothing is left has lo > hi.
+    """
+    S = at.shape[-1]
+    begin, end = runs(documents, at) if documents else (torch.zeros_like(at), torch.full_like(at, S - 1))
+    lo, last = (begin, end) if behind is None else (torch.maximum(begin, at - behind), torch.minimum(end, at + behind))
+    hi, first = (end, begin) if ahead is None else (torch.minimum(end, at + ahead), torch.maximum(begin, at - ahead))
+    if valid is not None:
+        lo, hi, first, last = torch.broadcast_tensors(lo, hi, first, last, valid)[:4]
+        first, last = torch.where(valid, first, S), torch.where(valid, last, -1)
+        before, after = _latest(valid, at), _next(valid, at)
+        lo = torch.where(lo < S, after.expand_as(lo).gather(-1, lo.clamp(0, S - 1).long()), S)
+        hi = torch.where(hi >= 0, before.expand_as(hi).gather(-1, hi.clamp(0, S - 1).long()), -1)
+    return lo, hi, first, last
+
+
+def holed(lo: Tensor, hi: Tensor, valid: Tensor) -> Tensor:
+    """[B or 1, S] bool: is a key between a query's bounds not valid? Where padding stands at one end, none is."""
+    before = F.pad(valid.cumsum(-1), (1, 0)).expand(lo.shape[0], -1)
+    between = before.gather(-1, (hi + 1).long()) - before.gather(-1, lo.long())
+    return (lo <= hi) & (between != hi - lo + 1)
+
+
+def measured(mask: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """The `intervals` that a mask [B or 1, S, T] lies in; holes [B or 1, S], gaps [B or 1, T]: is it false somewhere in them?"""
+
+    def ends(dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        n = mask.shape[dim]
+        at = torch.arange(n, dtype=torch.int32, device=mask.device)
+        at = at if dim == -1 else at[:, None]
+        least, most = torch.where(mask, at, n).amin(dim), torch.where(mask, at, -1).amax(dim)
+        return least, most, (least <= most) & (mask.sum(dim) != most - least + 1)
+
+    (lo, hi, holes), (first, last, gaps) = ends(-1), ends(-2)
+    return (lo, hi, first, last), holes, gaps
+
+
+def seen(lo: Tensor, hi: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
+    """[B or 1, 1, S, S] bool: the mask."""
+    mask = (lo[:, None, :, None] <= at) & (at <= hi[:, None, :, None])
+    return mask if valid is None else mask & valid[:, None, None]
+
+
+def spelled(q, k, v, mask, scale, softcap, sinks, bias, uniform) -> Tensor:
+    """By ATen operations, scores in fp32 at least."""
+    dtype, (B, H, S, _), T = compute_dtype(q), q.shape, k.shape[2]
+    with without_autocast(q):
+        k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
+        s = q.to(dtype) @ k.to(dtype).mT * scale
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        if bias is not None:
+            s = s + bias.to(dtype)[:, :, None]
+        s = s + torch.where(mask, s.new_zeros(()), torch.finfo(dtype).min)
+        if sinks is not None:
+            s = torch.cat((s, sinks.to(dtype)[:, None, None].expand(B, H, S, 1)), -1)
+        p = s.softmax(-1)[..., :T]
+        return (p if uniform else p.where(mask, 0.0)).to(v.dtype) @ v
+
+
+def with_the_blind(lo: Tensor, hi: Tensor, at: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Intervals of queries that see nothing marked as the kernels want them, and the first and the last of these [B or 1, 2]."""
+    S, none = at.shape[-1], lo > hi
+    blind = torch.stack((torch.where(none, at, S).amin(-1), torch.where(none, at, -1).amax(-1)), -1)
+    return torch.where(none, -1, lo), torch.where(none, T - 1, hi), blind
+
+
+@torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
+def _(
+    query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
+    bias=None, visible=None, uniform=False,
+):  # fmt: skip
+    plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
+    if plain and visible is None and not documents and not valid and ahead in (0, None) and behind is None:
+        causal = ahead == 0
+        return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
+    S, D, E, T = query.shape[2], query.shape[3], value.shape[3], key.shape[2]
+    torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
+    torch._check(S == T or visible is not None and bias is None, lambda: f"attention: {S} queries, {T} keys")
+    torch._check(sinks is None or bias is None, lambda: "attention: no bias beside sinks")
+    bias = None if bias is None else bias.reshape(-1, query.shape[1], T)
+    at, usable = torch.arange(S, dtype=torch.int32, device=query.device)[None], None
+    if visible is None:
+        for v in valid:
+            usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
+        bounds = intervals(documents, usable, ahead, behind, at)
+    if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
+        mask = seen(*bounds[:2], usable, at) if visible is None else visible.reshape(-1, 1, S, T)
+        if plain and not uniform:
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
+        return spelled(query, key, value, mask, D**-0.5 if scale is None else scale, softcap, sinks, bias, uniform)
+    if visible is None:
+        holes, gaps = None if usable is None else holed(*bounds[:2], usable), None
+    else:
+        usable = visible.reshape(-1, S, T).contiguous()
+        bounds, holes, gaps = measured(usable)
+    lo, hi, first, last = bounds
+    lo, hi, blind = with_the_blind(lo, hi, at, T) if uniform else (lo, hi, None)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    bounds = [b.contiguous() for b in (lo, hi, first, last)]
+    bias = None if bias is None else bias.contiguous()
+    scale = D**-0.5 if scale is None else scale
+    return interval_attention(query, key, value, *bounds, usable, holes, gaps, scale, softcap, sinks, bias, blind)[0]
+
+
+attention = torch.ops.sloth.attention.default
+"""attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
+bias=None, visible=None, uniform=False) -> [B, H, S, E]"""

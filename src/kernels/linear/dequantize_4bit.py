@@ -1,0 +1,158 @@
+"""Weights that bitsandbytes keeps in 4 bits, as a matrix:  W[i] = code[q_i] · s_⌊i/B⌋, elements counted along the rows.
+
+packed   uint8 (or any storage dtype), two elements to a byte, the first one in the upper half; N·K/2 bytes.
+code     the 16 values of NF4 (quantiles of a normal distribution, Dettmers et al., "QLoRA", 2023) or of FP4 (1 sign, 2 exponent,
+         1 mantissa bit, scaled to [−1, 1]).
+s        one scale for each block of B elements: `absmax` in fp32, or, double-quantised, computed from 8 bits as
+         s_j = code8[absmax_8bit_j] · absmax_⌊j/256⌋ + offset,  each step rounded to fp32.
+W        [N, K] in fp32, bf16 or fp16: the product is computed in fp32 and rounded once. Bit by bit what bitsandbytes gives.
+
+Nothing is differentiable. One kernel does both steps: a program takes the bytes of a few blocks, computes their scales, looks the
+elements up in a table of 16 kept in registers, and writes 16-bit pairs side by side.
+It is compiled without contraction: a·b + c in one rounding would give other bits in one scale of sixteen.
+Bytes    N·K/2 read and 2·N·K written: the floor is 2.5·N·K over the copy rate (and N·K/64·5 for scales).
+On the CPU it is bitsandbytes' own operator.
+To the compiler it is one opaque call, which costs it a tenth of what a Triton kernel does that it can see: a model has hundreds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sloth.kernels.common.launch import launch_opaque, no_derivative, use_triton
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+FP4 = _FP4 + tuple(-v for v in _FP4)
+CODES = {"nf4": NF4, "fp4": FP4}
+NESTED_BLOCK = 256  # scales that share one absmax
+
+# Bytes to a program, and how it is launched.
+BYTES = 1024
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
+
+
+@triton.jit
+def _table(CODE: tl.constexpr):
+    """The 16 values as a vector."""
+    i = tl.arange(0, 16)
+    values = tl.zeros([16], tl.float32)
+    for k in tl.static_range(16):
+        values = tl.where(i == k, CODE[k], values)
+    return values
+
+
+@triton.jit
+def _dequantize_kernel(
+    packed_ptr,
+    absmax_ptr,
+    absmax_8bit_ptr,
+    code8_ptr,
+    offset_ptr,
+    out_ptr,
+    n_bytes,
+    HALF: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    CODE: tl.constexpr,
+):
+    """BLOCKS blocks of HALF bytes."""
+    start = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    left = (n_bytes - start * HALF).to(tl.int32)  # bytes from here on: offsets within a program fit 32 bits
+    inside = block * HALF < left
+    if NESTED:
+        q = tl.load(absmax_8bit_ptr + start + block, inside, 0).to(tl.int32)
+        outer = tl.load(absmax_ptr + (start + block) // NESTED_BLOCK, inside, 0.0)
+        scale = tl.load(code8_ptr + q) * outer + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + start + block, inside, 0.0)
+    at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    pair = tl.reshape(tl.load(packed_ptr + start * HALF + at, at < left, 0).to(tl.int32), [BLOCKS * HALF])
+    table = _table(CODE)
+    first = tl.reshape(tl.gather(table, pair >> 4, 0), [BLOCKS, HALF]) * scale[:, None]
+    second = tl.reshape(tl.gather(table, pair & 15, 0), [BLOCKS, HALF]) * scale[:, None]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    values = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), [BLOCKS, 2 * HALF])
+    to = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(out_ptr + start * (2 * HALF) + to, values, to < 2 * left)
+
+
+def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
+    packed = packed.contiguous().view(torch.uint8)
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    half, n = blocksize // 2, packed.numel()
+    blocks = max(1, BYTES // half)
+    nested = absmax_8bit is not None
+    launch_opaque(
+        _dequantize_kernel,
+        ((n + blocks * half - 1) // (blocks * half),),
+        [packed, absmax, *((absmax_8bit, code8, offset) if nested else (absmax, absmax, absmax)), out],
+        [n],
+        {"HALF": half, "BLOCKS": blocks, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": CODES[quant_type]},
+        **OPTIONS,
+    )
+    return out
+
+
+def _bitsandbytes(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = ops.dequantize_blockwise.default(absmax_8bit, absmax, code8, NESTED_BLOCK, torch.float32) + offset
+    return ops.dequantize_4bit.default(packed.reshape(-1, 1), absmax, blocksize, quant_type, shape, dtype)
+
+
+torch.library.define(
+    "sloth::dequantize_4bit",
+    "(Tensor packed, Tensor absmax, Tensor? absmax_8bit, Tensor? code8, Tensor? offset, int blocksize, str quant_type,"
+    " int[] shape, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check(packed, absmax, absmax_8bit, code8, offset, blocksize: int, quant_type: str, shape: list[int]) -> None:
+    no_derivative(packed, absmax, code8, offset)
+    scales = absmax if absmax_8bit is None else absmax_8bit
+    if quant_type not in CODES:
+        raise ValueError(f"quant_type must be one of {', '.join(CODES)}, got {quant_type!r}")
+    size = packed.numel() * packed.element_size()
+    if 2 * size != shape[0] * shape[1]:
+        raise RuntimeError(f"{size} bytes do not hold {shape} elements of 4 bits")
+    blocks = (2 * size + blocksize - 1) // blocksize
+    if scales.numel() < blocks:
+        raise RuntimeError(f"{shape} in blocks of {blocksize} need {blocks} scales, got {scales.numel()}")
+
+
+@torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")
+def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
+    _check(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape)
+    compute = _triton if use_triton(packed) else _bitsandbytes
+    return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
+
+
+@torch.library.register_fake("sloth::dequantize_4bit")
+def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
+    _check(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape)
+    return packed.new_empty(shape, dtype=dtype)
+
+
+dequantize_4bit = torch.ops.sloth.dequantize_4bit.default
+"""dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> W [N, K]"""
+
+
+COMPILE = [
+    (
+        _dequantize_kernel,
+        {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "absmax_8bit_ptr": "*u8", "code8_ptr": "*fp32", "offset_ptr": "*fp32",
+         "out_ptr": "*bf16", "n_bytes": "i32"},
+        {"HALF": 32, "BLOCKS": 32, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": NF4},
+        OPTIONS,
+    )
+    for nested in (True, False)
+]  # fmt: skip

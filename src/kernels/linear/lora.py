@@ -1,0 +1,233 @@
+"""Linear layers with low-rank adapters (Hu et al., "LoRA", 2021), several at once that read the same x:
+
+    y_i = x W_iᵀ + b_i + s_i (x_i A_iᵀ) B_iᵀ          x_i = x, or what the adapter reads instead (x after dropout, x in fp32)
+
+Shapes   x [..., K], W_i [N_i, K] frozen, b_i [N_i] or None, A_i [r_i, K] and B_i [N_i, r_i] or None (no adapter), y_i [..., N_i].
+Dtypes   W_i as x; adapters in a dtype of their own (PEFT keeps them in fp32 over a bf16 base); y_i in `dtype`, by default x's.
+
+Backward, with g_i = ∂L/∂y_i, t_i = x_i A_iᵀ [M, r] (all that is saved beside the inputs) and u_i = s_i g_i B_i [M, r]:
+    ∂L/∂t_i = s_i g_i B_i = u_i       dB_i = s_i g_iᵀ t_i       dA_i = u_iᵀ x_i       db_i = Σ_rows g_i
+    dx   = Σ_i g_i W_i + Σ_{x_i = x} u_i A_i                    dx_i = u_i A_i  otherwise
+W_i gets no gradient: it is frozen. B Aᵀ [N, K] is never formed: all adapter products are rank r.
+
+Order    where dtypes agree, a sum of products is one buffer, thin products first (kernels/gemm.py): y = s t Bᵀ, then += x Wᵀ.
+         Adapters that read x itself are one product: [A_1; A_2; …] x, and x is read once for all of them, forward and backward.
+Bytes    over the products x Wᵀ and g W: x, y, g and dx once or twice each; the floor is that of the two matmuls.
+"""
+
+from itertools import compress
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from sloth.kernels.common.launch import compute_dtype, without_autocast
+from sloth.kernels.common.row_reduction import once
+from sloth.kernels.linear.gemm import as_matrix, sum_of_products
+from sloth.kernels.linear.lora_grad_b import up_gradients
+
+
+def _shared(xl: list, a: list) -> list[int]:
+    """Which adapters read x itself."""
+    return [i for i, (own, ai) in enumerate(zip(xl, a, strict=True)) if ai is not None and own is None]
+
+
+def _thirds(places: list[int]) -> tuple[list[int], ...]:
+    """For each layer: has it a bias, an adapter input of its own, an adapter?"""
+    n = len(places) // 3
+    return tuple(places[i * n : (i + 1) * n] for i in range(3))
+
+
+def _spread(values: list, places: list[int]) -> list:
+    """One element for each layer, None where it has none: lists with gaps have no gradients in torch.library."""
+    there = iter(values)
+    return [next(there) if place else None for place in places]
+
+
+def _split(joined: Tensor, parts: list[Tensor], dim: int) -> list[Tensor]:
+    return list(joined.split([p.shape[0] for p in parts], dim))
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _down(x: Tensor, xl: list, a: list) -> list[Tensor]:
+    """x_i A_iᵀ: one product for all that share x, then the others."""
+    own = [a[i] for i in _shared(xl, a)]
+    joined = [as_matrix(x).to(own[0].dtype) @ _joined(own).t()] if own else []
+    return joined + [as_matrix(xi).to(ai.dtype) @ ai.t() for xi, ai in zip(xl, a, strict=True) if xi is not None]
+
+
+def _each(down: list[Tensor], xl: list, a: list) -> list[Tensor | None]:
+    """t_i of each layer, of what `_down` gave."""
+    together = _shared(xl, a)
+    parts = iter(_split(down[0], [a[i] for i in together], 1) if together else [])
+    others = iter(down[1:] if together else down)
+    return [None if ai is None else next(parts) if xi is None else next(others) for xi, ai in zip(xl, a, strict=True)]
+
+
+def _check(x, weight, bias, xl, a, b, scale) -> None:
+    lengths = {len(values) for values in (weight, bias, xl, a, b, scale)}
+    torch._check(lengths == {len(weight)} and len(weight) > 0, lambda: "lora_linear: every list needs an element for each layer")
+    for w, ai, bi in zip(weight, a, b, strict=True):
+        told = f"x {x.dtype} {list(x.shape)}, weight {w.dtype} {list(w.shape)}"
+        torch._check(w.dim() == 2 and w.shape[1] == x.shape[-1] and w.dtype == x.dtype, lambda told=told: f"lora_linear: {told}")
+        if ai is not None:
+            told = f"{told}, A {ai.dtype} {list(ai.shape)}, B {bi.dtype} {list(bi.shape)}"
+            fits = ai.shape[1] == w.shape[1] and bi.shape == (w.shape[0], ai.shape[0]) and ai.dtype == bi.dtype
+            torch._check(fits, lambda told=told: f"lora_linear: {told}")
+
+
+@triton_op("sloth::lora_linear_forward", mutates_args={})
+def _lora_linear_forward(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    xl: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scale: list[float],
+    places: list[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """[y_1, …, y_n] and then what `_down` gives. Lists hold what there is; `places` tells of which layer (`_spread`)."""
+    with_bias, with_xl, with_adapter = _thirds(places)
+    bias, xl, a, b = _spread(bias, with_bias), _spread(xl, with_xl), _spread(a, with_adapter), _spread(b, with_adapter)
+    x2, down, out = as_matrix(x), _down(x, xl, a), []
+    for w, bi, ti, up, s in zip(weight, bias, _each(down, xl, a), b, scale, strict=True):
+        if ti is None:
+            y = torch.nn.functional.linear(x2, w, bi).to(dtype)
+        elif x.dtype == up.dtype == dtype and (bi is None or bi.dtype == dtype):
+            y = sum_of_products([ti, x2], [up.t(), w.t()], [s, 1.0], bi)
+        else:
+            wide = compute_dtype(x, up)
+            y = (torch.nn.functional.linear(x2, w, bi).to(wide) + (ti @ up.t()).to(wide) * s).to(dtype)
+        out.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], w.shape[0]]))  # no view, or it could not be written in place
+    return out + down
+
+
+@triton_op("sloth::lora_linear_backward", mutates_args={})
+def _lora_linear_backward(
+    g: list[Tensor],
+    x: Tensor,
+    weight: list[Tensor],
+    xl: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    down: list[Tensor],
+    scale: list[float],
+    places: list[int],
+    need_x: bool,
+    need_xl: list[bool],
+    need_a: list[bool],
+    need_b: list[bool],
+) -> list[Tensor]:
+    """dx, then dx_i, dA_i and dB_i, each only if it is needed."""
+    _, with_xl, with_adapter = _thirds(places)
+    xl, need_xl = _spread(xl, with_xl), _spread(need_xl, with_xl)
+    a, b, need_a, need_b = (_spread(values, with_adapter) for values in (a, b, need_a, need_b))
+    t = _each(down, xl, a)
+    g2 = [as_matrix(gi) for gi in g]
+    n, together = len(g), _shared(xl, a)
+    u: list[Tensor | None] = [None] * n
+    db: dict[int, Tensor] = {}
+    for i in range(n):
+        if need_u := a[i] is not None and (need_a[i] or need_xl[i] or need_x and i in together):
+            if need_b[i]:
+                u[i], db[i] = up_gradients(g2[i], b[i], t[i], scale[i])
+            else:
+                u[i] = sum_of_products([g2[i].to(b[i].dtype)], [b[i]], [scale[i]])
+        if need_b[i] and not need_u:
+            db[i] = sum_of_products([g2[i].to(b[i].dtype).t()], [t[i]], [scale[i]])
+    da = _down_gradients(x, xl, u, need_a, together)  # before dx: x may be let go before the weights are made again for it
+    out = [_dx(g2, x, weight, a, u, together)] if need_x else []
+    for i in range(n):
+        if need_xl[i]:
+            out.append((u[i] @ a[i]).to(xl[i].dtype).view(xl[i].shape))
+    return [*out, *da, *(db[i] for i in sorted(db))]
+
+
+def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], a: list, u: list, together: list[int]) -> Tensor:
+    """Σ u_i A_i + Σ g_i W_i."""
+    big = [gi.to(x.dtype) for gi in g], weight
+    if not together:
+        dx = sum_of_products(*big, [1.0] * len(g))
+        return dx.view(x.shape)
+    joined = _joined([u[i] for i in together], 1), _joined([a[i] for i in together])
+    if joined[1].dtype == x.dtype:
+        return sum_of_products([joined[0], *big[0]], [joined[1], *big[1]], [1.0] * (1 + len(g))).view(x.shape)
+    wide = compute_dtype(x, joined[1])
+    dx = sum_of_products(*big, [1.0] * len(g)).to(wide) + (joined[0] @ joined[1]).to(wide)
+    return dx.to(x.dtype).view(x.shape)
+
+
+def _down_gradients(x: Tensor, xl: list, u: list, need: list[bool], together: list[int]) -> list[Tensor]:
+    """dA_i = u_iᵀ x_i in order, those that share x in one product."""
+    found: dict[int, Tensor] = {}
+    shared = [i for i in together if need[i]]
+    if shared:
+        own = [u[i].t() for i in shared]
+        joined = _joined(own) @ as_matrix(x).to(own[0].dtype)
+        parts = _split(joined, own, 0)
+        found.update(zip(shared, [d.clone() for d in parts] if len(parts) > 1 else parts, strict=True))
+    for i, xi in enumerate(xl):
+        if need[i] and xi is not None:
+            found[i] = u[i].t() @ as_matrix(xi).to(u[i].dtype)
+    return [found[i] for i in sorted(found)]
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, xl, a, b, ctx.scale, ctx.places, _ = inputs
+    ctx.lengths = [len(values) for values in (weight, bias, xl, a, b)]
+    ctx.save_for_backward(x, *weight, *xl, *a, *b, *output[len(weight) :])
+    ctx.bias_dtypes = [bi.dtype for bi in bias]
+    ctx.mark_non_differentiable(*output[len(weight) :])
+    ctx.set_materialize_grads(False)
+
+
+def _vjp(ctx, grads):
+    n, _, n_xl, n_a, _ = ctx.lengths
+    saved = iter(ctx.saved_tensors)
+    take = lambda k: [next(saved) for _ in range(k)]  # noqa: E731
+    (x,), weight, xl, a, b = take(1), *map(take, (n, n_xl, n_a, n_a))
+    used = [d is not None for d in grads[:n]]
+    g = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(grads, weight, strict=False)]
+    with_bias, with_xl, with_adapter = _thirds(ctx.places)
+
+    def need(argument: int, places: list[int]) -> list[bool]:
+        """Which of a list need a gradient; what belongs to an output that nobody used has none."""
+        return [w and u for w, u in zip(ctx.needs_input_grad[argument], compress(used, places), strict=True)]
+
+    needs = [bool(ctx.needs_input_grad[0])], need(3, with_xl), need(4, with_adapter), need(5, with_adapter)
+    found = iter(torch.ops.sloth.lora_linear_backward(
+        g, x, weight, xl, a, b, list(saved), ctx.scale, ctx.places, needs[0][0], *needs[1:]
+    ))  # fmt: skip
+    (dx,), dxl, da, db = ([next(found) if wanted else None for wanted in each] for each in needs)
+    rows = zip(compress(g, with_bias), ctx.bias_dtypes, need(2, with_bias), strict=True)
+    dbias = [as_matrix(gi).sum(0, dtype=dtype) if wanted else None for gi, dtype, wanted in rows]
+    return dx, [None] * n, dbias, dxl, da, db, None, None, None
+
+
+torch.library.register_autograd("sloth::lora_linear_forward", _vjp, setup_context=_setup)
+torch.library.register_autograd("sloth::lora_linear_backward", once)
+
+torch.library.define(
+    "sloth::lora_linear",
+    "(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor?[] xl, Tensor?[] a, Tensor?[] b, float[] scale, ScalarType? dtype=None)"
+    " -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("sloth::lora_linear", "CompositeImplicitAutograd")
+def _(x, weight, bias, xl, a, b, scale, dtype=None):
+    _check(x, weight, bias, xl, a, b, scale)
+    places = [int(v is not None) for values in (bias, xl, a) for v in values]
+    own = ([v for v in values if v is not None] for values in (bias, xl, a, b))
+    with without_autocast(x):
+        return torch.ops.sloth.lora_linear_forward(x, weight, *own, scale, places, dtype or x.dtype)[: len(weight)]
+
+
+lora_linear = torch.ops.sloth.lora_linear.default
+"""lora_linear(x, weight, bias, xl, a, b: lists, scale: list, dtype=None) -> [y_i]"""

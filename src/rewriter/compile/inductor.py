@@ -1,0 +1,123 @@
+"""The compiler behind the rewriter: Inductor with the user's mode and options, or any other Dynamo backend."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._higher_order_ops import triton_kernel_wrap
+
+import sloth
+from sloth.rewriter.compile.drop_rng_tag import not_random
+from sloth.rewriter.compile.passes import Pass, kept, made_again, written_over
+from sloth.rewriter.graph.ambient import current
+from sloth.rewriter.graph.value import Symbol
+
+AUTOCAST = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
+
+
+def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """The compiler of this name. Raises what Inductor raises for options that it does not know."""
+    if name == "inductor":
+        passes = {"joint_custom_pre_pass": (kept, not_random), "post_grad_custom_post_pass": (made_again, written_over)}
+        free = [at for at in passes if getattr(torch._inductor.config, at) is None]  # not somebody's own
+        ours = {at: Pass(sources_digest(), *passes[at]) for at in free}
+        return partial(_inductor, torch._TorchCompileInductorWrapper(mode, ours | options, None).config)
+    if mode or options:
+        raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
+    return lookup_backend(name)
+
+
+def captures(mode: str | None, options: dict[str, Any]) -> bool:
+    """Will Inductor capture CUDA graphs? They hold the addresses of all that they read."""
+    config = torch._TorchCompileInductorWrapper(mode, options, None).config
+    return config.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+
+
+def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """`inner(gm, example_inputs)`, under cache keys that know our sources."""
+    with _ours({}):
+        return inner(gm, example_inputs)
+
+
+def _inductor(config: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor, which is told to compile backward passes as forward ones: it does so later, in the first call of `backward()`."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
+
+    return compile_fx(gm, example_inputs, inner_compile=_ours({})(compile_fx_inner), config_patches=config)
+
+
+@contextmanager
+def _ours(known: dict) -> Iterator[None]:
+    """While something is compiled. `known` is what `_analysed_once` remembers.
+
+    torch's key for AOTAutograd's results knows that autocast is on around the graph, not for which dtype; and it refuses graphs
+    that hold autocast themselves, as a trainer's do, though their text is in the key.
+    """
+    tag, own = torch.compiler.config.cache_key_tag, f"sloth-{sources_digest()}-{current()}"
+    cacheable = torch._inductor.config.unsafe_marked_cacheable_functions | dict.fromkeys(AUTOCAST, "in the graph's text")
+    with (
+        torch.compiler.config.patch(cache_key_tag=tag if tag.endswith(own) else tag + own),
+        torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable),
+        _analysed_once(known),
+    ):
+        yield
+
+
+@cache
+def sources_digest() -> str:
+    """A digest of this package: torch's caches on disk must not outlive the code that was compiled into them."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(sloth.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _analysed_once(known: dict) -> Iterator[None]:
+    """Let torch analyse each Triton kernel once per signature while one graph is compiled.
+
+    To learn which pointers a kernel writes, torch lowers it to Triton's IR anew for every launch, three or four times over a
+    compilation: a quarter of the first step of a model with hundreds of launches. What it finds depends on the kernel, the dtypes
+    and the constants alone. The memo, `known`, lives for one compilation; where torch has no such function, nothing happens.
+    """
+    name = next((n for n in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(triton_kernel_wrap, n)), None)
+    if name is None:
+        yield
+        return
+    analyse = getattr(triton_kernel_wrap, name)
+
+    def once(kernel: Any, arguments: dict[str, Any], *rest: Any) -> Any:
+        signature = tuple(_signature(v) for v in arguments.values())
+        if None in signature or any(rest):
+            return analyse(kernel, arguments, *rest)
+        key = (_source(kernel), tuple(arguments), signature)
+        if key not in known:
+            known[key] = analyse(kernel, arguments, *rest)
+        return known[key]
+
+    with patch.object(triton_kernel_wrap, name, once):
+        yield
+
+
+def _source(kernel: Any) -> tuple:
+    """The function behind a kernel: a launch with num_warps= wraps it in an autotuner of its own, with one configuration."""
+    configs = getattr(kernel, "configs", None)
+    return (kernel.fn, *sorted(configs[0].kwargs.items())) if configs else (kernel,)
+
+
+def _signature(value: Any) -> tuple | None:
+    """What the analysis sees of an argument; None for what is not understood here."""
+    if isinstance(value, torch.Tensor):
+        return ("tensor", value.dtype)
+    if isinstance(value, Symbol):
+        return ("symbol", type(value))
+    return ("constant", type(value), value) if isinstance(value, bool | int | float | str | None) else None

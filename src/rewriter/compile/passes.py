@@ -1,0 +1,106 @@
+"""What is computed again, what is kept and what is written over: passes over the graphs that Inductor compiles.
+
+A weight that is dequantised is as large as an activation. In the backward pass of a checkpointed layer it is read twice: when the
+layer is computed again, and when its gradient is. Kept in between, the weights of the whole layer stand beside each other at the
+peak. Making them again costs a read of the packed weight and a write of the other for each.
+
+What leaves a checkpointed part and is needed by the backward pass of what follows is kept, as in eager. torch does so where the
+next part is checkpointed too; after the last layer it would compute that layer's last projection again, for the norm behind it.
+
+A kernel that reads an element of an operand in the program that writes the same element of its result can have both in one
+buffer. Inductor gives results buffers of their own, and holds a free one of the size back for them, long before the kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+from torch._functorch.partitioners import must_recompute
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.fx_utils import get_node_storage
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sloth.rewriter.plan.materialize import OWN
+
+_OVER: dict[object, dict[str, str]] = {}
+
+
+def writes_over(kernel: object, **operands: str) -> None:
+    """Let a Triton kernel write results over operands, `result_ptr="operand_ptr"`, where nobody reads these any more. Each of its
+    programs must have read an element of the operand before it writes the same element of the result, and no other program may
+    read that.
+    """
+    _OVER[kernel] = operands
+
+
+class Pass(CustomGraphPass):
+    """These functions of a graph, one after the other; `digest` is of the sources, for Inductor's caches."""
+
+    def __init__(self, digest: str, *functions: Callable[[fx.Graph], None]):
+        self.digest, self.functions = digest, functions
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for function in self.functions:
+            function(graph)
+
+    def uuid(self) -> str:
+        return self.digest
+
+
+def made_again(graph: fx.Graph) -> None:
+    """Of ATen operations, forward or backward: what is cheap to make is made again for each that reads it."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    made = [n for n in order if n.target in OWN]
+    for n in made:
+        first, *later = sorted(n.users, key=order.__getitem__)
+        for user in later:
+            if any(order[first] < order[m] < order[user] for m in made):  # others come between
+                with graph.inserting_before(user):
+                    user.replace_input_with(n, graph.node_copy(n))
+
+
+def written_over(graph: fx.Graph) -> None:
+    """Of ATen operations, forward or backward, before Inductor decides which results lie where: if it finds that an operand is
+    read later after all, it copies it.
+    """
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    storages: dict[int | None, list[fx.Node]] = {}
+    for n in order:
+        storages.setdefault(get_node_storage(n), []).append(n)
+    for call in graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional):
+        kernel, given = kernel_side_table.get_kernel(call.kwargs["kernel_idx"]), call.kwargs["kwargs"]
+        for result, operand in _OVER.get(kernel if kernel in _OVER else getattr(kernel, "fn", None), {}).items():
+            new, old = given[result], given[operand]
+            same_memory = storages.get(get_node_storage(old), ())
+            done = all(n.op == "call_function" and all(order[u] <= order[call] for u in n.users) for n in same_memory)
+            if done and same_memory and _is_fresh(new) and _alike(new.meta["val"], old.meta["val"]):
+                given = {**given, result: old}
+        call.kwargs = {**call.kwargs, "kwargs": given}
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    return node.target in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default) and len(node.users) == 1
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and a.is_contiguous() and b.is_contiguous()
+
+
+def kept(graph: fx.Graph) -> None:
+    """Of both passes, before they are divided: what leaves a checkpointed part is not computed again."""
+    needed: set[fx.Node] = set()  # of what follows checkpointed parts, what has a part in its own backward pass
+    for n in reversed(graph.nodes):
+        if "ac_graph_id" not in n.meta and _is(n, "forward") and any(u in needed or _is(u, "backward") for u in n.users):
+            needed.add(n)
+    for n in graph.nodes:
+        if must_recompute(n) and "ac_graph_id" in n.meta and not needed.isdisjoint(n.users):
+            while getattr(n.target, "is_view", False) and must_recompute(n.args[0]):
+                n = n.args[0]  # views are always made again
+            n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _is(node: fx.Node, part: str) -> bool:
+    return node.meta.get("partitioner_tag") == f"is_{part}"

@@ -1,0 +1,426 @@
+"""Equal layers are compiled once: a graph that repeats itself is cut between the repetitions and compiled in parts.
+
+What AOTAutograd and Inductor take grows with the number of layers, though these are alike. Parts that are the same code on the
+same kinds of tensors share what they are compiled to, and run one after the other; autograd joins their backward passes. What
+crosses a cut is what the model passes on from layer to layer. A part costs the host 0.1 to 0.2 ms in a step, both ways.
+
+A graph stays whole where cuts could be seen: where calls leave a state behind or write to memory of another part, and where it
+is captured as a CUDA graph or called on fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from operator import attrgetter
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sloth.rewriter.graph.aliasing import may_be_written, may_write, storages, tensors
+from sloth.rewriter.graph.value import Symbol
+from sloth.rewriter.notices import warn_once
+
+REPETITIONS = 3  # at least, or nothing is won
+CALLS = 16  # of a repetition, those in bodies included; a shorter one runs about as fast as a part is entered
+PERIODS = 64  # that are looked at
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Part:
+    """Consecutive calls of a graph, what they read of others, and what others read of them. `entered`: the blocks of autocast
+    that it begins in.
+    """
+
+    calls: list[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    entered: list[fx.Node]
+
+    def graph(self) -> fx.Graph:
+        graph = fx.Graph()
+        env = {n: graph.placeholder(n.name) for n in self.inputs}
+        for n, placeholder in env.items():
+            placeholder.meta.update(n.meta)
+        for n in (*self.entered, *self.calls):
+            env[n] = graph.node_copy(n, env.__getitem__)
+        for block in reversed(_open_blocks(self.calls, self.entered)):
+            graph.call_function(_exit_autocast, (env[block],))
+        graph.output(tuple(env[n] for n in self.outputs))
+        return graph
+
+
+def compile_in_parts(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_one: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
+    starting: Callable[[int, list[fx.GraphModule]], None] = lambda parts, modules: None,
+) -> Compiled:
+    """What `compile_one` makes of the graph. starting: is told before, of how many parts it is and which are compiled."""
+    context = TracingContext.try_get()
+    known = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    compiled: dict[int, Compiled] = {}
+    run, prepared = [], _prepared(gm, context)
+    starting(len(prepared) or 1, [module for _, module, _ in prepared if module is not None] or [gm])
+    for part, module, same in prepared:
+        if module is not None:
+            given = [known[n] if n in known else _fake(n, context.fake_mode) for n in part.inputs]
+            with tracing(copy(context)):  # one of its own: facts of what is compiled are noted in it
+                compiled[same] = compile_one(module, given)
+        run.append((compiled[same], part))
+    return _Run(gm, run) if run else compile_one(gm, example_inputs)
+
+
+def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[Part, fx.GraphModule | None, int]]:
+    """Each part, a module of it if it is the first of its kind, and the number of that first. Nothing if the graph is to stay
+    whole, as it does if anything here goes wrong.
+    """
+    if context is None or context.fake_mode is None or context.fakify_first_call:
+        return []
+    try:
+        bodies = Bodies()
+        found = [(part, part.graph()) for part in parts_of(gm, bodies)]
+        keys = [(key(graph, gm, bodies), tuple(_described(n) for n in part.inputs)) for part, graph in found]
+        first: dict[Hashable, int] = {}
+        same = [first.setdefault(k, i) for i, k in enumerate(keys)]
+        return [(part, fx.GraphModule(gm, graph) if same[i] == i else None, same[i]) for i, (part, graph) in enumerate(found)]
+    except Exception as e:
+        why = f"{type(e).__name__}: {e}".split("\n")[0]
+        warn_once(f"equal layers are compiled one by one, because the graph cannot be cut: {why}. Please report this")
+        return []
+
+
+# ---------------------------------------------------------------- where to cut
+
+
+def parts_of(gm: fx.GraphModule, bodies: Bodies) -> list[Part]:
+    """The graph, cut where it repeats itself; nothing where it does not, or must stay whole."""
+    calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+    symbols = _symbols(gm)
+    if symbols is None or not (cuts := _cuts(calls, gm, bodies)):
+        return []
+    pieces = [calls[a:b] for a, b in pairwise([0, *cuts, len(calls)]) if a < b]
+    made_in = {n: i for i, piece in enumerate(pieces) for n in piece}
+    blocks = list(accumulate(pieces, lambda entered, piece: _open_blocks(piece, entered), initial=[]))
+    memory = _memory(gm)
+    if any(made_in.get(n) != i for i, piece in enumerate(pieces) for n in _written(piece, gm, memory)):
+        return []
+    found = []
+    for i, piece in enumerate(pieces):
+        inputs = dict.fromkeys(a for n in piece for a in n.all_input_nodes if made_in.get(a) != i and a not in blocks[i])
+        sizes = dict.fromkeys(symbols[s] for n in (*inputs, *piece) for s in _free_symbols(n))
+        outputs = [n for n in piece if _crosses(n) and any(made_in.get(u) != i for u in n.users)]
+        found.append(Part(piece, list(sizes | inputs), outputs, blocks[i]))
+    return found
+
+
+def _cuts(calls: list[fx.Node], gm: fx.GraphModule, bodies: Bodies) -> list[int]:
+    """Before which calls the graph is cut: at the same place of each repetition, where the least crosses. Of equally many tensors
+    those of fewest dimensions: what attention gives by heads is laid out as its kernel likes, and its gradient would be copied.
+    """
+    numbers: dict[Hashable, int] = {}
+    labels = [numbers.setdefault(_label(n, gm, bodies), len(numbers)) for n in calls]
+    weights = [_weight(n, gm) for n in calls]
+    first, period, length = longest_repetition(labels, weights)
+    if sum(weights[first : first + period]) < CALLS or not length or (allowed := _allowed(calls)) is None:
+        return []
+    order = {n: i for i, n in enumerate(calls)}
+    values = {n: n.meta.get("example_value") for n in calls}
+    plain = {n: _is_plain(x) for n, x in values.items()}
+    dimensions = {n: x.dim() if isinstance(x, torch.Tensor) else 0 for n, x in values.items()}
+    crossing: list[list[fx.Node]] = [[] for _ in range(len(calls) + 1)]
+    for n, i in order.items():
+        last_read = max((order.get(u, len(calls)) for u in n.users), default=i)
+        for at in range(i + 1, last_read + 1) if _crosses(n) else ():
+            crossing[at].append(n)
+    best: tuple[int, int, int] | None = None
+    cuts: list[int] = []
+    for start in range(first, first + period):
+        places = range(start, first + length + period + 1, period)
+        if len(places) <= REPETITIONS or not all(allowed[at] and all(plain[n] for n in crossing[at]) for at in places):
+            continue
+        cost = (
+            max(len(crossing[at]) for at in places),
+            max(sum(dimensions[n] for n in crossing[at]) for at in places),
+            -len(places),
+        )
+        if best is None or cost < best:
+            best, cuts = cost, list(places)
+    return cuts
+
+
+def _is_plain(x: Any) -> bool:
+    """May it cross a cut: can it be brought into the strides that are expected behind it?"""
+    if not isinstance(x, torch.Tensor):
+        return isinstance(x, torch.SymInt)
+    return not is_traceable_wrapper_subclass(x) and (not _symbolic(x) or _order(x) is not None)
+
+
+def longest_repetition(labels: Sequence[int], weights: Sequence[int]) -> tuple[int, int, int]:
+    """(first, period, length): labels[i] = labels[i + period] for first ≤ i < first + length, at least as often as `REPETITIONS`
+    says and of the greatest weight; where weights are equal, of the shortest period.
+    """
+    places: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        places.setdefault(label, []).append(i)
+    gaps = Counter(b - a for each in places.values() for a, b in pairwise(each))
+    until = [0, *accumulate(weights)]
+    found, greatest = (0, 1, 0), 0
+    for period in sorted(gap for gap, _ in gaps.most_common(PERIODS)):
+        first = 0
+        for i in range(len(labels) - period + 1):
+            if i == len(labels) - period or labels[i] != labels[i + period]:
+                if i - first >= (REPETITIONS - 1) * period and until[i] - until[first] > greatest:
+                    found, greatest = (first, period, i - first), until[i] - until[first]
+                first = i + 1
+    return found
+
+
+def _allowed(calls: list[fx.Node]) -> list[bool] | None:
+    """May the graph be cut before each call, and behind the last? Not inside of a block (of inference mode, of a transform of
+    torch.func; what is cut inside of autocast enters it itself), or of another grad mode. None if it holds calls that leave
+    another state behind.
+    """
+    ambient = torch.is_grad_enabled()
+    grad, blocks, allowed = ambient, 0, []
+    for n in calls:
+        allowed.append(blocks == 0 and grad == ambient)
+        name = getattr(n.target, "__name__", "")
+        if n.target in (_enter_autocast, _exit_autocast):
+            continue
+        if name.startswith("_enter_") or name.endswith("_increment_nesting"):
+            blocks += 1
+        elif name.startswith("_exit_") or name.endswith("_decrement_nesting"):
+            blocks -= 1
+        elif n.target is torch._C._set_grad_enabled:
+            grad = n.args[0]
+        elif n.op == "call_function" and n.is_impure() and not may_write(n):
+            return None
+    return [*allowed, blocks == 0 and grad == ambient]
+
+
+def _crosses(n: fx.Node) -> bool:
+    """May what it gives be handed from part to part? Attributes and blocks of autocast each part has by itself."""
+    return n.op != "get_attr" and n.target is not _enter_autocast
+
+
+def _open_blocks(calls: Iterable[fx.Node], entered: list[fx.Node]) -> list[fx.Node]:
+    """The blocks of autocast that are open behind these calls, where those of `entered` are before them."""
+    blocks = list(entered)
+    for n in calls:
+        if n.target is _enter_autocast:
+            blocks.append(n)
+        elif n.target is _exit_autocast:
+            blocks.remove(n.args[0])
+    return blocks
+
+
+def _memory(gm: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    """What lies in each memory of the graph."""
+    found: dict[int, list[fx.Node]] = {}
+    for n in gm.graph.nodes:
+        for s in storages(n, gm):
+            found.setdefault(s, []).append(n)
+    return found
+
+
+def _written(calls: Iterable[fx.Node], gm: fx.GraphModule, memory: dict[int, list[fx.Node]]) -> list[fx.Node]:
+    """Those of the graph in whose memory some of `calls` may write."""
+    own: set[int] = set()
+    for n in calls:
+        bodies = [body for a in n.all_input_nodes if (body := _body(a, gm)) is not None]
+        inside = any(m.op == "placeholder" for body in bodies for m in _written(body.graph.nodes, body, _memory(body)))
+        own.update(s for a in (n.all_input_nodes if inside else may_be_written(n)) for s in storages(a, gm))
+    return [n for s in own for n in memory[s]]
+
+
+def _body(n: fx.Node, gm: fx.GraphModule) -> fx.GraphModule | None:
+    """Of a checkpoint, say."""
+    value = attrgetter(n.target)(gm) if n.op == "get_attr" else None
+    return value if isinstance(value, fx.GraphModule) else None
+
+
+def _weight(n: fx.Node, gm: fx.GraphModule) -> int:
+    """How many calls it stands for."""
+    body = _body(n, gm)
+    return 1 if body is None else sum(_weight(m, body) for m in body.graph.nodes)
+
+
+# ---------------------------------------------------------------- what is the same
+
+
+class Bodies:
+    """Bodies of checkpoints and the like, by number: one for all that are the same code."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[Hashable, int] = {}
+        self.known: dict[int, int] = {}
+
+    def number(self, body: fx.GraphModule) -> int:
+        if id(body) not in self.known:
+            self.known[id(body)] = self.numbers.setdefault(key(body.graph, body, self), len(self.numbers))
+        return self.known[id(body)]
+
+
+def _label(n: fx.Node, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
+    """What a call looks like, whatever it is called with."""
+    if n.op == "get_attr":
+        return _attribute(n, gm, bodies)
+    return n.op, n.target, _literal((n.args, n.kwargs), lambda _: None), _described(n)
+
+
+def key(graph: fx.Graph, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
+    """The same for two graphs that are the same code. `gm` has their attributes."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+
+    def target(n: fx.Node) -> Hashable:
+        return _attribute(n, gm, bodies) if n.op == "get_attr" else n.op.startswith("call") and n.target
+
+    return tuple((n.op, target(n), _literal((n.args, n.kwargs), order.get), n.meta.get("recompute")) for n in order)
+
+
+def _attribute(n: fx.Node, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
+    body = _body(n, gm)
+    return (False, id(attrgetter(n.target)(gm))) if body is None else (True, bodies.number(body))
+
+
+def _literal(a: Any, of: Callable[[fx.Node], Hashable]) -> Hashable:
+    """Of code, so unlike `literal_key` it tells lists from tuples: x[[0, 1]] is not x[(0, 1)]."""
+    if isinstance(a, fx.Node):
+        return fx.Node, of(a)
+    if isinstance(a, tuple | list):
+        return type(a), *(_literal(x, of) for x in a)
+    if isinstance(a, dict):
+        return dict, *((k, _literal(v, of)) for k, v in a.items())
+    if isinstance(a, slice):
+        return slice, *(_literal(x, of) for x in (a.start, a.stop, a.step))
+    return type(a), a
+
+
+def _described(n: fx.Node) -> Hashable:
+    """What a compiler sees of the node's tensors."""
+    value = n.meta.get("example_value")
+    if not isinstance(value, torch.Tensor | tuple | list):
+        return str(value)
+    return tuple(
+        (str((*t.shape, *t.stride(), t.storage_offset())), t.dtype, t.device, t.requires_grad, type(t)) for t in tensors(value)
+    )
+
+
+# ---------------------------------------------------------------- symbols, examples
+
+
+def _symbols(gm: fx.GraphModule) -> dict[Any, fx.Node] | None:
+    """The inputs that hold the sizes that are symbols. None where not all of them are inputs: parts need them as theirs."""
+    found = {}
+    for n in gm.graph.find_nodes(op="placeholder"):
+        value = n.meta.get("example_value")
+        if isinstance(value, Symbol) and value.node.expr.is_Symbol:
+            found[value.node.expr] = n
+    return found if all(s in found for n in gm.graph.nodes for s in _free_symbols(n)) else None
+
+
+def _free_symbols(n: fx.Node) -> set:
+    value = n.meta.get("example_value")
+    numbers = [value, *(s for t in tensors(value) for s in (*t.shape, *t.stride()))]
+    return {s for number in numbers if isinstance(number, torch.SymInt) for s in number.node.expr.free_symbols}
+
+
+def _fake(n: fx.Node, mode: FakeTensorMode) -> Any:
+    """A tensor like the node's, in the mode of what is compiled."""
+    t = n.meta["example_value"]
+    if not isinstance(t, torch.Tensor):
+        return t
+    with mode:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
+
+
+# ---------------------------------------------------------------- run
+
+
+class _Run:
+    """One part after the other. What no later one reads is let go."""
+
+    def __init__(self, gm: fx.GraphModule, run: list[tuple[Compiled, Part]]):
+        place = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        inputs = len(place)
+        for n in (n for _, part in run for n in part.outputs):
+            place[n] = len(place)
+        self.made = len(place) - inputs
+        (returned,) = gm.graph.output_node().args
+        self.returned = [(place[x], None) if isinstance(x, fx.Node) else (None, x) for x in returned]
+        last = {n: i for i, (_, part) in enumerate(run) for n in part.inputs}
+        last |= dict.fromkeys((x for x in returned if isinstance(x, fx.Node)), len(run))
+        self.steps = []
+        for i, (compiled, part) in enumerate(run):
+            done = [place[n] for n in part.inputs if last[n] == i]
+            written = [(place[n], _layout(n.meta["example_value"])) for n in part.outputs]
+            self.steps.append((compiled, [place[n] for n in part.inputs], done, written))
+
+    def __call__(self, *args: Any) -> tuple:
+        values = [*args, *[None] * self.made]
+        for compiled, read, done, written in self.steps:
+            given = [values[i] for i in read]
+            for i in done:
+                values[i] = None
+            results = compiled(*given)
+            del given
+            for (i, layout), value in zip(written, results, strict=True):
+                values[i] = value if layout is None else _laid_out(value, layout(value))
+        return tuple([x if i is None else values[i] for i, x in self.returned])
+
+
+Strides = list[tuple[int, int]]  # of dimensions where they mean something
+
+
+def _layout(x: Any) -> Callable[[torch.Tensor], Strides] | None:
+    """The strides that later parts were compiled for, of the tensor that is there in the place of `x`. None for numbers."""
+    if not isinstance(x, torch.Tensor):
+        return None
+    if not _symbolic(x):
+        fixed = [(d, x.stride(d)) for d in range(x.dim()) if x.shape[d] > 1]
+        return lambda _: fixed
+    if (order := _order(x)) is None:  # a result of the graph
+        return None
+    return lambda t: [(d, math.prod(t.size(inner) for inner in order[:i])) for i, d in enumerate(order) if t.size(d) > 1]
+
+
+def _symbolic(x: torch.Tensor) -> bool:
+    return any(isinstance(s, Symbol) for s in (*x.shape, *x.stride()))
+
+
+def _order(x: torch.Tensor) -> list[int] | None:
+    """The dimensions of a tensor with symbolic sizes, innermost first. None if it is not dense, or if that is not known."""
+    numbers = [
+        (s.node.expr, s.node.has_hint() and s.node.hint) if isinstance(s, Symbol) else (sympy.Integer(s), s)
+        for s in (*x.stride(), *x.shape)
+    ]
+    if any(hint is False for _, hint in numbers):
+        return None
+    stride, size = numbers[: x.dim()], [s for s, _ in numbers[x.dim() :]]
+    inner, order = sympy.Integer(1), sorted(range(x.dim()), key=lambda d: (stride[d][1], size[d] != 1))
+    for d in order:
+        if size[d] != 1 and sympy.expand(stride[d][0] - inner) != 0:
+            return None
+        inner *= size[d]
+    return order
+
+
+def _laid_out(x: torch.Tensor, strides: Strides) -> torch.Tensor:
+    if all(x.stride(d) == stride for d, stride in strides):
+        return x
+    wanted = dict(strides)
+    stride = [wanted.get(d, 1) for d in range(x.dim())]
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)

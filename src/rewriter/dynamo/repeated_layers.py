@@ -1,0 +1,459 @@
+"""Equal layers are traced once: what Dynamo found of the first is stamped out for the others.
+
+Dynamo takes half a second to two seconds for each layer of a model with adapters and quantised weights, since it follows every
+line of their Python. For graphs of sloth a layer (an item of an `nn.ModuleList`) whose call was traced becomes a template: the
+nodes that it added to the graph, and the guards on what was read of it. A later layer takes its place in the template if
+
+    its arguments are of the same kinds (constants equal, tensors of equal sizes, strides, dtype and need of a gradient),
+    the ambient modes are the same (gradients, autocast, inference),
+    and every guard on the first layer holds for the later one: each value that was read is of the same type, equal, or the
+    same object, as the guard asks.
+
+So its trace would have been the same, but for its own tensors. They become inputs of the graph as always, and the later layer
+gets guards of its own, the same as if it had been traced. A guard of a kind that is not known here, a side effect, or a result
+that is more than tensors: it is traced. (torch 2.12 has the like for `nested_compile_region`; the idea of judging by the guards
+is that one's, Note [invoke_subgraph subgraph reuse].)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Sequence, Set
+from functools import partial, wraps
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.guards import _get_closure_vars, install_guard
+from torch._dynamo.source import TypeSource
+from torch._dynamo.utils import get_fake_value
+from torch._dynamo.variables import (
+    ConstantVariable,
+    LazyVariableTracker,
+    ListVariable,
+    SymNodeVariable,
+    TensorVariable,
+    TupleVariable,
+    UnspecializedNNModuleVariable,
+)
+from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
+from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
+from torch._guards import Guard, Source, TracingContext
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
+
+from sloth.integrations.transformers import is_ours
+from sloth.rewriter.dynamo.called_modules import called_in
+from sloth.rewriter.graph.aliasing import tensors
+from sloth.rewriter.graph.ambient import current
+
+log = logging.getLogger("sloth")
+ITEM = re.compile(r"_modules\['\d+'\]\)*$")  # of a ModuleList, as the name of its source ends
+BODIES = ("wrap_body", "fwd_body", "bwd_body")  # as Dynamo calls those of checkpoints and autograd functions
+VALUES = (int, float, str, bytes, tuple, frozenset, torch.dtype, torch.device, torch.Size)
+MOST = 4  # templates of one class, in one graph: dense and sparse layers, the first of a model
+TEMPLATES = "sloth_templates"  # attribute of Dynamo's OutputGraph: by class and modes
+
+
+class NotAlike(Exception):
+    """The call cannot be made of a template; the message says why."""
+
+
+@dataclasses.dataclass
+class Template:
+    """What one call of a layer added to a graph."""
+
+    module: torch.nn.Module
+    source: Source
+    arguments: list[Any]  # as `leaves` gives them
+    nodes: list[fx.Node]
+    result: Any  # a pytree of nodes and constants
+    called: list[torch.nn.Module]  # the layer, and what it calls
+    guards: list[Guard] | None = None  # on what was read of the layer
+
+
+# ---------------------------------------------------------------- the hook
+
+
+def _once(trace: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's `trace` of a module's call."""
+
+    @wraps(trace)
+    def call_function(self: UnspecializedNNModuleVariable, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if not _is_layer(self, tx):
+            return trace(self, tx, args, kwargs)
+        key = type(self.value), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), current()
+        known = vars(tx.output).setdefault(TEMPLATES, {}).setdefault(key, [])
+        try:
+            arguments = leaves((tuple(args), kwargs))
+        except NotAlike:
+            return trace(self, tx, args, kwargs)
+        for template in known:
+            try:
+                return stamp(template, self, arguments, tx)
+            except NotAlike as why:
+                log.debug("sloth: %s is traced: %s", self.source.name, why)
+        return _recorded(trace, self, tx, args, kwargs, arguments, known)
+
+    return call_function
+
+
+def _is_layer(module: UnspecializedNNModuleVariable, tx: Any) -> bool:
+    if not is_ours(tx) or module.source is None or tx.output.current_tracer.parent is not None or tx.output.export:
+        return False
+    return ITEM.search(module.source.name) is not None and any(module.value.children()) and _is_plain(module)
+
+
+def _is_plain(module: UnspecializedNNModuleVariable) -> bool:
+    """Hooks, and forward functions of one module, do things that no guard tells of."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any("forward" in vars(m) or any(vars(m)[h] for h in hooks) for m in module.value.modules())
+
+
+def _recorded(trace, self, tx, args, kwargs, arguments, known):
+    graph, effects = tx.output.current_tracer.graph, tx.output.side_effects
+    last, before, called = next(iter(reversed(graph.nodes))), _effects(effects), len(called_in(tx))
+    result = trace(self, tx, args, kwargs)
+    if len(known) < MOST and tx.output.current_tracer.graph is graph and _effects(effects, before[0].keys()) == before:
+        try:
+            known.append(_template(self, arguments, graph, last, result, called_in(tx)[called:]))
+        except NotAlike as why:
+            log.debug("sloth: no template of %s: %s", self.source.name, why)
+    return result
+
+
+def _effects(effects: Any, known: Set[Any] | None = None) -> Any:
+    """What Python would see when the graph has run: changes of objects that there were, or that are `known` from before."""
+    changed = effects.store_attr_mutations.items()
+    seen = {o: {k: id(v) for k, v in attrs.items()} for o, attrs in changed if known is None or o in known or _was_there(o)}
+    modified = sum(
+        _was_there(o) and bool(getattr(o.mutation_type, "is_modified", False)) for o in effects.id_to_variable.values()
+    )
+    return seen, len(effects.save_for_backward), len(effects.tensor_hooks), modified
+
+
+def _was_there(variable: Any) -> bool:
+    return "Existing" in type(getattr(variable, "mutation_type", None)).__name__
+
+
+# ---------------------------------------------------------------- arguments and results
+
+
+def leaves(a: Any) -> list[Any]:
+    """Arguments as a flat list: ("tensor", node), ("constant", value), and how they are nested. Raises NotAlike."""
+    if isinstance(a, LazyVariableTracker):
+        a = a.realize()
+    if isinstance(a, TensorVariable | SymNodeVariable):
+        return [("tensor", a.as_proxy().node)]
+    if isinstance(a, ConstantVariable):
+        return [("constant", type(a.value), a.value)]
+    if isinstance(a, TupleVariable | ListVariable):
+        return [(type(a), len(a.items)), *(leaf for x in a.items for leaf in leaves(x))]
+    if isinstance(a, tuple):
+        return [("tuple", len(a)), *(leaf for x in a for leaf in leaves(x))]
+    if isinstance(a, dict):
+        return [("dict", *a), *(leaf for x in a.values() for leaf in leaves(x))]
+    if isinstance(a, VariableTracker) and a.source is not None:
+        return [("source", a.source)]
+    raise NotAlike(f"an argument is a {type(a).__name__}")
+
+
+def _nodes_of(result: Any) -> Any:
+    if isinstance(result, LazyVariableTracker):
+        result = result.realize()
+    if type(result) is TensorVariable:
+        return result.as_proxy().node
+    if isinstance(result, ConstantVariable):
+        return result
+    if type(result) in (TupleVariable, ListVariable):
+        return type(result), [_nodes_of(x) for x in result.items]
+    raise NotAlike(f"its result holds a {type(result).__name__}")
+
+
+def _paired(template: Template, arguments: list[Any]) -> dict[fx.Node, fx.Node]:
+    """For each node among the template's arguments, the one in its place: itself, or what was computed since. What all layers are
+    given (masks, tables of positions) is one and the same, so that what is known of it holds in all of them.
+    """
+    if len(arguments) != len(template.arguments):
+        raise NotAlike("it is called with other arguments")
+    found: dict[fx.Node, fx.Node] = {}
+    for old, new in zip(template.arguments, arguments, strict=True):
+        if old[0] != "tensor" or new[0] != "tensor":
+            if old != new:
+                raise NotAlike(f"an argument is {new}, not {old}")
+        elif old[1] is not new[1] and (new[1] < template.nodes[0] or _described(old[1]) != _described(new[1])):
+            raise NotAlike(f"{new[1]} is another one than {old[1]}")
+        elif found.setdefault(old[1], new[1]) is not new[1]:
+            raise NotAlike(f"{new[1]} and {found[old[1]]} in the place of {old[1]}")
+    if len(set(found.values())) < len(found):
+        raise NotAlike("two arguments are one")
+    return found
+
+
+def _described(node: fx.Node) -> Any:
+    value = node.meta.get("example_value")
+    return _tensor_kind(value) if isinstance(value, torch.Tensor) else str(value)
+
+
+def _tensor_kind(t: torch.Tensor) -> tuple:
+    layout = (str((*t.shape, *t.stride(), t.storage_offset())),) if t.layout == torch.strided else ()
+    return type(t), t.dtype, t.device, t.requires_grad, t.is_leaf, t.layout, *layout
+
+
+# ---------------------------------------------------------------- templates
+
+
+def _template(
+    layer: Any, arguments: list[Any], graph: fx.Graph, last: fx.Node, result: Any, called: list[torch.nn.Module]
+) -> Template:
+    nodes = list(takewhile(lambda n: n is not last, reversed(graph.nodes)))[::-1]
+    nodes = [n for n in nodes if n.op != "placeholder"]
+    for n in nodes:
+        if n.op not in ("call_function", "call_method") and not (n.op == "get_attr" and n.target.startswith(BODIES)):
+            raise NotAlike(f"it holds {n.format_node()}")
+        if isinstance(n.meta.get("example_value"), torch.SymFloat) or any(map(free_unbacked_symbols, _examples(n))):
+            raise NotAlike(f"it holds a number that is known when it runs: {n}")
+        higher = isinstance(n.target, torch._ops.HigherOrderOperator)
+        if higher and not _memory(n).isdisjoint(m for a in n.all_input_nodes for m in _memory(a)):
+            raise NotAlike(f"{n} gives out what it was given")
+    if not nodes:
+        raise NotAlike("it computes nothing")
+    told = _nodes_of(result)
+    for n in pytree.tree_leaves(told):
+        if isinstance(n, fx.Node) and n not in nodes:
+            raise NotAlike("its result is computed elsewhere")
+    return Template(layer.value, _core(layer.source), arguments, nodes, told, called)
+
+
+def _examples(node: fx.Node) -> list[torch.Tensor]:
+    return list(tensors(node.meta.get("example_value")))
+
+
+def _memory(node: fx.Node) -> set[int]:
+    found = _examples(node)
+    return {t.untyped_storage()._cdata for t in found if t.layout == torch.strided}
+
+
+def stamp(template: Template, layer: UnspecializedNNModuleVariable, arguments: list[Any], tx: Any) -> VariableTracker:
+    """The layer's call, made of the template. Raises NotAlike, and has then added nothing but guards that hold and inputs."""
+    graph = tx.output.current_tracer.graph
+    if any(n.graph is not graph or n._erased for n in template.nodes):
+        raise NotAlike("its graph was rolled back")
+    paired = _paired(template, arguments)
+    place = _Place(template.source, _core(layer.source), tx)
+    if template.guards is None:
+        known = TracingContext.get().guards_context.dynamo_guards
+        template.guards = [g for g in known if place.moves(g.originating_source) and not _is_implied(g, known)]
+    own = place.moved_guards(template.guards)
+    inputs: dict[fx.Node, Source] = {}
+    for a in dict.fromkeys(a for n in template.nodes for a in n.all_input_nodes):
+        source = getattr(a.meta.get("grapharg"), "source", None)
+        if a.op == "placeholder" and a not in paired and source is not None and place.moves(source):
+            inputs[a] = place.moved(source)
+    for guard in own:
+        if guard.create_fn_name() == "TENSOR_MATCH":
+            place.tensor(guard.originating_source)
+        else:
+            install_guard(guard)
+    env = dict(paired)
+    for n, source in inputs.items():
+        env[n] = place.tensor(source).as_proxy().node
+    last = next(iter(reversed(graph.nodes)))
+    try:
+        made = _copied(template, env, layer, tx)
+    except Exception as e:
+        for n in takewhile(lambda n: n is not last, reversed(graph.nodes)):
+            graph.erase_node(n)
+        raise NotAlike(f"its nodes cannot be copied: {type(e).__name__}: {e}") from e
+
+    called_in(tx).extend(template.called)
+
+    def result(told: Any) -> Any:
+        if isinstance(told, fx.Node | ConstantVariable):
+            return made[told] if isinstance(told, fx.Node) else told
+        kind, items = told
+        return kind([result(x) for x in items], mutation_type=ValueMutationNew())
+
+    return result(template.result)
+
+
+def _copied(template: Template, env: dict[fx.Node, fx.Node], layer: Any, tx: Any) -> dict[fx.Node, VariableTracker]:
+    """The template's nodes at the end of the graph, and the variables of those that its result is made of."""
+    graph = tx.output.current_tracer.graph
+    wanted = {n for n in pytree.tree_leaves(template.result) if isinstance(n, fx.Node)}
+    renamed = {str(id(old)): str(id(new)) for old, new in zip(template.module.modules(), layer.value.modules(), strict=True)}
+    variables = {}
+    for n in template.nodes:
+        new = env[n] = graph.node_copy(n, lambda a: env.get(a, a))
+        new.meta = {k: v for k, v in n.meta.items() if k != "example_value"}
+        if stack := new.meta.get("nn_module_stack"):
+            new.meta["nn_module_stack"] = type(stack)((renamed.get(str(k), k), v) for k, v in stack.items())
+        if n.op == "get_attr":
+            new.meta.update({k: v for k, v in n.meta.items() if k == "example_value"})
+            continue
+        value = _anew(n, tx) if isinstance(n.target, torch._ops.HigherOrderOperator) else get_fake_value(new, tx)
+        if n in wanted:
+            variables[n] = wrap_fx_proxy(tx, fx.Proxy(new, tx.output.current_tracer), example_value=value)
+        else:
+            new.meta["example_value"] = value
+    return variables
+
+
+def _anew(node: fx.Node, tx: Any) -> Any:
+    """Fakes like those that the node gave, in memory of their own."""
+
+    def like(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor):
+            return t
+        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
+        return made if t.is_leaf else made.clone()
+
+    with tx.output.fake_mode, torch.enable_grad():
+        return pytree.tree_map(like, node.meta["example_value"])
+
+
+# ---------------------------------------------------------------- sources and guards
+
+
+def _core(source: Source) -> Source:
+    """Without what only says of which kind the module is."""
+    while "NNModuleSource" in type(source).__name__:
+        source = source.base
+    return source
+
+
+class _Place:
+    """Where a later layer stands in for a template's."""
+
+    def __init__(self, old: Source, new: Source, tx: Any):
+        self.old, self.new, self.tx = old, new, tx
+        self.known: dict[Source, Source | None] = {}
+        self.scope = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}
+        self.helpers, self.values = dict(_get_closure_vars()), {}
+
+    def moved(self, source: Source) -> Source:
+        """The same of the later layer."""
+        if source == self.old:
+            return self.new
+        if source not in self.known:
+            parts = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.init}
+            changed = {k: m for k, v in parts.items() if isinstance(v, Source) and (m := self.moved(v)) is not v}
+            self.known[source] = dataclasses.replace(source, **changed) if changed else None
+        return self.known[source] or source
+
+    def moves(self, source: Source) -> bool:
+        return self.moved(source) is not source
+
+    def value(self, source: Source) -> Any:
+        return source.get_value(self.scope, self.helpers, self.values)
+
+    def tensor(self, source: Source) -> VariableTracker:
+        """The input of the graph that holds it."""
+        return VariableBuilder(self.tx, source)(self.value(source))
+
+    def moved_guards(self, guards: list[Guard]) -> list[Guard]:
+        """Guards on the template's layer, on the later one. Raises NotAlike where one would not hold."""
+        found = []
+        for guard in guards:
+            moved, how = self.moved(guard.originating_source), guard.create_fn
+            if guard.create_fn_name() == "DUPLICATE_INPUT":
+                how = partial(how.func, source_b=self.moved(_more(guard)[0]))
+            try:
+                holds = self.holds(guard, moved)
+            except Exception as e:
+                raise NotAlike(f"{guard.create_fn_name()} on {moved.name}: {type(e).__name__}: {e}") from e
+            if not holds:
+                raise NotAlike(f"{guard.create_fn_name()} on {moved.name}")
+            found.append(Guard(moved, how))
+        return found
+
+    def holds(self, guard: Guard, moved: Source) -> bool:
+        """Does what the guard asks of the template's layer, and what holds there, hold for the later one?"""
+        kind, more = guard.create_fn_name(), _more(guard)
+        if kind == "HASATTR":
+            (a, name), (b, _) = (_attribute(source, more) for source in (guard.originating_source, moved))
+            return hasattr(self.value(a), name) == hasattr(self.value(b), name)
+        new = self.value(moved)
+        if kind == "DUPLICATE_INPUT":
+            return self.value(self.moved(more[0])) is new
+        old, ask = self.value(guard.originating_source), _ASK.get(kind)
+        return ask is not None and type(old) is type(new) and ask(old, new, more)
+
+
+def _attribute(source: Source, more: tuple) -> tuple[Source, str]:
+    """The object and the name that the guard HASATTR asks for."""
+    source = _core(source)
+    named = [m for m in more if isinstance(m, str)]
+    return (source, named[0]) if named else (source.base, source.member)
+
+
+def _more(guard: Guard) -> tuple:
+    """What its kind is told beside the value."""
+    return (*guard.create_fn.args, *guard.create_fn.keywords.values()) if isinstance(guard.create_fn, partial) else ()
+
+
+def _is_implied(guard: Guard, known: Any) -> bool:
+    """Two objects, each of which is guarded to be of a type, are of the same one. torch asks this in Python, at each call."""
+    if guard.create_fn_name() != "DUPLICATE_INPUT":
+        return False
+    both = guard.originating_source, _more(guard)[0]
+    typed = {g.originating_source for g in known if g.create_fn_name() == "TYPE_MATCH"}
+    return all(isinstance(s, TypeSource) and s.base in typed for s in both)
+
+
+def _same_function(a: Any, b: Any, _: tuple) -> bool:
+    return a is b or getattr(a, "__func__", a) is getattr(b, "__func__", b)
+
+
+def _equal(a: Any, b: Any, _: tuple) -> bool:
+    return (
+        a is b
+        or isinstance(a, int | float | str | bytes | tuple | frozenset | torch.dtype | torch.device | torch.Size)
+        and a == b
+    )
+
+
+def _both_contain(a: Any, b: Any, more: tuple) -> bool:
+    return (more[0] in a) == (more[0] in b)
+
+
+def _same_length(a: Any, b: Any, _: tuple) -> bool:
+    return len(a) == len(b)
+
+
+def _same_keys(a: Any, b: Any, _: tuple) -> bool:
+    return list(map(_key, a)) == list(map(_key, b))
+
+
+def _key(k: Any) -> Any:
+    return k if isinstance(k, str | int | type) else id(k)
+
+
+_ASK: dict[str, Callable[[Any, Any, tuple], bool]] = {
+    "TENSOR_MATCH": lambda a, b, _: isinstance(a, torch.Tensor) and _tensor_kind(a) == _tensor_kind(b),
+    "TYPE_MATCH": lambda a, b, _: True,
+    "NOT_PRESENT_IN_GENERIC_DICT": lambda a, b, more: more[0] not in b.__dict__,
+    **dict.fromkeys(("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"), _both_contain),
+    "EMPTY_NN_MODULE_HOOKS_DICT": lambda a, b, _: not a and not b,
+    "CONSTANT_MATCH": _equal,
+    "EQUALS_MATCH": _equal,
+    "BOOL_MATCH": _equal,
+    "NONE_MATCH": _equal,
+    "ID_MATCH": lambda a, b, _: a is b,
+    "CLASS_MATCH": lambda a, b, _: a is b,
+    "BUILTIN_MATCH": lambda a, b, _: a is b,
+    "FUNCTION_MATCH": _same_function,
+    "CLOSURE_MATCH": _same_function,
+    "SEQUENCE_LENGTH": _same_length,
+    "LIST_LENGTH": _same_length,
+    "DICT_LENGTH": _same_length,
+    "DICT_KEYS_MATCH": _same_keys,
+    "DICT_CONST_KEYS": _same_keys,
+    "MAPPING_KEYS_CHECK": _same_keys,
+}
+
+
+UnspecializedNNModuleVariable.call_function = _once(UnspecializedNNModuleVariable.call_function)

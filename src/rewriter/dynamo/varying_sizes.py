@@ -1,0 +1,60 @@
+"""Token ids of a trainer are dynamic in the first graph already.
+
+Dynamo takes the sizes of the first batch for constants and compiles once more, with symbols, when it sees another length, and
+again for another number of rows. A trainer's batches are padded to the longest of their rows, so each of these is a compilation
+of the whole model for nothing. Where accelerate runs the training (Trainer, TRL, a loop of one's own with an Accelerator), the
+sizes of integer and boolean inputs of two dimensions (ids, masks, labels, positions) are symbols at once, equal sizes the same
+one, as with `dynamic=True`; floats stay constants, as without. Elsewhere, and with `dynamic=True` or `False`, sizes are what
+Dynamo makes of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from torch._dynamo.variables import builder
+from torch._guards import GuardSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sloth.integrations.transformers import is_ours
+
+DIMENSIONS = 2  # batch and length
+BROKEN_ON_CPU = torch.__version__ < "2.12"  # Inductor's C++ for cummax of a batch of any size does not compile
+
+
+def _marking(context: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's choice of which sizes of an input are symbols."""
+
+    @wraps(context)
+    def automatic_dynamic(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        made = context(e, tx, source, *args, **kwargs)
+        if not _is_tokens(e) or not is_ours(tx) or source.guard_source is not GuardSource.LOCAL or not sizes_vary():
+            return made
+        if e.device.type == "cpu" and BROKEN_ON_CPU:
+            return made
+        return replace(made, dynamic_sizes=[DimDynamic.DUCK if n > 1 else DimDynamic.STATIC for n in e.shape])
+
+    return automatic_dynamic
+
+
+def _is_tokens(e: Any) -> bool:
+    if not isinstance(e, torch.Tensor) or isinstance(e, torch.nn.Parameter) or is_traceable_wrapper_subclass(e):
+        return False
+    return e.dim() == DIMENSIONS and not e.is_floating_point() and not e.is_complex()
+
+
+def sizes_vary() -> bool:
+    """Does a trainer feed the model, and is it left to Dynamo which sizes are symbols?"""
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    config = torch._dynamo.config
+    return bool(state and state._shared_state) and config.assume_static_by_default and config.automatic_dynamic_shapes
+
+
+if hasattr(builder, "_automatic_dynamic"):
+    builder._automatic_dynamic = _marking(builder._automatic_dynamic)

@@ -1,0 +1,90 @@
+"""Memory: which values lie in the same, and which calls of a graph write to it.
+
+Values say what was computed, not when. For memory that somebody writes that is not enough: a value in it is *pinned*, never the
+same as any other, and whoever reads it must do so when all writes are done. What cannot be told is taken to share memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from sloth.rewriter.graph.canonical import ALIASES
+from sloth.rewriter.graph.value import Value
+
+
+def storages(node: fx.Node, gm: fx.GraphModule) -> frozenset[int]:
+    """The memory that the node's tensors lie in."""
+    example = operator.attrgetter(node.target)(gm) if node.op == "get_attr" else node.meta.get("example_value")
+    found = set()
+    for t in tensors(example):
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse and other tensors without one
+            found.add(t.untyped_storage()._cdata)
+    return frozenset(found)
+
+
+def tensors(example: Any) -> Iterator[torch.Tensor]:
+    if isinstance(example, torch.Tensor):
+        yield example
+    elif isinstance(example, tuple | list):
+        for x in example:
+            yield from tensors(x)
+
+
+def root(v: Value) -> Value:
+    """Whose memory `v` may share."""
+    while v.op in ALIASES:
+        v = v.args[0]
+    return v
+
+
+def writers(v: Value, writes: Iterable[tuple[fx.Node, Value]], gm: fx.GraphModule) -> list[fx.Node]:
+    """Those of the `writes` (a call, and what it writes to) that may reach the memory `v` lies in."""
+    own = _places(v, gm)
+    return [n for n, w in writes if root(w) is root(v) or not own or not (to := _places(w, gm)) or not own.isdisjoint(to)]
+
+
+def _places(v: Value, gm: fx.GraphModule) -> set[int]:
+    """The memory that `v`, or what it is a view of, lies in; empty where that is not known."""
+    found = {s for n in v.nodes for s in storages(n, gm)}
+    return found | _places(v.args[0], gm) if v.op in ALIASES else found
+
+
+def may_write(node: fx.Node) -> bool:
+    """May this call, which the shadow does not look into, write to its operands?"""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return "mutation" in target.name()
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS or name.startswith("__i")
+    in_place = in_place or name in _IN_PLACE
+    return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or node.op == "call_module"
+
+
+def may_be_written(node: fx.Node) -> list[fx.Node]:
+    """The operands that this call may write to."""
+    if not may_write(node):
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+        written = [given.get(a.name) for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    elif isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "call_module":
+        return node.all_input_nodes
+    else:
+        written = [*node.args[:1], node.kwargs.get("out")]
+    found: list[fx.Node] = []
+    fx.node.map_arg(written, found.append)
+    return found
+
+
+_KEYWORDS = {"and_", "or_", "not_", "is_"}  # operator's names for them
+_IN_PLACE = {"setitem", "delitem", "__setitem__"} | {f"i{name}" for name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul", "concat"
+)}  # fmt: skip

@@ -1,0 +1,196 @@
+"""Patterns: plain PyTorch reference code, traced by the same recorder and normal form as the models it is looked for in.
+
+    rms = Construct("rms_norm", "RMSNorm", anchor=is_rms_anchor)
+
+    @pattern(rms, op=kernels.rms_norm, dims={"x": "B S D", "weight": "D"})
+    def rms_norm(x, weight, *, eps: float):
+        ...reference code...
+
+    @rms_norm.variant("gemma", offset=1.0)
+    def _(x, weight, *, eps: float): ...
+
+Positional parameters are tensors, keyword-only parameters numbers and dtypes found in the graph (annotated `float`, `int` or
+`torch.dtype`). A match calls `op` with the bound tensors and numbers by the names of its schema; what a variant passes
+(`offset=1.0`) goes to the operator too. It may be a function of the match, and give other values of the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from string import ascii_letters
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sloth.rewriter.graph.normal_form import Normal
+from sloth.rewriter.graph.record import trace
+from sloth.rewriter.graph.value import Meta, Shadow, Value
+
+# By the name of an entry: arguments of its operator that the user of a backend call has set.
+ARGUMENTS: ContextVar[dict[str, dict[str, Any]]] = ContextVar("ARGUMENTS", default={})  # noqa: B039
+
+
+class PatternError(ValueError):
+    """An entry that cannot be used; the message names the entry and what to change."""
+
+
+@dataclass(frozen=True)
+class Construct:
+    """A piece of mathematics that models are made of, whatever the entries that match it.
+
+    anchor: is this value characteristic of the construct (one, or a fixed number, for each site)?
+    module: how many sites does one call of this module hold, by its class and attributes? Used for models of transformers.
+    function: the same by the name of a function that a module calls (what it starts with, underscores aside), one site a module.
+    per_site: how many anchors a site can hold (a rotation of q and one of k: 2).
+    """
+
+    name: str
+    title: str
+    anchor: Callable[[Value], bool] = lambda value: False
+    module: Callable[[torch.nn.Module, dict], int] = lambda module, arguments: 0
+    function: str = ""
+    per_site: int = 1
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced reference: its inputs and results in normal form, and which literals stand for which numbers."""
+
+    inputs: dict[str, Value]
+    roots: tuple[Value, ...]
+    sentinels: dict[Any, str]
+
+    @property
+    def main(self) -> Value:
+        """The result that the others are found from: the one computed last."""
+        return max(self.roots, key=lambda r: r.id)
+
+
+@dataclass(eq=False)
+class Variant:
+    """One way to write a construct."""
+
+    pattern: Pattern
+    name: str
+    reference: Callable[..., Any]
+    options: dict[str, Any]
+    dims: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.tensors, self.numbers = _parameters(self.reference)
+        if missing := [t for t in self.tensors if t not in self.dims]:
+            raise PatternError(f"pattern {self}: no dims given for {', '.join(missing)}")
+        op, names = self.pattern.op, {a.name for a in self.pattern.op._schema.arguments}
+        made = any(map(callable, self.options.values()))  # of bindings, which then need not be arguments themselves
+        bound = () if made else (*self.tensors, *(n for n, kind in self.numbers.items() if kind is not torch.dtype))
+        if unknown := [n for n in (*bound, *self.options) if n not in names]:
+            raise PatternError(f"pattern {self}: {op} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+        self._loose: Graph | None = None
+
+    def __str__(self) -> str:
+        return f"{self.pattern.name}[{self.name}]"
+
+    def sample_metas(self, dtype: torch.dtype = torch.bfloat16) -> list[Meta]:
+        """Descriptions of example inputs: a size for each letter of `dims`."""
+        sizes = {}
+        letters = sorted({str(s) for spec in self.dims.values() for s in _sizes(spec) for s in s.free_symbols})
+        for i, letter in enumerate(letters):
+            sizes[letter] = self.pattern.sizes.get(letter, 2 * (i + 3))
+        return [self.meta(t, sizes, dtype) for t in self.tensors]
+
+    def meta(self, tensor: str, sizes: dict[str, int], dtype: torch.dtype) -> Meta:
+        spec = self.dims[tensor]
+        known = {sympy.Symbol(letter): sympy.Integer(size) for letter, size in sizes.items()}
+        shape = tuple(int(s.xreplace(known)) for s in _sizes(spec))
+        return Meta(shape, torch.int64 if spec.endswith("int64") else dtype, torch.device("cpu"))
+
+    def loose(self) -> Graph:
+        """Traced once in bf16, so that every cast shows; sizes and dtypes in it are examples."""
+        if self._loose is None:
+            sentinels = _sentinels(self.numbers)
+            with torch.autocast("cpu", enabled=False):  # what is ambient now need not be so the next time
+                self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, FakeTensorMode(), sentinels)
+        return self._loose
+
+    def graph(self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode, sentinels: dict | None = None) -> Graph:
+        """The reference traced on tensors like these."""
+        traced = trace(lambda *tensors: self.reference(*tensors, **numbers), metas, mode)
+        shadow = Shadow()
+        inputs = [shadow.add("input", (t,), m) for t, m in zip(self.tensors, metas, strict=True)]
+        output = Normal(shadow).replay(traced, inputs)
+        roots = output if isinstance(output, tuple) else (output,)
+        return Graph(dict(zip(self.tensors, inputs, strict=True)), roots, sentinels or {})
+
+
+@dataclass(eq=False)
+class Pattern:
+    """An entry of the registry: variants of one construct that one operator replaces."""
+
+    name: str
+    construct: Construct
+    op: torch._ops.OpOverload
+    dims: dict[str, str]
+    sizes: dict[str, int] = field(default_factory=dict)
+    no_grad: tuple[str, ...] = ()
+    recompute: bool = False
+    cheap: tuple[str, ...] = ()
+    deferred: Callable[..., torch.Tensor] | None = None
+    also: tuple[Construct, ...] = ()
+    variants: list[Variant] = field(default_factory=list)
+    checks: list[Callable[..., None]] = field(default_factory=list)
+
+    def variant(self, name: str, dims: dict[str, str] | None = None, **options: Any) -> Callable[[Callable], Callable]:
+        """Add another spelling. `options` go to the operator; `dims` replaces or adds descriptions of tensors."""
+
+        def enter(reference: Callable) -> Callable:
+            self.variants.append(Variant(self, name, reference, options, {**self.dims, **(dims or {})}))
+            return reference
+
+        return enter
+
+    def check(self, fn: Callable[..., None]) -> Callable[..., None]:
+        """Add a condition: `fn(match)` calls `match.require(condition, reason)`."""
+        self.checks.append(fn)
+        return fn
+
+
+@dataclass(frozen=True)
+class Deferral:
+    """An entry without an operator: linear layers that it wants, whose results the graph only gives out, are left to `make`."""
+
+    name: str
+    construct: Construct
+    wanted: Callable[[Value], bool]
+    make: Callable[..., torch.Tensor]
+
+
+KINDS = {int: (int, "int"), torch.dtype: (torch.dtype, "torch.dtype")}  # of keyword-only parameters, by annotation; others: float
+
+
+def _sentinels(parameters: dict[str, type]) -> dict[Any, str]:
+    """A constant for each parameter that no reference writes itself. What is cast to the last dtype is not computed with."""
+    dtypes = iter((torch.float64, torch.float16, torch.float8_e5m2))
+    make = {float: lambda i: 0.0173 + 0.0011 * i, int: lambda i: 90017 + i, torch.dtype: lambda i: next(dtypes)}
+    return {make[kind](i): name for i, (name, kind) in enumerate(parameters.items())}
+
+
+def _parameters(fn: Callable) -> tuple[list[str], dict[str, type]]:
+    tensors, numbers = [], {}
+    for p in inspect.signature(fn).parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            numbers[p.name] = next((t for t, names in KINDS.items() if p.annotation in names), float)
+        else:
+            tensors.append(p.name)
+    return tensors, numbers
+
+
+@cache
+def _sizes(spec: str) -> list[sympy.Expr]:
+    """ "B S 2*I" as symbolic sizes (a trailing dtype is not a size)."""
+    return [sympy.sympify(s, locals={c: sympy.Symbol(c) for c in ascii_letters}) for s in spec.split() if s != "int64"]

@@ -1,0 +1,119 @@
+"""The registry of pattern entries: sloth's own, those of installed packages, and the user's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+
+from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.pattern import Construct, Deferral, Pattern, PatternError
+
+log = logging.getLogger("sloth")
+_patterns: dict[str, Pattern] = {}
+_deferrals: dict[str, Deferral] = {}
+_loaded = False
+
+
+def pattern(
+    construct: Construct,
+    *,
+    op: Any,
+    dims: dict[str, str],
+    sizes: dict[str, int] | None = None,
+    no_grad: tuple[str, ...] = (),
+    recompute: bool = False,
+    cheap: tuple[str, ...] = (),
+    deferred: Callable[..., torch.Tensor] | None = None,
+    also: tuple[Construct, ...] = (),
+    name: str | None = None,
+    variant: str = "default",
+    **options: Any,
+) -> Callable[[Callable], Pattern]:
+    """Register reference code as a pattern that `op` replaces.
+
+    op: an operator of torch.library (an OpOverload, its packet, or what `custom_op`/`triton_op` return), with a registered
+        backward unless it is only wanted where no gradient flows. Its arguments are found by name.
+    dims: for each tensor its sizes by letters, "B S D" or "B S 2*I", with " int64" behind for indices. `sizes` fixes letters.
+    no_grad: tensors that the operator gives no gradient to; where one of them needs it, the match is refused.
+    recompute: its result is large and cheap: computed again in the backward pass by whoever needs it there, not kept.
+    cheap: tensors of which a dropout or cast is computed again too, where the backward pass wants it, instead of keeping it.
+    deferred: what a linear layer computes row by row on the way and the graph gives out (logits) is left to `deferred(hidden,
+        weight, bias, step, autocast, plain, more)`, which returns a tensor for step(linear(hidden, weight, bias)), the layer
+        under autocast(device type, dtype, enabled); the step may be None; plain: there is none, or casts alone, and no autocast.
+        more: (weight, bias) of further layers, which read further columns of `hidden`; the step takes what each layer gives.
+        A frozen weight that is kept in another form is a `Remade`.
+    also: other constructs that a match holds, each anchor of theirs a site (norms, in an entry of RoPE that norms q and k too).
+    Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
+    """
+
+    def enter(reference: Callable) -> Pattern:
+        entry = Pattern(
+            name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred, also
+        )
+        if entry.name in _deferrals.keys() | _patterns.keys():
+            raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")
+        entry.variant(variant, **options)(reference)
+        _patterns[entry.name] = entry
+        return entry
+
+    return enter
+
+
+def deferral(
+    construct: Construct, *, make: Callable[..., torch.Tensor], name: str | None = None
+) -> Callable[[Callable[[Value], bool]], Deferral]:
+    """Register `wanted(layer)`: linear layers whose result is left to `make` (as `deferred` of a pattern) where a graph gives it
+    out and does not use it. The layer is described by its Value. Raises PatternError where the name is taken.
+    """
+
+    def enter(wanted: Callable[[Value], bool]) -> Deferral:
+        entry = Deferral(name or wanted.__name__, construct, wanted, make)
+        if entry.name in _deferrals.keys() | _patterns.keys():
+            raise PatternError(f"an entry named {entry.name!r} is registered already; give another name=")
+        _deferrals[entry.name] = entry
+        return entry
+
+    return enter
+
+
+def unregister(name: str) -> None:
+    """Forget an entry. KeyError where there is none of this name."""
+    del _patterns[name]
+
+
+def patterns() -> list[Pattern]:
+    """All entries; the first call loads sloth's own and those of packages with an entry point in the group `sloth_patterns`."""
+    global _loaded
+    if not _loaded:
+        import_module("sloth.patterns")
+        _loaded = True
+        for point in entry_points(group="sloth_patterns"):
+            try:
+                point.load()
+            except Exception as e:  # somebody else's package must not stop a training run
+                log.warning("sloth: patterns of %s were not loaded: %s: %s", point.value, type(e).__name__, e)
+    return list(_patterns.values())
+
+
+def deferrals() -> list[Deferral]:
+    """All entries that defer; loaded with the patterns."""
+    patterns()
+    return list(_deferrals.values())
+
+
+def constructs() -> list[Construct]:
+    """The constructs that have entries, in the order of registration."""
+    return list({e.construct.name: e.construct for e in (*patterns(), *deferrals())}.values())
+
+
+def _overload(op: Any) -> torch._ops.OpOverload:
+    op = getattr(op, "_opoverload", op)
+    op = getattr(op, "default", op)
+    if not isinstance(op, torch._ops.OpOverload):
+        raise PatternError(f"op must be an operator of torch.library, not {type(op).__name__}")
+    return op

@@ -1,0 +1,230 @@
+"""What a match must satisfy before it may be made. Each rule either passes or refuses with a reason for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._library.custom_ops import _maybe_get_opdef
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from sloth.rewriter.graph.aliasing import root, storages, writers
+from sloth.rewriter.graph.ambient import under
+from sloth.rewriter.graph.canonical import ALIASES, POINTWISE, VIEWS
+from sloth.rewriter.graph.lower import View
+from sloth.rewriter.graph.record import fakes, rebuilt
+from sloth.rewriter.graph.scratch import Compared, comparing_nothing, into
+from sloth.rewriter.graph.value import Meta, Value, literal_key, same_literal, values_in
+from sloth.rewriter.match.matcher import Match, Refused
+from sloth.rewriter.match.pattern import ARGUMENTS
+from sloth.rewriter.notices import warn_once
+from sloth.rewriter.plan.lazy_outputs import deferrable, only_given_out
+from sloth.rewriter.plan.materialize import held, made_anew
+
+
+@dataclass
+class Ground:
+    """Where matches are judged: a graph's shadow, fakes to try operators on, and what they gave for each signature."""
+
+    view: View
+    mode: FakeTensorMode
+    tried: dict[Any, list[Meta]] = field(default_factory=dict)
+
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        return {n: i for i, n in enumerate(self.view.gm.graph.nodes)}
+
+
+def check(match: Match, graph: Ground) -> None:
+    """Raise Refused where the rewrite is not proven legal."""
+    with under(match.roots[0].region.autocast):
+        for rule in RULES:
+            try:
+                rule(match, graph)
+            except Refused:
+                raise
+            except Exception as e:  # a bug of the entry costs its matches, not the graph
+                why = f"{type(e).__name__}: {e}".split("\n")[0]
+                warn_once(f"pattern {match.pattern.name!r} is not used where it raises: {why}")
+                raise Refused("error", f"{match.pattern.name} raises {why}") from e
+
+
+def memory(match: Match, graph: Ground) -> None:
+    """Of memory that somebody writes, it reads only what tensors of the pattern lie in, and when all of it is written; a result
+    may be written later, by its readers, like the fresh tensor it is.
+    """
+    tensors = [h for t in match.tensors.values() for h in held(t)]
+    others = [h for o in operands_of(match)[len(match.tensors) :] for h in held(o)]
+    fresh = {r for r in match.roots if not any(u in match.values for u in r.users)}
+    for v in (*match.values - fresh, *others):
+        if v.pinned and not (v in match.values and v.op in ALIASES and root(v) in map(root, tensors)):
+            raise Refused("mutation", f"{_name(v)} is written in place")
+    view, made = graph.view, [*match.values, *made_anew(match.tensors.values())]
+    first = min((graph.order[v.origin] for v in made if any(i.pinned for i in v.inputs)), default=0)
+    for h in (h for h in tensors if h.pinned):
+        copies = [graph.order[n] for v in _views(h) for n in v.nodes if storages(n, view.gm) != storages(h.nodes[0], view.gm)]
+        if any(graph.order[w] >= min([first, *copies]) for w in writers(h, view.writes, view.gm)):
+            raise Refused("mutation", f"{_name(h)} is written in place after it is read")
+
+
+def _views(v: Value) -> list[Value]:
+    """It, and what a view of it is."""
+    return [v, *(w for u in v.users if u.op in ALIASES for w in _views(u))]
+
+
+def regions(match: Match, graph: Ground) -> None:
+    """It does not span a change of grad mode or autocast."""
+    if len({v.region for v in match.values}) > 1:
+        raise Refused("region", "it spans a change of grad mode or autocast")
+    if match.roots[0].region.transforms:
+        raise Refused("region", "it is inside of a transform of torch.func")
+
+
+def operands(match: Match, graph: Ground) -> None:
+    """Operands and results are values of the traced graph (operands also what can be written anew of some)."""
+    for v in operands_of(match):
+        if hidden := [h for h in ([v] if _around(v, graph) else held(v)) if not h.nodes]:
+            raise Refused("hidden", f"operand {hidden[0].op} is computed inside one call")
+    for v in match.roots:
+        if not v.nodes:
+            raise Refused("hidden", f"result {v.op} is computed inside one call")
+
+
+def escapes(match: Match, graph: Ground) -> None:
+    """What is used elsewhere too is a result, or cheap to have twice, or given out and computed when it is read."""
+    cheap: dict[Value, bool] = {}
+
+    def is_cheap(v: Value) -> bool:
+        if v not in match.values:
+            return True
+        if v not in cheap:
+            cheap[v] = v.op in VIEWS | POINTWISE and all(map(is_cheap, v.inputs))
+        return cheap[v]
+
+    for v in match.values - set(match.roots):
+        given_out = any(user.op == "output" for n in v.nodes for user in n.users)
+        elsewhere = any(u not in match.values and _alive(u) and not only_given_out(match, u, graph.view) for u in v.users)
+        if not is_cheap(v) and (elsewhere or given_out and not deferrable(match, v, graph.view)):
+            raise Refused("escape", f"{_name(v)} is used elsewhere too")
+
+
+def gradients(match: Match, graph: Ground) -> None:
+    """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it."""
+    if unbound := [v for v in operands_of(match)[len(match.tensors) :] if v.meta.requires_grad]:
+        raise Refused("gradient", f"{_name(unbound[0])} is no operand of the pattern, and needs a gradient")
+    wanting = [name for name, v in match.tensors.items() if v.meta.requires_grad]
+    if not wanting or not any(r.meta.requires_grad for r in match.roots):
+        return
+    if not has_backward(match.pattern.op):
+        raise Refused("gradient", f"{match.pattern.op} has no registered backward")
+    if skipped := [name for name in wanting if name in match.pattern.no_grad]:
+        raise Refused("gradient", f"{match.pattern.op} gives no gradient to {', '.join(skipped)}")
+
+
+def conditions(match: Match, graph: Ground) -> None:
+    """What the pattern itself asks."""
+    for condition in match.pattern.checks:
+        condition(match)
+
+
+def results(match: Match, graph: Ground) -> None:
+    """The operator's results have the shapes and dtypes of what they replace."""
+    try:
+        found = operator_metas(match, graph)
+    except Compared as e:
+        raise Refused("sizes", f"{match.pattern.op}: {e}") from e
+    except Exception as e:
+        raise Refused("operator", f"{match.pattern.op} does not accept these operands: {type(e).__name__}: {e}"[:300]) from e
+    if len(found) < len(match.roots) or any(
+        str(r.type) not in ("Tensor", "List[Tensor]") for r in match.pattern.op._schema.returns
+    ):
+        raise Refused("operator", f"{match.pattern.op} does not return {len(match.roots)} tensors")
+    for r, m in zip(match.roots, found, strict=False):
+        if r.meta.dtype != m.dtype or not same_literal(r.meta.shape, m.shape):
+            raise Refused(
+                "dtype", f"{match.pattern.op} gives {m.dtype} {list(m.shape)}, the model {r.meta.dtype} {list(r.meta.shape)}"
+            )
+
+
+# The operator is tried last, on operands that its pattern asks for: torch logs what fails on fakes.
+RULES: tuple[Callable[[Match, Ground], None], ...] = (memory, regions, operands, gradients, escapes, conditions, results)
+
+
+def has_backward(op: torch._ops.OpOverload) -> bool:
+    """Is there an autograd formula for `op`, or is it composed of operators that have one?"""
+    if (definition := _maybe_get_opdef(op)) is not None:  # custom_op and triton_op: an autograd kernel that may only raise
+        return definition._backward_fn is not None
+    key, has = op.name(), torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has(key, k) for k in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"))
+
+
+def takes_many(op: torch._ops.OpOverload) -> bool:
+    """Does one call of it stand for several matches? Then it gives a list of results, and takes lists: an element for each."""
+    return str(op._schema.returns[0].type) == "List[Tensor]"
+
+
+def is_list(argument: torch.Argument) -> bool:
+    return isinstance(argument.type, torch.ListType)
+
+
+def match_arguments(match: Match) -> tuple:
+    """The operator's arguments for one match in schema order: bound Values, numbers, the variant's options, defaults; None for a
+    tensor it lacks.
+    """
+    options = {n: o(match) if callable(o) else o for n, o in match.variant.options.items()}
+    given = {**match.tensors, **match.numbers, **options, **ARGUMENTS.get().get(match.pattern.name, {})}
+    return tuple(given.get(a.name, a.default_value) for a in match.pattern.op._schema.arguments)
+
+
+def operands_of(match: Match) -> list[Value]:
+    """Its tensors, and other values of the graph that its options hand to the operator: what a tensor of it is computed from."""
+    return list(dict.fromkeys((*match.tensors.values(), *values_in(match_arguments(match)))))
+
+
+def call_arguments(matches: Sequence[Match], tensor: Callable[[Value], Any]) -> tuple:
+    """The arguments of one call for these matches, its tensors made by `tensor`."""
+    op = matches[0].pattern.op
+    many = takes_many(op)
+    each = zip(op._schema.arguments, *map(match_arguments, matches), strict=True)
+
+    def made(a: Any) -> Any:
+        return tensor(a) if isinstance(a, Value) else rebuilt(a, made)
+
+    return tuple(made(list(values) if many and is_list(a) else values[0]) for a, *values in each)
+
+
+def operator_metas(match: Match, graph: Ground) -> list[Meta]:
+    """What the operator gives for operands like these."""
+    leaves = operands_of(match)
+    arguments = call_arguments([match], lambda v: v.meta[:3])
+    key = (match.pattern.op, literal_key(arguments), match.roots[0].region.autocast)
+    if key not in graph.tried:
+        tensors = dict(zip(leaves, fakes([v.meta for v in leaves], graph.mode), strict=True))
+        dispatching = enable_python_dispatcher()  # in C++, sizes would become numbers
+        with comparing_nothing(graph.mode), graph.mode, torch.no_grad(), dispatching:
+            out = match.pattern.op(*pytree.tree_map(lambda a: into(a, graph.mode), call_arguments([match], tensors.__getitem__)))
+        graph.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
+    return graph.tried[key]
+
+
+def _around(v: Value, graph: Ground) -> bool:
+    """Is it a value of the graph around this body, to be passed in?"""
+    return not graph.view.shadow.owns(v)
+
+
+def _alive(v: Value) -> bool:
+    """Does anybody read it in the end? Dead code of the model counts as nobody, and so does what a rule made of other values:
+    those read the same, and whoever computes it computes them.
+    """
+    return any(n.users for n in v.nodes) or not v.spelled and any(_alive(u) for u in v.users)
+
+
+def _name(v: Value) -> str:
+    node: fx.Node | None = v.nodes[0] if v.nodes else v.origin
+    return f"`{node.name}`" if node is not None else v.op
