@@ -11,27 +11,21 @@ ninth on nothing is compiled. Under sloth a flag that was not given is one that 
 Who wants static sizes says so in the program: `TorchDynamoPlugin(dynamic=False)`.
 """
 
-import logging
 from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from sloth.integrations.import_hook import when_imported
+from sloth.integrations.integration import integration
 
 
 def register() -> None:
-    """Now, or when accelerate is imported. Never raises: this runs inside `import torch`."""
-    when_imported("accelerate.utils.dataclasses", _know)
+    """What the entry point calls. To import this module is enough; it runs inside `import torch`, and never raises."""
 
 
-def _know(module: ModuleType) -> None:
-    for step in (_add_name, _leave_open):
-        try:
-            step(module)
-        except Exception as e:  # another accelerate: its import must not fail for our sake
-            logging.getLogger("sloth").warning("sloth: accelerate is not told of it: %s: %s", type(e).__name__, e)
+DATACLASSES = "accelerate.utils.dataclasses"
 
 
+@integration(DATACLASSES, touches="DynamoBackend", why="sloth is a backend by name in Trainer, TRL and accelerate")
 def _add_name(module: ModuleType) -> None:
     enum = module.DynamoBackend
     if "SLOTH" in enum.__members__:
@@ -43,6 +37,7 @@ def _add_name(module: ModuleType) -> None:
     enum._member_names_.append("SLOTH")
 
 
+@integration(DATACLASSES, touches="TorchDynamoPlugin.__post_init__", why="sizes stay open where the launcher was told nothing")
 def _leave_open(module: ModuleType) -> None:
     plugin = module.TorchDynamoPlugin
     read = plugin.__post_init__

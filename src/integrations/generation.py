@@ -13,7 +13,7 @@ from typing import Any
 
 from torch._dynamo.eval_frame import innermost_backend
 
-from sloth.integrations.import_hook import when_imported
+from sloth.integrations.integration import integration
 
 
 def is_compiled_for_sloth(call: Any) -> bool:
@@ -25,11 +25,9 @@ def is_compiled_for_sloth(call: Any) -> bool:
     return "sloth" in (getattr(backend, "compiler_name", None), getattr(backend, "__name__", None))
 
 
+@integration("transformers.generation.utils", touches="GenerationMixin.generate", why="generating spends no graphs")
 def _leave_alone(generation: ModuleType) -> None:
-    """`generation` is transformers.generation.utils."""
-    generate = getattr(getattr(generation, "GenerationMixin", None), "generate", None)
-    if generate is None:
-        return
+    generate = generation.GenerationMixin.generate
 
     @wraps(generate)
     def as_it_is(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,6 +41,3 @@ def _leave_alone(generation: ModuleType) -> None:
             self._compiled_call_impl = compiled
 
     generation.GenerationMixin.generate = as_it_is
-
-
-when_imported("transformers.generation.utils", _leave_alone)

@@ -15,14 +15,19 @@ from typing import Any
 
 from torch._dynamo.variables.misc import GetAttrVariable, SuperVariable
 
-from sloth.integrations.import_hook import when_imported
-from sloth.integrations.transformers import is_ours, leave_out
+from sloth.compat import is_ours
+from sloth.integrations.integration import integration
+from sloth.integrations.transformers import leave_out
 
 
+@integration(
+    "llamafactory.model.model_utils.checkpointing", touches="get_custom_gradient_checkpointing_func",
+    why="its requires_grad_() is traced without a break of the graph",
+)  # fmt: skip
 def _teach(checkpointing: ModuleType) -> None:
-    """`checkpointing` is llamafactory.model.model_utils.checkpointing."""
-    make = getattr(checkpointing, "get_custom_gradient_checkpointing_func", None)
-    leave_out(c for c in getattr(getattr(make, "__code__", None), "co_consts", ()) if isinstance(c, CodeType))
+    """Dynamo alone is told."""
+    constants = checkpointing.get_custom_gradient_checkpointing_func.__code__.co_consts
+    leave_out(c for c in constants if isinstance(c, CodeType))
 
 
 def _knowing_self(look_up: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,5 +42,6 @@ def _knowing_self(look_up: Callable[..., Any]) -> Callable[..., Any]:
     return var_getattr
 
 
-GetAttrVariable.var_getattr = _knowing_self(GetAttrVariable.var_getattr)
-when_imported("llamafactory.model.model_utils.checkpointing", _teach)
+@integration("torch._dynamo.variables.misc", touches="GetAttrVariable.var_getattr", why="super().__call__.__self__ is traced")
+def _know_self(misc: ModuleType) -> None:
+    misc.GetAttrVariable.var_getattr = _knowing_self(misc.GetAttrVariable.var_getattr)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from sloth.integrations.import_hook import when_imported
+from sloth.integrations.integration import integration
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:
@@ -31,12 +31,8 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
+@integration("peft.utils.integrations", touches="dequantize_module_weight", why="DoRA is traced without a break of the graph")
 def teach_dynamo(peft: ModuleType) -> None:
-    """`peft` is peft.utils.integrations."""
-    if not hasattr(peft, "dequantize_module_weight"):
-        return
+    """Dynamo alone is told."""
     with contextlib.suppress(ValueError, TypeError):  # done already, or another signature
         torch._dynamo.decorators.substitute_in_graph(peft.dequantize_module_weight)(weight_of)
-
-
-when_imported("peft.utils.integrations", teach_dynamo)

@@ -10,14 +10,12 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from sloth.integrations.import_hook import when_imported
+from sloth.integrations.integration import integration
 
 
+@integration("transformers.trainer", touches="Trainer._wrap_model", why="evaluation runs the compiled model")
 def _evaluating_compiled(trainer: ModuleType) -> None:
-    """`trainer` is transformers.trainer."""
-    wrap = getattr(getattr(trainer, "Trainer", None), "_wrap_model", None)
-    if wrap is None:
-        return
+    wrap = trainer.Trainer._wrap_model
 
     @wraps(wrap)
     def _wrap_model(self: Any, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -33,6 +31,3 @@ def _evaluating_compiled(trainer: ModuleType) -> None:
 def _is_for_sloth(trainer: Any) -> bool:
     plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
     return getattr(getattr(plugin, "backend", None), "value", None) == "SLOTH"
-
-
-when_imported("transformers.trainer", _evaluating_compiled)

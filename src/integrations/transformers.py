@@ -12,6 +12,7 @@ What no longer happens: `.grad` of the embedding's own output, which nobody read
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import wraps
 from types import CodeType, ModuleType
@@ -21,7 +22,8 @@ import torch
 from torch import fx
 from torch._dynamo.variables import TensorVariable
 
-from sloth.integrations.import_hook import when_imported
+from sloth.compat import is_ours
+from sloth.integrations.integration import integration
 
 _hooks: set[CodeType] = set()  # functions whose call of it is left out
 _MADE = "sloth_requires_grad_"  # in the meta of the node whose value the hook was called with
@@ -30,16 +32,6 @@ _MADE = "sloth_requires_grad_"  # in the meta of the node whose value the hook w
 def leave_out(functions: Iterable[CodeType]) -> None:
     """These call x.requires_grad_() for no other end than the hook does."""
     _hooks.update(functions)
-
-
-def teach_dynamo(transformers: ModuleType) -> None:
-    """`transformers` is transformers.modeling_utils."""
-    enable = getattr(getattr(transformers, "PreTrainedModel", None), "enable_input_require_grads", None)
-    constants = getattr(getattr(enable, "__code__", None), "co_consts", ())
-    hooks = [c for c in constants if isinstance(c, CodeType) and c.co_names == ("requires_grad_",)]
-    leave_out(hooks)
-    if hooks:
-        transformers.PreTrainedModel.enable_input_require_grads = _registering_once(enable)
 
 
 def _registering_once(enable: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -55,9 +47,14 @@ def _registering_once(enable: Callable[[Any], None]) -> Callable[[Any], None]:
     return enable_input_require_grads
 
 
-def is_ours(tx: Any) -> bool:
-    """Does Dynamo trace for sloth? What it is taught in this package holds for such graphs alone."""
-    return getattr(tx.output.compiler_fn, "__name__", None) == "sloth"
+@integration(
+    "transformers.modeling_utils", touches="PreTrainedModel.enable_input_require_grads",
+    why="its hook is traced without a break of the graph, and does not pile up",
+)  # fmt: skip
+def teach_dynamo(transformers: ModuleType) -> None:
+    enable = transformers.PreTrainedModel.enable_input_require_grads
+    leave_out(c for c in enable.__code__.co_consts if isinstance(c, CodeType) and c.co_names == ("requires_grad_",))
+    transformers.PreTrainedModel.enable_input_require_grads = _registering_once(enable)
 
 
 def _skipping(trace: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,9 +72,21 @@ def _skipping(trace: Callable[..., Any]) -> Callable[..., Any]:
     return method_requires_grad_
 
 
-if hasattr(TensorVariable, "method_requires_grad_"):
-    TensorVariable.method_requires_grad_ = _skipping(TensorVariable.method_requires_grad_)
-when_imported("transformers.modeling_utils", teach_dynamo)
+@integration(
+    "torch._dynamo.variables.tensor", touches="TensorVariable.method_requires_grad_",
+    why="requires_grad_() of such a hook is left out of the graph",
+)  # fmt: skip
+def _teach_requires_grad(tensor: ModuleType) -> None:
+    tensor.TensorVariable.method_requires_grad_ = _skipping(tensor.TensorVariable.method_requires_grad_)
+
+
+@integration("transformers.utils.logging", touches="nothing", why="a warning of GPT-2 and BERT does not break the graph")
+def _skip_warnings(_: ModuleType) -> None:
+    """That they have no type of loss. Dynamo is told to leave the call out: not before torch 2.13, which prints an error at each
+    compilation where this set of its configuration holds a function.
+    """
+    if torch.__version__ >= (2, 13):
+        torch._dynamo.config.ignore_logging_functions.add(logging.Logger.warning_once)
 
 
 def left_to_require(gm: fx.GraphModule) -> list[int]:

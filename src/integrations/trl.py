@@ -14,7 +14,7 @@ from types import ModuleType
 from torch import Tensor
 from torch.overrides import wrap_torch_function
 
-from sloth.integrations.import_hook import when_imported
+from sloth.integrations.integration import integration
 from sloth.lazy.tensor import STAYS_LAZY, LazyLogits, by_rows
 
 KERNEL = "_fused_logprob_entropy"  # TRL's own name for it
@@ -32,13 +32,10 @@ def logprob_and_entropy(
     return by_rows(x, of_rows, *(t.reshape(-1) for t in beside))
 
 
+@integration("trl.trainer.utils", touches=KERNEL, why="lazy logits are given to it some rows at a time")
 def _ask(utils: ModuleType) -> None:
-    """`utils` is trl.trainer.utils."""
     kernel = getattr(utils, KERNEL, None)
     if kernel is not None:
         asking = wrap_torch_function(lambda logits, *_, **__: (logits,))(kernel)
         STAYS_LAZY[asking] = logprob_and_entropy
         setattr(utils, KERNEL, asking)
-
-
-when_imported("trl.trainer.utils", _ask)

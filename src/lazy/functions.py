@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import sloth.integrations.trl  # noqa: F401  more of the table
 from sloth.kernels.common.launch import compute_dtype, without_autocast
 from sloth.kernels.linear.gemm import as_matrix
 from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy_forward

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sloth.kernels.common.launch import compute_dtype
-from sloth.rewriter.plan.lazy_outputs import Remade
+from sloth.lazy.weights import Remade
 
 Step = Callable[[Tensor], Tensor]  # [..., V] -> [..., V], each row by itself
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch._guards import CompileContext
 
-from sloth.integrations import generation, llamafactory, trainer  # noqa: F401  (other packages are met as they are)
+from sloth.integrations import generation, llamafactory, peft, trainer, trl  # noqa: F401  (other packages are met as they are)
 from sloth.integrations.transformers import left_to_require, requiring
 from sloth.options import parse
 from sloth.rewriter.compile.inductor import captures, compile_with, compiler

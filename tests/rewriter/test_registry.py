@@ -239,17 +239,21 @@ def test_sizes_can_be_fixed() -> None:
     assert entry.variants[0].sample_metas()[0].shape[-1] == 10
 
 
-def test_a_failed_import_of_our_patterns_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_of_our_own_that_cannot_be_had_are_an_error_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first use fails loudly, and so does the second: a registry without patterns would be silent."""
 
-    def fail(name: str) -> None:
-        raise ImportError("half installed")
+    class Broken:
+        value = registry.OWN
+
+        def load(self) -> None:
+            raise ImportError("half installed")
 
     monkeypatch.setattr(registry, "_loaded", False)
-    monkeypatch.setattr(registry, "import_module", fail)
-    for _ in range(2):
-        with pytest.raises(ImportError, match="half installed"):
-            patterns()
+    for points, told in (([Broken()], "half installed"), ([], "install sloth again")):
+        monkeypatch.setattr(registry, "entry_points", lambda group, points=points: points)
+        for _ in range(2):
+            with pytest.raises((ImportError, RuntimeError), match=told):
+                patterns()
 
 
 # ---------------------------------------------------------------- packages

@@ -3,14 +3,12 @@
 The shift of the labels and the division by `num_items_in_batch` stay outside: integers and one scalar.
 """
 
-import logging
 from collections.abc import Callable
 from math import prod
 
 import torch
 import torch.nn.functional as F
 
-from sloth.integrations.import_hook import when_imported
 from sloth.kernels.loss.cross_entropy import cross_entropy
 from sloth.kernels.loss.cross_entropy_terms import cross_entropy_terms
 from sloth.rewriter.graph.normal_form import VIEWS, Call, Normal, rule
@@ -49,18 +47,6 @@ def classes_last(n: Normal, c: Call, logits: Value, target: Value, weight, reduc
 
 
 CROSS_ENTROPY = Construct("cross_entropy", "cross-entropy", anchor=is_loss, module=_calls)
-
-
-def _skip_warnings(_) -> None:
-    """transformers warns once that GPT-2, BERT … have no type of loss: that would break the graph between head and loss.
-
-    Not before torch 2.13, which prints an error at each compilation where this set of its configuration holds a function.
-    """
-    if torch.__version__ >= (2, 13):
-        torch._dynamo.config.ignore_logging_functions.add(logging.Logger.warning_once)
-
-
-when_imported("transformers.utils.logging", _skip_warnings)
 
 
 def same(logits):

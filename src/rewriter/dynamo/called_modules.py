@@ -9,12 +9,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 from torch._dynamo.variables import UnspecializedNNModuleVariable
 from torch.nn import Module
 
-from sloth.integrations.transformers import is_ours
+from sloth.compat import is_ours
+from sloth.integrations.integration import integration
 from sloth.rewriter.match.pattern import Construct
 
 CALLED = "sloth_called"  # attribute of Dynamo's OutputGraph: the modules, in the order of their calls
@@ -60,4 +62,10 @@ def _sites(construct: Construct, module: Module) -> int:
         return 0
 
 
-UnspecializedNNModuleVariable.call_function = _counting(UnspecializedNNModuleVariable.call_function)
+@integration(
+    "torch._dynamo.variables.nn_module",
+    touches="UnspecializedNNModuleVariable.call_function",
+    why="modules that are called are counted",
+)
+def _count_calls(module: ModuleType) -> None:
+    module.UnspecializedNNModuleVariable.call_function = _counting(module.UnspecializedNNModuleVariable.call_function)

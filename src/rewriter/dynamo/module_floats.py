@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,8 @@ from torch._dynamo.source import ChainedSource, LocalSource
 from torch._dynamo.variables import ConstantVariable
 from torch._dynamo.variables.builder import VariableBuilder
 
-from sloth.integrations.transformers import is_ours
+from sloth.compat import is_ours
+from sloth.integrations.integration import integration
 
 _seen: WeakKeyDictionary[Any, dict[str, float]] = WeakKeyDictionary()  # by the object that is compiled and the float's name
 
@@ -52,5 +54,6 @@ def _is_constant(builder: VariableBuilder, value: float) -> bool:
     return values.setdefault(builder.source.name, value) == value
 
 
-if hasattr(VariableBuilder, "wrap_symfloat"):
-    VariableBuilder.wrap_symfloat = _keeping(VariableBuilder.wrap_symfloat)
+@integration("torch._dynamo.variables.builder", touches="VariableBuilder.wrap_symfloat", why="a module's floats are constants")
+def _keep_floats(module: ModuleType) -> None:
+    module.VariableBuilder.wrap_symfloat = _keeping(module.VariableBuilder.wrap_symfloat)

@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Sequence, Set
 from functools import partial, wraps
 from itertools import takewhile
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ from torch._guards import Guard, Source, TracingContext
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from sloth.integrations.transformers import is_ours
+from sloth.compat import is_ours
+from sloth.integrations.integration import integration
 from sloth.rewriter.dynamo.called_modules import called_in
 from sloth.rewriter.graph.aliasing import tensors
 from sloth.rewriter.graph.ambient import current
@@ -456,4 +458,10 @@ _ASK: dict[str, Callable[[Any, Any, tuple], bool]] = {
 }
 
 
-UnspecializedNNModuleVariable.call_function = _once(UnspecializedNNModuleVariable.call_function)
+@integration(
+    "torch._dynamo.variables.nn_module",
+    touches="UnspecializedNNModuleVariable.call_function (layers)",
+    why="equal layers are traced once",
+)
+def _trace_once(module: ModuleType) -> None:
+    module.UnspecializedNNModuleVariable.call_function = _once(module.UnspecializedNNModuleVariable.call_function)

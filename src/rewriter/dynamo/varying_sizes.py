@@ -14,15 +14,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch._dynamo.variables import builder
 from torch._guards import GuardSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sloth.integrations.transformers import is_ours
+from sloth.compat import is_ours
+from sloth.integrations.integration import integration
 
 DIMENSIONS = 2  # batch and length
 BROKEN_ON_CPU = torch.__version__ < "2.12"  # Inductor's C++ for cummax of a batch of any size does not compile
@@ -56,5 +57,8 @@ def sizes_vary() -> bool:
     return bool(state and state._shared_state) and config.assume_static_by_default and config.automatic_dynamic_shapes
 
 
-if hasattr(builder, "_automatic_dynamic"):
-    builder._automatic_dynamic = _marking(builder._automatic_dynamic)
+@integration(
+    "torch._dynamo.variables.builder", touches="_automatic_dynamic", why="a trainer's lengths are symbols from the first graph on"
+)
+def _mark_sizes(module: ModuleType) -> None:
+    module._automatic_dynamic = _marking(module._automatic_dynamic)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -14,6 +13,7 @@ from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.pattern import Construct, Deferral, Pattern, PatternError
 
 log = logging.getLogger("sloth")
+GROUP, OWN = "sloth_patterns", "sloth.patterns"  # entry points of packages with patterns; sloth's own come first
 _patterns: dict[str, Pattern] = {}
 _deferrals: dict[str, Deferral] = {}
 _loaded = False
@@ -87,16 +87,22 @@ def unregister(name: str) -> None:
 
 
 def patterns() -> list[Pattern]:
-    """All entries; the first call loads sloth's own and those of packages with an entry point in the group `sloth_patterns`."""
+    """All entries; the first call loads those of packages with an entry point in the group `sloth_patterns`, sloth's own first.
+    Another package's that fail are logged and left out.
+    """
     global _loaded
     if not _loaded:
-        import_module("sloth.patterns")
-        _loaded = True
-        for point in entry_points(group="sloth_patterns"):
+        points = entry_points(group=GROUP)
+        if OWN not in {point.value for point in points}:
+            raise RuntimeError(f"sloth's own patterns are not installed (no entry point {OWN} in {GROUP}): install sloth again")
+        for point in sorted(points, key=lambda point: point.value != OWN):
             try:
                 point.load()
-            except Exception as e:  # somebody else's package must not stop a training run
+            except Exception as e:
+                if point.value == OWN:
+                    raise
                 log.warning("sloth: patterns of %s were not loaded: %s: %s", point.value, type(e).__name__, e)
+        _loaded = True
     return list(_patterns.values())
 
 

@@ -9,13 +9,14 @@ wants the layers (`Deferral`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sloth.lazy.weights import Remade
 from sloth.rewriter.graph.ambient import OFF, dtype_of
 from sloth.rewriter.graph.canonical import POINTWISE
 from sloth.rewriter.graph.lower import View
@@ -26,20 +27,6 @@ from sloth.rewriter.plan.materialize import EMIT, written
 from sloth.rewriter.report import MATCHED, Site, source
 
 ROW_BY_ROW = POINTWISE | {"linear", "cast"}
-
-
-@dataclass(frozen=True, eq=False)
-class Remade:
-    """A weight without gradient that is made, for each use, of what it is kept as: tensors, or which inputs of the graph."""
-
-    make: Callable[..., torch.Tensor]
-    kept: Sequence[Any]
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    requires_grad = False
-
-    def of(self, inputs: Sequence[Any]) -> Remade:
-        return replace(self, kept=[inputs[i] for i in self.kept])
 
 
 Weights = tuple[int | Remade, int | None]  # of a layer, its weight and bias: which inputs of the graph

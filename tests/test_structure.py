@@ -1,0 +1,84 @@
+"""The house: which folder may import which, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src"
+# What the modules of each folder may import of sloth, beside their own folder and compat. A module alone stands for itself.
+ARROWS = {
+    "rewriter/graph": {"rewriter/notices"},
+    "rewriter/match": {"rewriter/graph", "rewriter/notices"},
+    "rewriter/plan": {"rewriter/match", "rewriter/graph", "rewriter/notices", "rewriter/report", "lazy/weights"},
+    "rewriter/compile": {"rewriter/graph", "rewriter/plan", "rewriter/notices"},
+    "rewriter/dynamo": {"rewriter/graph", "rewriter/match/pattern", "integrations"},
+    "rewriter/report": set(),
+    "rewriter/notices": set(),
+    "rewriter/sites": {"rewriter/graph", "rewriter/match", "rewriter/report", "rewriter/notices"},
+    "rewriter/pipeline": {
+        "rewriter/graph", "rewriter/match", "rewriter/plan", "rewriter/report", "rewriter/sites", "rewriter/notices"
+    },
+    "rewriter/backend": {"rewriter", "integrations", "options"},
+    "rewriter/explain": {"rewriter"},
+    "options": {"rewriter/match"},
+    "lazy": {"kernels"},
+    "integrations": {"lazy"},
+    "kernels": set(),
+    "patterns": {"rewriter", "kernels", "lazy"},
+    "compat": set(),
+    "tiny_model": set(),
+    "warm": {"rewriter", "kernels", "tiny_model"},
+    "accelerate_name": {"integrations"},
+    "__init__": set(),
+    "__main__": {"rewriter", "options", "warm", "tiny_model", "integrations", "compat"},
+}  # fmt: skip
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of sloth that a file imports, as paths; at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")[1:] if name.startswith("sloth.") else []
+            while parts and not (SRC.joinpath(*parts).with_suffix(".py").exists() or SRC.joinpath(*parts).is_dir()):
+                parts.pop()
+            if parts:
+                found.add("/".join(parts))
+    return found
+
+
+def room(name: str) -> str:
+    """The longest entry of the table that the module is, or lies in."""
+    return max((r for r in ARROWS if name == r or name.startswith(r + "/")), key=len, default="")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(SRC).as_posix())
+def test_imports_run_one_way(file: Path) -> None:
+    name = file.relative_to(SRC).with_suffix("").as_posix().removesuffix("/__init__")
+    here = room(name)
+    if file.name == "__init__.py" and file.parent != SRC and not file.read_text().strip():
+        return
+    assert here, f"{name} is in no room of the table"
+    allowed = ARROWS[here] | {here, "compat"}
+    wrong = {m for m in imported(file) if not any(m == a or m.startswith(a + "/") for a in allowed)}
+    assert not wrong, f"{name} imports {sorted(wrong)}; {here} may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(SRC).as_posix())
+def test_files_are_short(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 400, "a file of more than 400 lines has two ideas: part them"
+
+
+def test_the_rewriter_knows_no_pattern_and_no_kernel() -> None:
+    for file in (SRC / "rewriter").rglob("*.py"):
+        assert not {m.split("/")[0] for m in imported(file)} & {"patterns", "kernels"}, file
