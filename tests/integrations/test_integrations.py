@@ -123,3 +123,29 @@ def test_a_broken_graph_is_told_once(caplog: pytest.LogCaptureFixture, monkeypat
     told = [r.getMessage() for r in caplog.records if r.name == "sloth" and "not one graph" in r.getMessage()]
     counters.clear()
     assert len(reports) == 2 and len(told) == 1 and "TORCH_LOGS=graph_breaks" in told[0]
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def test_every_touch_finds_what_it_touches() -> None:
+    """A name of another package that is gone is told here, not in somebody's run. LLaMA-Factory is not installed."""
+
+    import sloth.rewriter.backend  # noqa: F401
+    from sloth.integrations.integration import WAITING, integrations
+
+    states = {(i.module, i.touches): i.state for i in integrations()}
+    waiting = [key for key, state in states.items() if state == WAITING]
+    assert all(module.startswith("llamafactory") for module, _ in waiting), waiting
+    assert all(state in ("on", WAITING) for state in states.values()) and len(states) >= 15, states
+
+
+def test_one_that_fails_costs_itself_alone(caplog: pytest.LogCaptureFixture) -> None:
+    from sloth.integrations import integration
+
+    @integration.integration("json", touches="no_such_name", why="nothing would be better")
+    def touch(module: Any) -> None:
+        module.no_such_name = module.no_such_name
+
+    entered = integration._known.pop(("json", "no_such_name"))
+    assert entered.state.startswith("off: AttributeError") and "json no_such_name is left alone" in caplog.text

@@ -254,7 +254,7 @@ def test_blocks_inside_of_parts():
 
 
 def test_whatever_goes_wrong_the_graph_is_compiled_whole(monkeypatch):
-    monkeypatch.setattr(regions, "key", lambda *_: [])  # which cannot be compared
+    monkeypatch.setattr(regions, "graph_key", lambda *_: [])  # which cannot be compared
     assert compared(stack(), X) == (1, 1)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from operator import attrgetter
 from typing import Any
 
 import sympy
@@ -27,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sloth.rewriter.compile.structural_key import Bodies, body_of, call_key, graph_key, tensor_key
 from sloth.rewriter.graph.aliasing import may_be_written, may_write, storages, tensors
 from sloth.rewriter.graph.value import Symbol
 from sloth.rewriter.notices import warn_once
@@ -92,7 +92,7 @@ def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[
     try:
         bodies = Bodies()
         found = [(part, part.graph()) for part in parts_of(gm, bodies)]
-        keys = [(key(graph, gm, bodies), tuple(_described(n) for n in part.inputs)) for part, graph in found]
+        keys = [(graph_key(graph, gm, bodies), tuple(tensor_key(n) for n in part.inputs)) for part, graph in found]
         first: dict[Hashable, int] = {}
         same = [first.setdefault(k, i) for i, k in enumerate(keys)]
         return [(part, fx.GraphModule(gm, graph) if same[i] == i else None, same[i]) for i, (part, graph) in enumerate(found)]
@@ -131,7 +131,7 @@ def _cuts(calls: list[fx.Node], gm: fx.GraphModule, bodies: Bodies) -> list[int]
     those of fewest dimensions: what attention gives by heads is laid out as its kernel likes, and its gradient would be copied.
     """
     numbers: dict[Hashable, int] = {}
-    labels = [numbers.setdefault(_label(n, gm, bodies), len(numbers)) for n in calls]
+    labels = [numbers.setdefault(call_key(n, gm, bodies), len(numbers)) for n in calls]
     weights = [_weight(n, gm) for n in calls]
     first, period, length = longest_repetition(labels, weights)
     if sum(weights[first : first + period]) < CALLS or not length or (allowed := _allowed(calls)) is None:
@@ -240,83 +240,16 @@ def _written(calls: Iterable[fx.Node], gm: fx.GraphModule, memory: dict[int, lis
     """Those of the graph in whose memory some of `calls` may write."""
     own: set[int] = set()
     for n in calls:
-        bodies = [body for a in n.all_input_nodes if (body := _body(a, gm)) is not None]
+        bodies = [body for a in n.all_input_nodes if (body := body_of(a, gm)) is not None]
         inside = any(m.op == "placeholder" for body in bodies for m in _written(body.graph.nodes, body, _memory(body)))
         own.update(s for a in (n.all_input_nodes if inside else may_be_written(n)) for s in storages(a, gm))
     return [n for s in own for n in memory[s]]
 
 
-def _body(n: fx.Node, gm: fx.GraphModule) -> fx.GraphModule | None:
-    """Of a checkpoint, say."""
-    value = attrgetter(n.target)(gm) if n.op == "get_attr" else None
-    return value if isinstance(value, fx.GraphModule) else None
-
-
 def _weight(n: fx.Node, gm: fx.GraphModule) -> int:
     """How many calls it stands for."""
-    body = _body(n, gm)
+    body = body_of(n, gm)
     return 1 if body is None else sum(_weight(m, body) for m in body.graph.nodes)
-
-
-# ---------------------------------------------------------------- what is the same
-
-
-class Bodies:
-    """Bodies of checkpoints and the like, by number: one for all that are the same code."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[Hashable, int] = {}
-        self.known: dict[int, int] = {}
-
-    def number(self, body: fx.GraphModule) -> int:
-        if id(body) not in self.known:
-            self.known[id(body)] = self.numbers.setdefault(key(body.graph, body, self), len(self.numbers))
-        return self.known[id(body)]
-
-
-def _label(n: fx.Node, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
-    """What a call looks like, whatever it is called with."""
-    if n.op == "get_attr":
-        return _attribute(n, gm, bodies)
-    return n.op, n.target, _literal((n.args, n.kwargs), lambda _: None), _described(n)
-
-
-def key(graph: fx.Graph, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
-    """The same for two graphs that are the same code. `gm` has their attributes."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-
-    def target(n: fx.Node) -> Hashable:
-        return _attribute(n, gm, bodies) if n.op == "get_attr" else n.op.startswith("call") and n.target
-
-    return tuple((n.op, target(n), _literal((n.args, n.kwargs), order.get), n.meta.get("recompute")) for n in order)
-
-
-def _attribute(n: fx.Node, gm: fx.GraphModule, bodies: Bodies) -> Hashable:
-    body = _body(n, gm)
-    return (False, id(attrgetter(n.target)(gm))) if body is None else (True, bodies.number(body))
-
-
-def _literal(a: Any, of: Callable[[fx.Node], Hashable]) -> Hashable:
-    """Of code, so unlike `literal_key` it tells lists from tuples: x[[0, 1]] is not x[(0, 1)]."""
-    if isinstance(a, fx.Node):
-        return fx.Node, of(a)
-    if isinstance(a, tuple | list):
-        return type(a), *(_literal(x, of) for x in a)
-    if isinstance(a, dict):
-        return dict, *((k, _literal(v, of)) for k, v in a.items())
-    if isinstance(a, slice):
-        return slice, *(_literal(x, of) for x in (a.start, a.stop, a.step))
-    return type(a), a
-
-
-def _described(n: fx.Node) -> Hashable:
-    """What a compiler sees of the node's tensors."""
-    value = n.meta.get("example_value")
-    if not isinstance(value, torch.Tensor | tuple | list):
-        return str(value)
-    return tuple(
-        (str((*t.shape, *t.stride(), t.storage_offset())), t.dtype, t.device, t.requires_grad, type(t)) for t in tensors(value)
-    )
 
 
 # ---------------------------------------------------------------- symbols, examples

@@ -1,0 +1,162 @@
+"""Guards on one layer, as guards on another: where each of them is, and whether it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch._dynamo.guards import _get_closure_vars
+from torch._dynamo.source import TypeSource
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builder import VariableBuilder
+from torch._guards import Guard, Source
+
+
+class NotAlike(Exception):
+    """The call cannot be made of a template; the message says why."""
+
+
+def tensor_kind(t: torch.Tensor) -> tuple:
+    layout = (str((*t.shape, *t.stride(), t.storage_offset())),) if t.layout == torch.strided else ()
+    return type(t), t.dtype, t.device, t.requires_grad, t.is_leaf, t.layout, *layout
+
+
+def core(source: Source) -> Source:
+    """Without what only says of which kind the module is."""
+    while "NNModuleSource" in type(source).__name__:
+        source = source.base
+    return source
+
+
+class Place:
+    """Where a later layer stands in for a template's."""
+
+    def __init__(self, old: Source, new: Source, tx: Any):
+        self.old, self.new, self.tx = old, new, tx
+        self.known: dict[Source, Source | None] = {}
+        self.scope = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}
+        self.helpers, self.values = dict(_get_closure_vars()), {}
+
+    def moved(self, source: Source) -> Source:
+        """The same of the later layer."""
+        if source == self.old:
+            return self.new
+        if source not in self.known:
+            parts = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.init}
+            changed = {k: m for k, v in parts.items() if isinstance(v, Source) and (m := self.moved(v)) is not v}
+            self.known[source] = dataclasses.replace(source, **changed) if changed else None
+        return self.known[source] or source
+
+    def moves(self, source: Source) -> bool:
+        return self.moved(source) is not source
+
+    def value(self, source: Source) -> Any:
+        return source.get_value(self.scope, self.helpers, self.values)
+
+    def tensor(self, source: Source) -> VariableTracker:
+        """The input of the graph that holds it."""
+        return VariableBuilder(self.tx, source)(self.value(source))
+
+    def moved_guards(self, guards: list[Guard]) -> list[Guard]:
+        """Guards on the template's layer, on the later one. Raises NotAlike where one would not hold."""
+        found = []
+        for guard in guards:
+            moved, how = self.moved(guard.originating_source), guard.create_fn
+            if guard.create_fn_name() == "DUPLICATE_INPUT":
+                how = partial(how.func, source_b=self.moved(_more(guard)[0]))
+            try:
+                holds = self.holds(guard, moved)
+            except Exception as e:
+                raise NotAlike(f"{guard.create_fn_name()} on {moved.name}: {type(e).__name__}: {e}") from e
+            if not holds:
+                raise NotAlike(f"{guard.create_fn_name()} on {moved.name}")
+            found.append(Guard(moved, how))
+        return found
+
+    def holds(self, guard: Guard, moved: Source) -> bool:
+        """Does what the guard asks of the template's layer, and what holds there, hold for the later one?"""
+        kind, more = guard.create_fn_name(), _more(guard)
+        if kind == "HASATTR":
+            (a, name), (b, _) = (_attribute(source, more) for source in (guard.originating_source, moved))
+            return hasattr(self.value(a), name) == hasattr(self.value(b), name)
+        new = self.value(moved)
+        if kind == "DUPLICATE_INPUT":
+            return self.value(self.moved(more[0])) is new
+        old, ask = self.value(guard.originating_source), _ASK.get(kind)
+        return ask is not None and type(old) is type(new) and ask(old, new, more)
+
+
+def _attribute(source: Source, more: tuple) -> tuple[Source, str]:
+    """The object and the name that the guard HASATTR asks for."""
+    source = core(source)
+    named = [m for m in more if isinstance(m, str)]
+    return (source, named[0]) if named else (source.base, source.member)
+
+
+def _more(guard: Guard) -> tuple:
+    """What its kind is told beside the value."""
+    return (*guard.create_fn.args, *guard.create_fn.keywords.values()) if isinstance(guard.create_fn, partial) else ()
+
+
+def is_implied(guard: Guard, known: Any) -> bool:
+    """Two objects, each of which is guarded to be of a type, are of the same one. torch asks this in Python, at each call."""
+    if guard.create_fn_name() != "DUPLICATE_INPUT":
+        return False
+    both = guard.originating_source, _more(guard)[0]
+    typed = {g.originating_source for g in known if g.create_fn_name() == "TYPE_MATCH"}
+    return all(isinstance(s, TypeSource) and s.base in typed for s in both)
+
+
+def _same_function(a: Any, b: Any, _: tuple) -> bool:
+    return a is b or getattr(a, "__func__", a) is getattr(b, "__func__", b)
+
+
+def _equal(a: Any, b: Any, _: tuple) -> bool:
+    return (
+        a is b
+        or isinstance(a, int | float | str | bytes | tuple | frozenset | torch.dtype | torch.device | torch.Size)
+        and a == b
+    )
+
+
+def _both_contain(a: Any, b: Any, more: tuple) -> bool:
+    return (more[0] in a) == (more[0] in b)
+
+
+def _same_length(a: Any, b: Any, _: tuple) -> bool:
+    return len(a) == len(b)
+
+
+def _same_keys(a: Any, b: Any, _: tuple) -> bool:
+    return list(map(_key, a)) == list(map(_key, b))
+
+
+def _key(k: Any) -> Any:
+    return k if isinstance(k, str | int | type) else id(k)
+
+
+_ASK: dict[str, Callable[[Any, Any, tuple], bool]] = {
+    "TENSOR_MATCH": lambda a, b, _: isinstance(a, torch.Tensor) and tensor_kind(a) == tensor_kind(b),
+    "TYPE_MATCH": lambda a, b, _: True,
+    "NOT_PRESENT_IN_GENERIC_DICT": lambda a, b, more: more[0] not in b.__dict__,
+    **dict.fromkeys(("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"), _both_contain),
+    "EMPTY_NN_MODULE_HOOKS_DICT": lambda a, b, _: not a and not b,
+    "CONSTANT_MATCH": _equal,
+    "EQUALS_MATCH": _equal,
+    "BOOL_MATCH": _equal,
+    "NONE_MATCH": _equal,
+    "ID_MATCH": lambda a, b, _: a is b,
+    "CLASS_MATCH": lambda a, b, _: a is b,
+    "BUILTIN_MATCH": lambda a, b, _: a is b,
+    "FUNCTION_MATCH": _same_function,
+    "CLOSURE_MATCH": _same_function,
+    "SEQUENCE_LENGTH": _same_length,
+    "LIST_LENGTH": _same_length,
+    "DICT_LENGTH": _same_length,
+    "DICT_KEYS_MATCH": _same_keys,
+    "DICT_CONST_KEYS": _same_keys,
+    "MAPPING_KEYS_CHECK": _same_keys,
+}
