@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from sloth.integrations import generation, llamafactory
+from sloth.integrations.integration import WAITING, integrations
 from sloth.rewriter.backend import listening
 
 # ---------------------------------------------------------------- accelerate
@@ -130,10 +132,8 @@ def test_a_broken_graph_is_told_once(caplog: pytest.LogCaptureFixture, monkeypat
 
 def test_every_touch_finds_what_it_touches() -> None:
     """A name of another package that is gone is told here, not in somebody's run. LLaMA-Factory is not installed."""
-
-    import sloth.rewriter.backend  # noqa: F401
-    from sloth.integrations.integration import WAITING, integrations
-
+    for name in ("peft.utils.integrations", "transformers.trainer", "trl.trainer.utils", "sloth.rewriter.backend"):
+        import_module(name)
     states = {(i.module, i.touches): i.state for i in integrations()}
     waiting = [key for key, state in states.items() if state == WAITING]
     assert all(module.startswith("llamafactory") for module, _ in waiting), waiting
