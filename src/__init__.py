@@ -17,10 +17,15 @@ _HOME = {
     "pattern": "sloth.rewriter.match.registry",
     "unregister": "sloth.rewriter.match.registry",
 }
-__all__ = [*_HOME]
+__version__ = "0.2.0"
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'sloth' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

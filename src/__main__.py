@@ -18,6 +18,23 @@ from rich.text import Text
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        import sloth
+
+        print(f"sloth {sloth.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
 class Precision(StrEnum):
     bf16, fp16, no = "bf16", "fp16", "no"
 
@@ -64,6 +81,15 @@ def explain(
         print(report.to_json())
     else:
         Console().print(report)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed and tested, the GPU, what of other packages is touched; ends with "ready", or with what is missing."""
+    from sloth.doctor import doctor as examine
+
+    if not examine(Console(width=160)):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -147,5 +173,4 @@ def patterns(
 
 
 if __name__ == "__main__":
-    sys.argv[0] = Path(sys.argv[0]).parent.name or "sloth"
-    app()
+    app(prog_name="python -m sloth")

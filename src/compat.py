@@ -1,8 +1,38 @@
-"""What sloth asks of torch's private parts in more than one place."""
+"""What sloth was tested with, and what it asks of torch's private parts in more than one place."""
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+TESTED = {  # first and last version of each package that the tests and benchmarks ran with
+    "torch": ((2, 11), (2, 13)),
+    "triton": ((3, 6), (3, 7)),
+    "transformers": ((5, 17), (5, 24)),
+    "peft": ((0, 21), (0, 21)),
+    "bitsandbytes": ((0, 50), (0, 50)),
+    "accelerate": ((1, 15), (1, 15)),
+    "trl": ((1, 15), (1, 16)),
+}
+
+
+def installed(package: str) -> str | None:
+    """Its version; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def is_tested(package: str, found: str) -> bool:
+    """Does the version lie in the window?"""
+    first, last = TESTED[package]
+    return first <= tuple(int("".join(filter(str.isdigit, part)) or 0) for part in found.split("+")[0].split(".")[:2]) <= last
+
+
+def window(package: str) -> str:
+    """`2.11 to 2.13`"""
+    return " to ".join(dict.fromkeys(".".join(map(str, v)) for v in TESTED[package]))
 
 
 def is_ours(tx: Any) -> bool:

@@ -29,11 +29,12 @@ ARROWS = {
     "kernels": set(),
     "patterns": {"rewriter", "kernels", "lazy"},
     "compat": set(),
+    "doctor": {"__init__", "integrations", "rewriter"},
     "tiny_model": set(),
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},
     "__init__": set(),
-    "__main__": {"rewriter", "options", "warm", "tiny_model", "integrations", "compat"},
+    "__main__": {"doctor", "rewriter", "options", "warm", "tiny_model", "integrations", "compat"},
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 

@@ -22,7 +22,7 @@ from sloth.rewriter.graph.lower import shape_env_of
 from sloth.rewriter.graph.scratch import guards_of
 from sloth.rewriter.match.pattern import ARGUMENTS
 from sloth.rewriter.match.registry import constructs, patterns
-from sloth.rewriter.notices import log, speak, warn_of_breaks, warn_of_recompilations, warn_of_torch, warn_once
+from sloth.rewriter.notices import log, speak, warn_of_breaks, warn_of_recompilations, warn_of_versions, warn_once
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.plan.lazy_outputs import returning
 from sloth.rewriter.report import GraphReport
@@ -40,7 +40,7 @@ def sloth(
 
     Raises ValueError for an option `sloth.…` that is not known, and what Inductor raises for its own.
     """
-    warn_of_torch()
+    warn_of_versions()
     warn_of_breaks()
     warn_of_recompilations(CompileContext.current_compile_id())
     chosen = parse(options)

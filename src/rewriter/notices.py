@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import torch
 from torch._dynamo.utils import counters
 
+from sloth.compat import is_tested, window
+
 log = logging.getLogger("sloth")
-TESTED = ((2, 11), (2, 13))  # the versions of torch, first and last, that sloth is tested with
 _said: set[str] = set()
 
 
@@ -19,15 +21,16 @@ def warn_once(message: str) -> None:
         log.warning("sloth: %s", message)
 
 
-def warn_of_torch() -> None:
-    """Of a version that nobody tried."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if not TESTED[0] <= version <= TESTED[1]:
-        first, last = (".".join(map(str, v)) for v in TESTED)
-        warn_once(
-            f"torch {torch.__version__} was not tested (torch {first} to {last} are). What cannot be handled is left to Inductor;"
-            " compare losses with backend='inductor' once"
-        )
+def warn_of_versions() -> None:
+    """Of what nobody tried: torch, and transformers where it is in use."""
+    for package in ("torch", "transformers"):
+        module = sys.modules.get(package)
+        found = getattr(module, "__version__", None)
+        if found is not None and not is_tested(package, str(found)):
+            warn_once(
+                f"{package} {found} was not tested ({package} {window(package)} are). What cannot be handled is left to Inductor;"
+                " compare losses with backend='inductor' once"
+            )
 
 
 def warn_of_recompilations(compile_id: torch._guards.CompileId | None) -> None:
