@@ -9,16 +9,19 @@ says counts more.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from sloth.rewriter.match.pattern import Deferral, Pattern
+from sloth.rewriter.match.pattern import Construct, Deferral, Pattern
 from sloth.rewriter.match.registry import constructs, deferrals, patterns
 
 VARIABLE = "SLOTH_OPTIONS"
 OPTIONS = {
     "sloth.disable": "names of patterns or constructs not to rewrite, comma-separated or a list",
+    "sloth.only": "the same, of those to rewrite: no others are",
+    "sloth.limit": "how many rewrites are made in a graph, in its order; halving it finds the one that is to blame",
     "sloth.linear_cross_entropy.budget": "bytes of logits at a time; any number of an entry's operator is set so",
     "sloth.inner_backend": "what compiles the rewritten graph instead of Inductor: the name of any Dynamo backend",
 }
@@ -27,7 +30,7 @@ OPTIONS = {
 @dataclass(frozen=True)
 class Options:
     """inner: the compiler behind; rest: what is Inductor's; arguments: of operators, by entry; entries, deferrals: all that are
-    not disabled.
+    wanted; limit: of rewrites in a graph.
     """
 
     inner: str = "inductor"
@@ -35,6 +38,7 @@ class Options:
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     entries: tuple[Pattern, ...] = ()
     deferrals: tuple[Deferral, ...] = ()
+    limit: int | None = None
 
 
 def parse(options: dict[str, Any] | None) -> Options:
@@ -50,13 +54,23 @@ def parse(options: dict[str, Any] | None) -> Options:
     inner = own.get("sloth.inner_backend", "inductor")
     if not isinstance(inner, str):
         raise ValueError(f"sloth.inner_backend is the name of a backend, not {inner!r}")
-    disabled = _disabled(own.get("sloth.disable", ()))
+    limit = own.get("sloth.limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+        raise ValueError(f"sloth.limit is a number of rewrites, 0 or more, not {limit!r}")
+    disabled = _named("sloth.disable", own)
+    only = _named("sloth.only", own) if "sloth.only" in own else None
+
+    def is_wanted(entry: Pattern | Deferral, constructs: Iterable[Construct]) -> bool:
+        names = {c.name for c in constructs}
+        return not {entry.name, *names} & disabled and (only is None or entry.name in only or names <= only)
+
     return Options(
         inner,
         {k: v for k, v in given.items() if k not in own and not k.startswith("sloth.")},
         arguments,
-        tuple(e for e in patterns() if not {e.name, *(c.name for c in (e.construct, *e.also))} & disabled),
-        tuple(d for d in deferrals() if not {d.name, d.construct.name} & disabled),
+        tuple(e for e in patterns() if is_wanted(e, (e.construct, *e.also))),
+        tuple(d for d in deferrals() if is_wanted(d, (d.construct,))),
+        limit,
     )
 
 
@@ -70,14 +84,17 @@ def _of_environment() -> dict[str, Any]:
     return found
 
 
-def _disabled(names: Any) -> set[str]:
-    if not isinstance(names, str | list | tuple | set):
-        raise ValueError(f"sloth.disable is a list of names, or names with commas between, not {names!r}")
-    disabled = {name.strip() for name in (names.split(",") if isinstance(names, str) else names)} - {""}
-    known = (*patterns(), *deferrals())
-    if strange := disabled - {e.name for e in known} - {c.name for c in constructs()}:
-        raise ValueError(f"sloth.disable names {', '.join(sorted(strange))}; known are {', '.join(e.name for e in known)}")
-    return disabled
+def _named(option: str, options: dict[str, Any]) -> set[str]:
+    names = options.get(option, ())
+    if not isinstance(names, str | list | tuple | set) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{option} is a list of names, or names with commas between, not {names!r}")
+    named = {name.strip() for name in (names.split(",") if isinstance(names, str) else names)} - {""}
+    known = list(dict.fromkeys([*(e.name for e in (*patterns(), *deferrals())), *(c.name for c in constructs())]))
+    if strange := sorted(named - set(known)):
+        near = get_close_matches(strange[0], known, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{option} names {', '.join(strange)}.{hint} Known are {', '.join(known)}")
+    return named
 
 
 def _arguments(options: dict[str, Any]) -> dict[str, dict[str, Any]]:

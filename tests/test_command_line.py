@@ -52,4 +52,3 @@ def test_doctor_is_ready_here_and_says_what_is_missing(monkeypatch: pytest.Monke
 )  # fmt: skip
 def test_windows_of_versions(package: str, found: str, tested: bool) -> None:
     assert compat.is_tested(package, found) is tested
-

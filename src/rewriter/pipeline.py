@@ -22,9 +22,14 @@ from sloth.rewriter.sites import deferred_sites, layers_in, matched_sites, misse
 
 
 def rewrite(
-    gm: fx.GraphModule, entries: list[Pattern], constructs: list[Construct], deferrals: Sequence[Deferral] = ()
+    gm: fx.GraphModule,
+    entries: list[Pattern],
+    constructs: list[Construct],
+    deferrals: Sequence[Deferral] = (),
+    limit: int | None = None,
 ) -> GraphReport:
-    """Rewrite `gm` and its bodies in place. Whatever goes wrong, the graph is then as it was, and the report says why.
+    """Rewrite `gm` and its bodies in place, at most `limit` times. Whatever goes wrong, the graph is then as it was, and the
+    report says why.
     Outputs that `report.deferred` names are for `deferred.returning` to make of what the graph gives out in their place.
     """
     report = GraphReport()
@@ -43,7 +48,7 @@ def rewrite(
             report.opaque |= {f"{view.path}{n.name}": why for n, why in view.opaque.items()}
             for node in view.opaque:
                 report.unread.update({kind: n * view.times for kind, n in layers_in(node, view.gm).items()})
-            rewrite_view(view, matcher, legality.Ground(view, mode, tried), constructs, deferrals, report)
+            rewrite_view(view, matcher, legality.Ground(view, mode, tried), constructs, deferrals, report, limit)
         with _timed(report, "rewrite"):  # a body may have asked the graphs around it for more inputs
             for body in bodies if report.deferred or any(s.status == MATCHED for s in report.sites) else ():
                 body.graph.lint()
@@ -64,6 +69,7 @@ def rewrite_view(
     constructs: list[Construct],
     deferrals: Sequence[Deferral],
     report: GraphReport,
+    limit: int | None = None,
 ) -> None:
     known = len(report.sites)
     legal: list[Match] = []
@@ -84,6 +90,9 @@ def rewrite_view(
         todo = together(accepted)
         while todo:
             matches = todo.pop(0)
+            if limit is not None and report.rewrites + len(matches) > limit:
+                refused += [(m, Refused("limit", f"sloth.limit={limit}")) for m in matches]
+                continue
             sites = [site for match in matches for site in matched_sites(match)]
             try:
                 rewriter.apply(matches)
@@ -97,6 +106,7 @@ def rewrite_view(
                     todo[:0] = together(freed)
                 continue
             placed += matches
+            report.rewrites += len(matches)
             report.sites += sites
         later = deferred_sites(spared, constructs)
         deferred, sites = defer(view, placed, deferrals)

@@ -37,6 +37,7 @@ class GraphReport:
 
     sites: list[Site] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # stage → time
+    rewrites: int = 0  # made; of bodies that several calls share, once
     untouched: str = ""  # why the graph went through as it was, if it did
     expected: dict[str, int] = field(default_factory=dict)  # by construct, sites that the modules called here have
     opaque: dict[str, str] = field(default_factory=dict)  # node → why the shadow does not look inside

@@ -169,6 +169,34 @@ def test_disable_by_pattern_and_by_construct() -> None:
     assert matched(report_of({"sloth.disable": "add_rms_norm"})) == {"rms_norm": 1, "gated_mlp": 1}
 
 
+def test_only_what_is_named_is_rewritten() -> None:
+    assert {s.construct for s in report_of({"sloth.only": "rms_norm"}).sites if s.status == MATCHED} == {"rms_norm"}
+    assert not parse({"sloth.only": ["rope", "lora"], "sloth.disable": "rope"}).deferrals
+    assert {e.construct.name for e in parse({"sloth.only": ["rope", "lora"], "sloth.disable": "rope"}).entries} == {"lora"}
+
+
+@pytest.mark.parametrize(
+    "limit, made", [(0, []), (1, ["rms_norm"]), (2, ["rms_norm", "gated_mlp"]), (9, ["rms_norm", "gated_mlp"])]
+)
+def test_a_limit_stops_in_the_order_of_the_graph(limit: int, made: list[str]) -> None:
+    """Halving it finds the rewrite that is to blame; what is left says so."""
+    report = report_of({"sloth.limit": limit})
+    assert sorted(s.construct for s in report.sites if s.status == MATCHED) == sorted(made)
+    assert {s.reason for s in report.sites if s.status == "limit"} <= {f"sloth.limit={limit}"}
+    assert len([s for s in report.sites if s.status == "limit"]) == 2 - len(made)
+
+
+@pytest.mark.parametrize("bad", [-1, True, "2", 1.5])
+def test_a_limit_is_a_number(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"sloth\.limit is a number of rewrites"):
+        parse({"sloth.limit": bad})
+
+
+def test_a_name_that_is_nearly_one_is_guessed() -> None:
+    with pytest.raises(ValueError, match="Did you mean rms_norm"):
+        parse({"sloth.only": "rmsnorm"})
+
+
 def test_disable_of_unknown_names_is_refused() -> None:
     e = cause(lambda: report_of({"sloth.disable": "rms_norm,ropes,swiglu"}))
     assert isinstance(e, ValueError) and "ropes, swiglu" in str(e) and "rms_norm" in str(e) and "rope" in str(e)
