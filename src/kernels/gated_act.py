@@ -27,10 +27,9 @@ Bytes    forward 3 passes over [N, I] (read g, u; write h), backward 5 (read dh,
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch.library import triton_op
 
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, use_triton
 from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
 

@@ -15,11 +15,10 @@ Sources  Ba, Kiros & Hinton, "Layer normalization", 2016; the derivation is ours
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, rows, use_triton
 from sloth.kernels.common.row_reduction import Tuning, check_vectors, once, sum_partials, sum_rows
 

@@ -28,12 +28,11 @@ Bytes    forward 2 passes over q and k (read x, write y), backward 3 (read g, x;
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
 from sloth.kernels import rms_norm
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, use_triton
 from sloth.kernels.common.row_reduction import check_vectors, multiprocessors, once, sum_partials
 from sloth.kernels.rope import (

@@ -25,11 +25,10 @@ Strides  of h, y, dx are eager's: the dimension order of the input, otherwise de
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, use_triton
 from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
 from sloth.kernels.common.row_reduction import Tuning, check_vectors, once, sum_partials, sum_rows

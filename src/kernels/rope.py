@@ -25,10 +25,9 @@ Bytes    forward and backward each read and write q and k once: the floor is 4·
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch.library import triton_op
 
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, use_triton
 
 # Tuning: channels of a program (some heads of one token), and its warps. Small programs, many of them.

@@ -45,12 +45,12 @@ Floor    2·(D + E) (forward) and 6·D + 4·E (backward, which does 8·D + 6·E)
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.library import triton_op
 
 from sloth.kernels.attention.interval_kernels import LOG2E, backward_kv_kernel, backward_q_kernel, forward_kernel
 from sloth.kernels.common.device import device_of
+from sloth.kernels.common.language import triton
 from sloth.kernels.common.launch import launch
 from sloth.kernels.common.row_reduction import once
 

@@ -5,9 +5,7 @@ What masks and scores may have besides is constant (VALID, SOFTCAP, SINKS, BIAS,
 how many dimensions `valid` has beside the batch: 0, none is given; 1, keys; 2, it is the mask, of queries and keys.
 """
 
-import triton
-import triton.language as tl
-
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.loss.cross_entropy import _tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)

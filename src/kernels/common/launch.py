@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.library import wrap_triton
-from triton.runtime.interpreter import InterpretedFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sloth.kernels.common.device import device_of
+from sloth.kernels.common.language import InterpretedFunction, TensorDescriptor
 
 
 def use_triton(x: torch.Tensor) -> bool:

@@ -8,10 +8,9 @@ the result is the same in every run. Cost over the pass itself: P·D·8 bytes, w
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from sloth.kernels.common.device import device_of
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch
 
 

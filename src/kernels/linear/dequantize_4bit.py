@@ -16,10 +16,9 @@ To the compiler it is one opaque call, which costs it a tenth of what a Triton k
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch_opaque, no_derivative, use_triton
 
 NF4 = (

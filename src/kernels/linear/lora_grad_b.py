@@ -13,10 +13,9 @@ Tile and strip were chosen on an H200; ranks beyond MAX_RANK, dtypes and devices
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch_opaque, no_derivative, use_triton
 from sloth.kernels.common.row_reduction import multiprocessors
 from sloth.kernels.linear.gemm import sum_of_products

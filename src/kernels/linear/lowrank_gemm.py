@@ -13,12 +13,10 @@ Bytes    each operand once (tiles of X and W again for each row and column of ti
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sloth.kernels.common.device import device_of
+from sloth.kernels.common.language import TensorDescriptor, tl, triton
 from sloth.kernels.common.launch import launch_opaque
 from sloth.kernels.common.row_reduction import multiprocessors
 

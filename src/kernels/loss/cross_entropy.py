@@ -27,11 +27,10 @@ nan, and its lse; nothing is read out of bounds, and nothing waits for the devic
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compiling, compute_dtype, launch, rows, use_triton
 
 # Tuning. Forward, one program a row: a step of its walk takes FORWARD_UNROLL × FORWARD_LANES columns. With 8 lanes (16 bytes of

@@ -16,10 +16,9 @@ a, b and u are numbers of a row: the kernel that makes ∂L/∂logits reads them
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch, rows
 from sloth.kernels.loss.cross_entropy import BACKWARD_BLOCK, BACKWARD_WARPS, _capped, _exp, capped_with_slope
 

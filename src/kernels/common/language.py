@@ -1,0 +1,44 @@
+"""Triton, or where it is not installed (macOS, Windows) a stand-in: kernels can be defined, and are not run, since operators take
+their ATen formulas there.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+__all__ = ["InterpretedFunction", "TensorDescriptor", "tl", "triton"]
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ModuleNotFoundError as e:
+    if (e.name or "").split(".")[0] != "triton":
+        raise
+
+    class _Kernel:
+        """A function that nothing compiles."""
+
+        def __init__(self, fn: Any):
+            self.fn, self.__name__, self.arg_names = fn, fn.__name__, list(signature(fn).parameters)
+
+    class _Absent:
+        """Any name of Triton; as a decorator, one that makes a kernel."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return self
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return _Kernel(args[0]) if len(args) == 1 and callable(args[0]) and not kwargs else self
+
+    class InterpretedFunction:
+        """No kernel is one."""
+
+    class TensorDescriptor:
+        """No operand is one."""
+
+    triton = tl = _Absent()
