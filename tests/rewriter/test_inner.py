@@ -106,3 +106,34 @@ def test_a_backward_pass_is_compiled_as_its_forward_pass_is(monkeypatch):
 def test_options_need_a_compiler_that_takes_them():
     with pytest.raises(ValueError, match="aot_eager"):
         inductor.compiler("aot_eager", None, {"max_autotune": True})
+
+
+@pytest.mark.parametrize("where", ["options", "config"])
+def test_a_pass_of_the_users_own_runs_behind_ours(where, monkeypatch):
+    """Both run, whichever way it was given; a pass without a name for the caches keeps its graph out of them."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    seen = []
+
+    class Named(CustomGraphPass):
+        def __call__(self, graph):
+            seen.append("named")
+
+        def uuid(self):
+            return "theirs"
+
+    slot = "post_grad_custom_post_pass"
+    for theirs, uuid in ((seen.append, None), (Named(), (inductor.sources_digest(), "theirs"))):
+        with torch._inductor.config.patch({slot: theirs} if where == "config" else {}):
+            config = inductor.compiler("inductor", None, {slot: theirs} if where == "options" else {}).args[0]
+            assert config[slot].uuid() == uuid
+            torch._dynamo.reset()
+            options = {slot: theirs} if where == "options" else None
+            with torch.compiler.config.patch(force_disable_caches=True):  # or a run of before is found
+                torch.compile(lambda x: x.sin(), backend="sloth", options=options)(torch.ones(3))
+    assert "named" in seen and len(seen) > 1
+
+
+def test_without_one_the_caches_know_our_sources_alone():
+    config = inductor.compiler("inductor", None, {}).args[0]
+    assert config["joint_custom_pre_pass"].uuid() == config["post_grad_custom_post_pass"].uuid() == inductor.sources_digest()

@@ -28,9 +28,9 @@ def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[.
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
         passes = {"joint_custom_pre_pass": (kept, not_random), "post_grad_custom_post_pass": (made_again, written_over)}
-        free = [at for at in passes if getattr(torch._inductor.config, at) is None]  # not somebody's own
-        ours = {at: Pass(sources_digest(), *passes[at]) for at in free}
-        return partial(_inductor, torch._TorchCompileInductorWrapper(mode, ours | options, None).config)
+        theirs = {at: options.get(at) or getattr(torch._inductor.config, at) for at in passes}
+        ours = {at: Pass(sources_digest(), *passes[at], behind=theirs[at]) for at in passes}
+        return partial(_inductor, torch._TorchCompileInductorWrapper(mode, options | ours, None).config)
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
     return lookup_backend(name)

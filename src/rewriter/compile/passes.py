@@ -14,6 +14,7 @@ buffer. Inductor gives results buffers of their own, and holds a free one of the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -37,17 +38,24 @@ def writes_over(kernel: object, **operands: str) -> None:
 
 
 class Pass(CustomGraphPass):
-    """These functions of a graph, one after the other; `digest` is of the sources, for Inductor's caches."""
+    """These functions of a graph, one after the other; `digest` is of the sources, for Inductor's caches. behind: the user's own
+    pass of the same place, if any: where that has no name for the caches, neither has this.
+    """
 
-    def __init__(self, digest: str, *functions: Callable[[fx.Graph], None]):
-        self.digest, self.functions = digest, functions
+    def __init__(self, digest: str, *functions: Callable[[fx.Graph], None], behind: Callable[[fx.Graph], Any] | None = None):
+        self.digest, self.functions, self.behind = digest, functions, behind
 
     def __call__(self, graph: fx.Graph) -> None:
         for function in self.functions:
             function(graph)
+        if self.behind is not None:
+            self.behind(graph)
 
-    def uuid(self) -> str:
-        return self.digest
+    def uuid(self) -> Any:
+        if self.behind is None:
+            return self.digest
+        theirs = self.behind.uuid() if isinstance(self.behind, CustomGraphPass) else None
+        return None if theirs is None else (self.digest, theirs)
 
 
 def made_again(graph: fx.Graph) -> None:
