@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def tokenizer():
     words = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *dict.fromkeys(TEXT)])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inductor.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 

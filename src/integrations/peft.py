@@ -4,7 +4,6 @@ Dynamo is told to trace `dequantize_module_weight` as the function below, which 
 PEFT itself is not changed: outside of compiled code its own function runs.
 """
 
-import contextlib
 import sys
 from types import ModuleType
 
@@ -34,5 +33,4 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
 @integration("peft.utils.integrations", touches="dequantize_module_weight", why="DoRA is traced without a break of the graph")
 def teach_dynamo(peft: ModuleType) -> None:
     """Dynamo alone is told."""
-    with contextlib.suppress(ValueError, TypeError):  # done already, or another signature
-        torch._dynamo.decorators.substitute_in_graph(peft.dequantize_module_weight)(weight_of)
+    torch.compiler.substitute_in_graph(peft.dequantize_module_weight)(weight_of)

@@ -80,7 +80,11 @@ def _teach_requires_grad(tensor: ModuleType) -> None:
     tensor.TensorVariable.method_requires_grad_ = _skipping(tensor.TensorVariable.method_requires_grad_)
 
 
-@integration("transformers.utils.logging", touches="nothing", why="a warning of GPT-2 and BERT does not break the graph")
+@integration(
+    "transformers.utils.logging",
+    touches="warning_once (Dynamo skips it)",
+    why="a warning of GPT-2 and BERT does not break the graph",
+)
 def _skip_warnings(_: ModuleType) -> None:
     """That they have no type of loss. Dynamo is told to leave the call out: not before torch 2.13, which prints an error at each
     compilation where this set of its configuration holds a function.

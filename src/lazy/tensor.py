@@ -1,6 +1,6 @@
 """Logits that are computed when somebody reads them: a tensor to all code that asks; hidden states and a head until then.
 
-    logits [..., V] = steps(head(hidden))      head: a linear layer, or several (lazy_head.py), and a softcap, a scale, casts
+    logits [..., V] = steps(head(hidden))      head: a linear layer, or several (head.py), and a softcap, a scale, casts
                                                steps: what readers have asked for
 
 A graph gives out hidden states where its model gave out logits. Here they become a tensor of the logits' shape, dtype and device
@@ -31,7 +31,7 @@ from sloth.lazy.head import Head, Layer, Remade, Step, gate_of, versions
 
 CHUNK = 64 * 2**20  # bytes of logits at a time
 
-# By function: what it gives for lazy logits as its first argument; NotImplemented to have them read. `lazy_logits.py` fills it.
+# By function: what it gives for lazy logits as its first argument; NotImplemented to have them read. `functions.py` fills it.
 STAYS_LAZY: dict[Callable, Callable] = {}
 
 _GETTERS = (

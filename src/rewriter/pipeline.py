@@ -30,7 +30,7 @@ def rewrite(
 ) -> GraphReport:
     """Rewrite `gm` and its bodies in place, at most `limit` times. Whatever goes wrong, the graph is then as it was, and the
     report says why.
-    Outputs that `report.deferred` names are for `deferred.returning` to make of what the graph gives out in their place.
+    Outputs that `report.deferred` names are for `lazy_outputs.returning` to make of what the graph gives out in their place.
     """
     report = GraphReport()
     bodies: list[fx.GraphModule] = []

@@ -91,7 +91,7 @@ def _missed(anchor: Value, construct: Construct, matcher: Matcher, refused: Refu
     file, line = source(anchor.origin)
     own = [(m, r) for m, r in refused if m.pattern.construct is construct and anchor in m.values]
     if own:
-        match, refusal = max(own, key=lambda mr: mr[0].size)
+        match, refusal = max(own, key=lambda mr: (mr[1].status == "limit", mr[0].size))  # without the limit it is matched
         return Site(construct.name, str(match.variant), refusal.status, file, line, str(refusal))
     if (miss := matcher.misses.get((construct.name, anchor))) is not None:
         variant, d = miss

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import ChainedSource, LocalSource
 from torch._dynamo.variables import ConstantVariable
@@ -40,8 +41,8 @@ def _keeping(wrap: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_constant(builder: VariableBuilder, value: float) -> bool:
     source = builder.source
-    if not source.guard_source.is_unspecialized_nn_module():
-        return False
+    if not torch._dynamo.config.assume_static_by_default or not source.guard_source.is_unspecialized_nn_module():
+        return False  # dynamic=True asks for symbols
     while isinstance(source, ChainedSource):
         source = source.base
     if not isinstance(source, LocalSource):
