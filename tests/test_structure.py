@@ -28,6 +28,7 @@ ARROWS = {
     "integrations": {"lazy"},
     "kernels": set(),
     "patterns": {"rewriter", "kernels", "lazy"},
+    "testing": {"rewriter"},
     "compat": set(),
     "doctor": {"__init__", "integrations", "rewriter"},
     "tiny_model": set(),

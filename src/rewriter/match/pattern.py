@@ -142,6 +142,7 @@ class Pattern:
     cheap: tuple[str, ...] = ()
     deferred: Callable[..., torch.Tensor] | None = None
     also: tuple[Construct, ...] = ()
+    numbers: dict[str, tuple[float, ...]] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
     checks: list[Callable[..., None]] = field(default_factory=list)
 

@@ -30,6 +30,7 @@ def pattern(
     cheap: tuple[str, ...] = (),
     deferred: Callable[..., torch.Tensor] | None = None,
     also: tuple[Construct, ...] = (),
+    numbers: dict[str, tuple[float, ...]] | None = None,
     name: str | None = None,
     variant: str = "default",
     **options: Any,
@@ -48,13 +49,16 @@ def pattern(
         more: (weight, bias) of further layers, which read further columns of `hidden`; the step takes what each layer gives.
         A frozen weight that is kept in another form is a `Remade`.
     also: other constructs that a match holds, each anchor of theirs a site (norms, in an entry of RoPE that norms q and k too).
+    numbers: values that the generated tests (sloth.testing.check_pattern) give to numbers of the reference, one after the other:
+        {"limit": (7.0, 2.0)}. Without, they are drawn.
     Raises PatternError where the name is taken or the operator lacks a parameter of the reference.
     """
 
     def enter(reference: Callable) -> Pattern:
         entry = Pattern(
-            name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred, also
-        )
+            name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred, also,
+            numbers or {},
+        )  # fmt: skip
         if entry.name in _deferrals.keys() | _patterns.keys():
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")
         entry.variant(variant, **options)(reference)
