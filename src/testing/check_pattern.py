@@ -89,7 +89,8 @@ def _draws(variant: Variant, dtype: torch.dtype) -> Iterator[Draw]:
     dice = random.Random(f"{variant} {dtype}")
     letters = sorted({c for spec in variant.dims.values() for c in spec if c.isupper()})
     for draw in range(DRAWS):
-        sizes = {c: variant.pattern.sizes.get(c) or dice.randint(1, 9) for c in letters}
+        least = 1 if draw == DRAWS - 1 else 2
+        sizes = {c: variant.pattern.sizes.get(c) or dice.randint(least, 9) for c in letters}
         described = []
         for i, name in enumerate(variant.tensors):
             meta = variant.meta(name, sizes, dtype)
@@ -152,10 +153,13 @@ def _is_the_derivative(variant: Variant) -> None:
         named = zip(variant.tensors, tensors, strict=True)
         grads = [t.is_floating_point() and name not in variant.pattern.no_grad for name, t in named]
         op = operator_of(variant, draw)
-        with torch.no_grad():
-            douts = cotangents(outputs(op(*tensors)), draw)
+        try:
+            with torch.no_grad():
+                douts = cotangents(outputs(reference(variant, draw)(*tensors)), draw)
+            wanted = evaluate(reference(variant, draw), tensors, grads, douts)
+        except (RuntimeError, IndexError, ValueError):  # eager does not take them
+            continue
         out, found = evaluate(op, tensors, grads, douts)
-        wanted = evaluate(reference(variant, draw), tensors, grads, douts)
         if not _is_finite((*out, *found, *wanted[1])):
             continue
         for name, a, b in zip(variant.tensors, found, wanted[1], strict=True):
