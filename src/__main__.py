@@ -110,7 +110,7 @@ def warm(
     """Fill the compiler's caches with a recipe of transformers' Trainer, so that its first step takes seconds.
 
     Runs two batches of random tokens at a learning rate of 0; nothing is trained or kept. A file that --save wrote serves
-    machines with the same card and versions: `sloth warm --load FILE`.
+    machines with the same card and versions: `sloth warm --load FILE`. It holds code: load files that you made.
     """
     from sloth import warm as ahead
     from sloth.tiny_model import ModelError
@@ -118,9 +118,13 @@ def warm(
     try:
         if bool(model) == (load is not None):
             raise ahead.WarmError("give a MODEL to compile for, or --load FILE, one of the two")
+        if load is not None and save is not None:
+            raise ahead.WarmError("give --load or --save, one of the two")
         if load is not None:
             print(f"{load}: {ahead.load(load)} entries put into the caches")
             return
+        if save is not None and save.is_dir():
+            raise ahead.WarmError(f"--save {save} is a folder: give the name of a file")
         if save is not None and not save.resolve().parent.is_dir():
             raise ahead.WarmError(f"--save {save}: there is no folder {save.resolve().parent}")
         recipe = ahead.Recipe(

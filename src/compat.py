@@ -36,5 +36,9 @@ def window(package: str) -> str:
 
 
 def is_ours(tx: Any) -> bool:
-    """Does Dynamo, whose InstructionTranslator `tx` is, trace for sloth? What it is taught holds for such graphs alone."""
+    """Does Dynamo, whose InstructionTranslator `tx` is, trace for sloth? What it is taught holds for such graphs alone.
+
+    But for two things that it can only be told for all: how to trace a function of PEFT's, and to skip a warning of
+    transformers'.
+    """
     return getattr(tx.output.compiler_fn, "__name__", None) == "sloth"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from importlib import import_module
@@ -9,11 +10,13 @@ from importlib import import_module
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sloth import __version__
 from sloth.compat import TESTED, installed, is_tested, window
 from sloth.integrations.integration import ON, WAITING, Integration, integrations
 
+VARIABLE = "SLOTH_OPTIONS"
 MODULES = ("transformers.trainer", "transformers.generation.utils", "peft.utils.integrations", "trl.trainer.utils", "accelerate")
 
 
@@ -25,7 +28,7 @@ def doctor(console: Console) -> bool:
     console.print(_device())
     console.print(_touched(integrations()))
     wrong += [f"{i.module} {i.touches}: {i.state}" for i in integrations() if i.state not in (ON, WAITING)]
-    wrong += list(_compiled())
+    wrong += list(_compiled()) if not wrong else []
     for what in wrong:
         console.print(f"missing: {what}", style="red", markup=False)
     if not wrong:
@@ -64,13 +67,12 @@ def _device() -> str:
 def _touched(found: list[Integration]) -> Table:
     table = Table("touched", "why", "state", title="other packages")
     for i in found:
-        table.add_row(f"{i.module} {i.touches}", i.why, i.state)
+        table.add_row(*map(Text, (f"{i.module} {i.touches}", i.why, i.state)))
     return table
 
 
 def _compiled() -> Iterator[str]:
     """One training step of a norm, compiled whole, against eager."""
-    from sloth.rewriter.backend import listening
 
     def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         h = x.float()
@@ -79,12 +81,15 @@ def _compiled() -> Iterator[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, w = (torch.randn(size, device=device, requires_grad=True) for size in ((4, 64), (64,)))
     try:
+        from sloth.rewriter.backend import listening
+
         wanted = torch.autograd.grad(norm(x, w).sin().sum(), (x, w))
         torch._dynamo.reset()
         with listening() as reports:
             got = torch.autograd.grad(torch.compile(norm, backend="sloth")(x, w).sin().sum(), (x, w))
         torch.testing.assert_close(got, wanted)
         if [s.status for r in reports for s in r.sites] != ["matched"]:
-            yield "an RMSNorm was compiled, but not rewritten"
+            said = f" ({VARIABLE}={os.environ[VARIABLE]})" if VARIABLE in os.environ else ""
+            yield f"an RMSNorm was compiled, but not rewritten{said}"
     except Exception as e:
-        yield f"compiling an RMSNorm: {type(e).__name__}: {str(e).splitlines()[0]}"
+        yield f"compiling an RMSNorm: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}"

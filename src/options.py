@@ -9,6 +9,7 @@ says counts more.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -80,7 +81,7 @@ def _of_environment() -> dict[str, Any]:
         key, equals, value = (s.strip() for s in part.partition("="))
         if not equals or not key.startswith("sloth."):
             raise ValueError(f"{VARIABLE} holds {part!r}; it is a list of sloth.NAME=VALUE, separated by ';'")
-        found[key] = int(value) if value.lstrip("-").isdigit() else value
+        found[key] = int(value) if re.fullmatch(r"-?\d+", value) else value
     return found
 
 

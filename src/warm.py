@@ -9,6 +9,7 @@ sloth's rewriting are not cached, and are what is left of its first step.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import tempfile
 import zipfile
@@ -77,6 +78,7 @@ def warm(recipe: Recipe) -> list[Any]:
             gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.checkpointing else None,
             use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
         )  # fmt: skip
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # as one process of a launcher has it, not as nn.DataParallel
         Trainer(model, arguments, train_dataset=_Rows(model, recipe), data_collator=_collator(recipe)).train()
     return reports
 
@@ -144,7 +146,8 @@ def versions() -> dict[str, str]:
         import triton
     except ImportError:
         triton = None
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -170,7 +173,10 @@ def save(file: Path) -> int:
 
 
 def load(file: Path) -> int:
-    """Put what a file holds into this machine's caches. Returns how many entries. Raises WarmError if it does not fit."""
+    """Put what a file holds into this machine's caches. Returns how many entries. Raises WarmError if it does not fit.
+
+    What is in it is code that later compilations run: load what you made, or trust as you trust a program.
+    """
     try:
         with zipfile.ZipFile(file) as held:
             made_with = json.loads(held.read(VERSIONS))
@@ -179,16 +185,35 @@ def load(file: Path) -> int:
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as e:
         raise WarmError(f"{file} is no file of `sloth warm --save`: {type(e).__name__}: {e}") from e
     here = versions()
+    if not isinstance(made_with, dict):
+        raise WarmError(f"{file} is no file of `sloth warm --save`: its versions are a {type(made_with).__name__}")
     if other := [f"{k} {made_with.get(k)} (here {v})" for k, v in here.items() if made_with.get(k) != v]:
         raise WarmError(f"{file} was made with {', '.join(other)}, and would never be used here: make one on this machine")
     info = torch.compiler.load_cache_artifacts(artifacts)
+    if info is None:
+        raise WarmError(f"{file} is damaged: torch cannot read what it holds")
     for folder in _triton_folders():
-        for name, content in binaries.items():
-            path = folder / name
-            if ".." not in name and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+        _unpack(binaries, folder)
     return sum(len(names) for names in info.artifacts.values()) + len(binaries)
+
+
+def _unpack(binaries: dict[str, bytes], folder: Path) -> None:
+    """KEY/NAME → files of Triton's cache, its groups last; they name their files by whole paths, which are others here."""
+    for name in sorted(binaries, key=lambda name: "__grp__" in name):
+        key, slash, leaf = name.partition("/")
+        if not slash or {key, leaf} & {"", ".", ".."} or set("/\\:") & set(leaf) or set("\\:") & set(key):
+            raise WarmError(f"{name!r} is no name of a file in Triton's cache")
+        path, content = folder / key / leaf, binaries[name]
+        if path.exists():
+            continue
+        if leaf.startswith("__grp__"):
+            group = json.loads(content)
+            group["child_paths"] = {child: str(folder / key / child) for child in group.get("child_paths", {})}
+            content = json.dumps(group).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{leaf}.{os.getpid()}.partial")
+        partial.write_bytes(content)
+        partial.replace(path)
 
 
 def _triton_folders() -> list[Path]:
@@ -219,10 +244,18 @@ def _binaries(target: Any) -> Iterator[tuple[str, bytes]]:
     for cache in _triton_folders():
         for group in cache.glob("*/__grp__*.json"):
             name = group.name.removeprefix("__grp__")
-            about = json.loads((group.parent / name).read_text())["target"] if name.removesuffix(".json") in names else {}
+            about = _about(group.parent / name) if name.removesuffix(".json") in names else {}
             if (about.get("backend"), about.get("arch")) == (target.backend, target.arch):
                 for file in group.parent.iterdir():
                     yield f"{group.parent.name}/{file.name}", file.read_bytes()
+
+
+def _about(description: Path) -> dict[str, Any]:
+    """The target of a binary; nothing where its description is gone or no description."""
+    try:
+        return json.loads(description.read_text())["target"]
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _kernels() -> Iterator[str]:

@@ -130,23 +130,52 @@ def test_another_alpha_in_one_process_is_no_symbol() -> None:
     assert sites(checkpointed(build("gemma3_text", "lora", lora_alpha=24), reentrant=False))["lora"] == "21/21"
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.linear(x) * self.scale)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Scaled() for _ in range(10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def test_a_float_that_changes_in_its_module_becomes_a_symbol() -> None:
-    class Annealed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.temperature = 1.0
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.sigmoid(x * self.temperature)
-
+    """A schedule over all layers: two graphs, as torch's, not some for each layer until Dynamo gives up."""
     torch._dynamo.reset()
     counters.clear()
-    model, x = Annealed(), torch.randn(4)
+    model, x = Layers(), torch.randn(4, 8)
     compiled = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})
-    for temperature in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
-        model.temperature = temperature
-        torch.testing.assert_close(compiled(x), torch.sigmoid(x * temperature))
-    assert counters["stats"]["unique_graphs"] <= 3
+    for scale in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        for layer in model.layers:
+            layer.scale = scale
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_zeros_of_two_signs_are_two_numbers() -> None:
+    class Signed(Scaled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.abs() / self.scale + self.linear(x) * 0
+
+    model, x = Layers(), torch.rand(4, 8) + 1
+    model.layers = nn.ModuleList(Signed() for _ in range(3))
+    for layer, scale in zip(model.layers, (0.0, -0.0, 0.0), strict=True):
+        layer.scale = scale
+    model.forward = lambda x: torch.stack([layer(x) for layer in model.layers])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "eager"})
+    torch.testing.assert_close(compiled(x), model(x), equal_nan=True)
 
 
 def step(model: nn.Module, call: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -291,6 +320,9 @@ def test_hooks_do_not_pile_up() -> None:
     assert len(model.get_input_embeddings()._forward_hooks) == 1
     model.disable_input_require_grads()
     assert not model.get_input_embeddings()._forward_hooks
+    model.enable_input_require_grads()
+    assert len(model.get_input_embeddings()._forward_hooks) == 1
+    model.set_input_embeddings(nn.Embedding(256, 64))  # one that has no hook
     model.enable_input_require_grads()
     assert len(model.get_input_embeddings()._forward_hooks) == 1
 

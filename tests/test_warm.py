@@ -77,6 +77,8 @@ def test_a_file_of_another_machine_is_refused_with_what_differs(tmp_path: Path) 
         (["nowhere", "--load-in-4bit"], "--lora RANK"),
         (["nowhere", "--save", "no/such/folder/file"], "there is no folder"),
         (["--load", "nothing.bin"], "nothing.bin"),
+        (["--load", "nothing.bin", "--save", "x"], "--load or --save"),
+        (["nowhere", "--save", "."], "is a folder"),
     ],
 )
 def test_bad_input_is_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +88,32 @@ def test_bad_input_is_told(arguments: list[str], told: str, capsys: pytest.Captu
 
     result = CliRunner().invoke(app, ["warm", *arguments])
     assert result.exit_code == 2 and told in result.stderr
+
+
+def test_binaries_are_found_where_they_are_unpacked(tmp_path: Path) -> None:
+    """A group names its files by whole paths: those of the machine that wrote it."""
+    group = {"child_paths": {"k.cubin": "/home/another/.triton/KEY/k.cubin"}}
+    binaries = {"KEY/__grp__k.json": json.dumps(group).encode(), "KEY/k.cubin": b"code"}
+    warm._unpack(binaries, tmp_path)
+    (path,) = json.loads((tmp_path / "KEY/__grp__k.json").read_text())["child_paths"].values()
+    assert Path(path).read_bytes() == b"code" and not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "KEY/../../x", "KEY//x", "x", "KEY/a/b", "KEY/..", "KEY\\x/y"])
+def test_nothing_is_written_outside_of_the_cache(name: str, tmp_path: Path) -> None:
+    with pytest.raises(warm.WarmError, match="no name of a file"):
+        warm._unpack({name: b"x"}, tmp_path / "cache")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "warm.bin"
+    for versions, told in ((warm.versions(), "is damaged"), ([], "its versions are a list")):
+        with zipfile.ZipFile(file, "w") as out:
+            out.writestr(warm.VERSIONS, json.dumps(versions))
+            out.writestr(warm.ARTIFACTS, b"garbage")
+        with pytest.raises(warm.WarmError, match=told):
+            warm.load(file)
 
 
 def test_binaries_of_our_kernels_are_found_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

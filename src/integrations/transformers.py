@@ -41,7 +41,9 @@ def _registering_once(enable: Callable[[Any], None]) -> Callable[[Any], None]:
 
     @wraps(enable)
     def enable_input_require_grads(self: Any) -> None:
-        if not (getattr(self, "_require_grads_hooks", None) or getattr(self, "_require_grads_hook", None)):
+        hooks = getattr(self.get_input_embeddings(), "_forward_hooks", {})
+        held = [*(getattr(self, "_require_grads_hooks", None) or ()), getattr(self, "_require_grads_hook", None)]
+        if not any(getattr(hook, "id", None) in hooks for hook in held):  # today's embedding has none
             enable(self)
 
     return enable_input_require_grads

@@ -17,12 +17,12 @@ from sloth.integrations.transformers import left_to_require, requiring
 from sloth.options import parse
 from sloth.rewriter.compile.inductor import captures, compile_with, compiler
 from sloth.rewriter.compile.regions import compile_in_parts
-from sloth.rewriter.dynamo import called_modules, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
+from sloth.rewriter.dynamo import called_modules, graph_breaks, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
 from sloth.rewriter.graph.lower import shape_env_of
 from sloth.rewriter.graph.scratch import guards_of
 from sloth.rewriter.match.pattern import ARGUMENTS
 from sloth.rewriter.match.registry import constructs, patterns
-from sloth.rewriter.notices import log, speak, warn_of_breaks, warn_of_recompilations, warn_of_versions, warn_once
+from sloth.rewriter.notices import log, speak, warn_of_recompilations, warn_of_versions, warn_once
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.plan.lazy_outputs import returning
 from sloth.rewriter.report import GraphReport
@@ -41,7 +41,6 @@ def sloth(
     Raises ValueError for an option `sloth.…` that is not known, and what Inductor raises for its own.
     """
     warn_of_versions()
-    warn_of_breaks()
     warn_of_recompilations(CompileContext.current_compile_id())
     chosen = parse(options)
     inner = compiler(chosen.inner, mode, chosen.rest)

@@ -6,11 +6,11 @@ import logging
 import sys
 
 import torch
-from torch._dynamo.utils import counters
 
 from sloth.compat import is_tested, window
 
 log = logging.getLogger("sloth")
+OWN_LEVEL = logging.INFO - 1  # so that INFO, as somebody else sets it, is another
 _said: set[str] = set()
 
 
@@ -44,15 +44,6 @@ def warn_of_recompilations(compile_id: torch._guards.CompileId | None) -> None:
         )
 
 
-def warn_of_breaks() -> None:
-    """Where Dynamo could not trace all: for each reason, what it was."""
-    for reason in list(counters["graph_break"]):
-        warn_once(
-            f"the model is not one graph ({reason.strip().splitlines()[0]}): it is compiled in pieces, and some of it not at all."
-            " TORCH_LOGS=graph_breaks says where"
-        )
-
-
 class _Aside(logging.StreamHandler):
     """To stderr, for programs that set up no logging."""
 
@@ -61,8 +52,15 @@ class _Aside(logging.StreamHandler):
             super().emit(record)
 
 
+def _as_root_says(record: logging.LogRecord) -> bool:
+    """Where the program set up logging, and said nothing of sloth's, its level counts."""
+    root = logging.getLogger()
+    return log.level != OWN_LEVEL or not root.handlers or record.levelno >= root.level
+
+
 def speak() -> None:
     """Let one line for each graph be seen where nobody said what to do with sloth's messages."""
     if log.level == logging.NOTSET and not log.handlers:
-        log.setLevel(logging.INFO)
+        log.setLevel(OWN_LEVEL)
         log.addHandler(_Aside())
+        log.addFilter(_as_root_says)

@@ -125,3 +125,29 @@ def test_other_backends_trace_as_ever() -> None:
     with mock.patch.object(repeated_layers, "stamp") as stamp:
         torch.compile(model, backend="aot_eager")(X)
     assert not stamp.called
+
+
+def test_a_compilation_that_failed_keeps_no_module_alive_and_is_not_counted() -> None:
+    """Modules are counted while they are traced; ids of compilations begin anew with a reset."""
+    import gc
+    import weakref
+
+    class Failing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.inner(x)
+            torch._dynamo.graph_break()
+            return y
+
+    torch._dynamo.reset()
+    model = Failing()
+    inner = weakref.ref(model.inner)
+    with pytest.raises(Exception, match="graph_break"):
+        torch.compile(model, backend="sloth", fullgraph=True)(torch.ones(2, 4))
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert inner() is None

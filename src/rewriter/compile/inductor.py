@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from contextvars import ContextVar
+from functools import cache, partial, wraps
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
-from torch._higher_order_ops import triton_kernel_wrap
 
 import sloth
+from sloth.integrations.integration import integration
 from sloth.rewriter.compile.drop_rng_tag import not_random
 from sloth.rewriter.compile.passes import Pass, kept, made_again, written_over
-from sloth.rewriter.graph.ambient import current
+from sloth.rewriter.graph.ambient import dtypes
 from sloth.rewriter.graph.value import Symbol
 
 AUTOCAST = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
@@ -60,10 +61,11 @@ def _ours(known: dict) -> Iterator[None]:
     """While something is compiled. `known` is what `_analysed_once` remembers.
 
     torch's key for AOTAutograd's results knows that autocast is on around the graph, not for which dtype; and it refuses graphs
-    that hold autocast themselves, as a trainer's do, though their text is in the key.
+    that hold autocast themselves, as a trainer's do. What their text in the key does not say, the dtype of a block that names
+    none, is what this thread has.
     """
-    tag, own = torch.compiler.config.cache_key_tag, f"sloth-{sources_digest()}-{current()}"
-    cacheable = torch._inductor.config.unsafe_marked_cacheable_functions | dict.fromkeys(AUTOCAST, "in the graph's text")
+    tag, own = torch.compiler.config.cache_key_tag, f"sloth-{sources_digest()}-{dtypes()}"
+    cacheable = torch._inductor.config.unsafe_marked_cacheable_functions | dict.fromkeys(AUTOCAST, "in the key")
     with (
         torch.compiler.config.patch(cache_key_tag=tag if tag.endswith(own) else tag + own),
         torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable),
@@ -83,29 +85,44 @@ def sources_digest() -> str:
 
 @contextmanager
 def _analysed_once(known: dict) -> Iterator[None]:
-    """Let torch analyse each Triton kernel once per signature while one graph is compiled.
+    """Let torch analyse each Triton kernel once per signature while one graph is compiled by this thread.
 
     To learn which pointers a kernel writes, torch lowers it to Triton's IR anew for every launch, three or four times over a
     compilation: a quarter of the first step of a model with hundreds of launches. What it finds depends on the kernel, the dtypes
-    and the constants alone. The memo, `known`, lives for one compilation; where torch has no such function, nothing happens.
+    and the constants alone. `known` is the memo.
     """
-    name = next((n for n in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(triton_kernel_wrap, n)), None)
-    if name is None:
+    token = _memo.set(known)
+    try:
         yield
-        return
-    analyse = getattr(triton_kernel_wrap, name)
+    finally:
+        _memo.reset(token)
 
+
+_memo: ContextVar[dict | None] = ContextVar("sloth_analyses", default=None)  # of what this thread compiles
+ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")  # as torch calls it, newer and older
+
+
+def _remembering(analyse: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's analysis of a kernel, for whoever compiles; it asks the memo of a thread that has one."""
+
+    @wraps(analyse)
     def once(kernel: Any, arguments: dict[str, Any], *rest: Any) -> Any:
+        known = _memo.get()
         signature = tuple(_signature(v) for v in arguments.values())
-        if None in signature or any(rest):
+        if known is None or None in signature or any(rest):
             return analyse(kernel, arguments, *rest)
         key = (_source(kernel), tuple(arguments), signature)
         if key not in known:
             known[key] = analyse(kernel, arguments, *rest)
         return known[key]
 
-    with patch.object(triton_kernel_wrap, name, once):
-        yield
+    return once
+
+
+@integration("torch._higher_order_ops.triton_kernel_wrap", touches=" or ".join(ANALYSES), why="a kernel is analysed once a graph")
+def _remember_analyses(module: ModuleType) -> None:
+    name = next(name for name in ANALYSES if hasattr(module, name))
+    setattr(module, name, _remembering(getattr(module, name)))
 
 
 def _source(kernel: Any) -> tuple:

@@ -63,7 +63,7 @@ def _literal(a: Any, of: Callable[[fx.Node], Hashable]) -> Hashable:
         return dict, *((k, _literal(v, of)) for k, v in a.items())
     if isinstance(a, slice):
         return slice, *(_literal(x, of) for x in (a.start, a.stop, a.step))
-    return type(a), a
+    return type(a), a, repr(a) if isinstance(a, float) else ""  # 0.0 is not -0.0
 
 
 def tensor_key(n: fx.Node) -> Hashable:

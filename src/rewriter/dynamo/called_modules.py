@@ -6,6 +6,7 @@ A count of the matcher's own is always complete: of a layer that it cannot look 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -25,9 +26,8 @@ _tracing = threading.local()
 
 def called_in(tx: Any) -> list[Module]:
     """The modules called so far in the graph that Dynamo traces."""
-    called = vars(tx.output).setdefault(CALLED, [])
-    _tracing.compilation = tx.output.dynamo_compile_id, called
-    return called
+    _tracing.output = weakref.ref(tx.output)
+    return vars(tx.output).setdefault(CALLED, [])
 
 
 def _counting(trace: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,9 +44,9 @@ def _counting(trace: Callable[..., Any]) -> Callable[..., Any]:
 
 def expected_sites(compile_id: Any, constructs: Iterable[Construct]) -> dict[str, int]:
     """By construct, sites that the modules called in this compilation have; only models of transformers are known so well."""
-    of, called = getattr(_tracing, "compilation", (None, []))
-    _tracing.compilation = None, []
-    if of is None or of != compile_id or not any(type(m).__module__.startswith("transformers.") for m in called):
+    output = getattr(_tracing, "output", lambda: None)()
+    called = getattr(output, CALLED, []) if output is not None and output.dynamo_compile_id == compile_id else []
+    if not any(type(m).__module__.startswith("transformers.") for m in called):
         return {}
     found: Counter[str] = Counter()
     for module in called:

@@ -115,11 +115,8 @@ def _same_function(a: Any, b: Any, _: tuple) -> bool:
 
 
 def _equal(a: Any, b: Any, _: tuple) -> bool:
-    return (
-        a is b
-        or isinstance(a, int | float | str | bytes | tuple | frozenset | torch.dtype | torch.device | torch.Size)
-        and a == b
-    )
+    kinds = int | float | str | bytes | tuple | frozenset | torch.dtype | torch.device | torch.Size
+    return a is b or isinstance(a, kinds) and a == b and repr(a) == repr(b)  # 0.0 is not -0.0
 
 
 def _both_contain(a: Any, b: Any, more: tuple) -> bool:

@@ -8,7 +8,10 @@ symbol only once it changed in the very object that is compiled, which is what s
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -16,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.pgo import FrameStateSizeEntry, process_automatic_dynamic
 from torch._dynamo.source import ChainedSource, LocalSource
 from torch._dynamo.variables import ConstantVariable
 from torch._dynamo.variables.builder import VariableBuilder
@@ -23,7 +27,18 @@ from torch._dynamo.variables.builder import VariableBuilder
 from sloth.compat import is_ours
 from sloth.integrations.integration import integration
 
-_seen: WeakKeyDictionary[Any, dict[str, float]] = WeakKeyDictionary()  # by the object that is compiled and the float's name
+ITEM = re.compile(r"\['?\d+'?\]")  # of a list of layers
+
+
+@dataclass
+class _Floats:
+    """Of one object that is compiled: values by name, and which names, whatever the layer's number, had another one."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+
+_floats: WeakKeyDictionary[Any, _Floats] = WeakKeyDictionary()
 
 
 def _keeping(wrap: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +46,16 @@ def _keeping(wrap: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(wrap)
     def wrap_symfloat(self: VariableBuilder, value: float) -> Any:
-        if not is_ours(self.tx) or not _is_constant(self, value):
+        known = _of_its_module(self) if is_ours(self.tx) else None
+        if known is None:
+            return wrap(self, value)
+        name = self.source.name
+        alike = ITEM.sub("[]", name)
+        if not _same(known.values.setdefault(name, value), value):
+            known.changed.add(alike)  # and those of equal layers, which were stamped and never seen here
+        if alike in known.changed:
+            known.values[name] = value
+            _say_that_it_changes(self, value)
             return wrap(self, value)
         self.install_guards(GuardBuilder.CONSTANT_MATCH)
         return ConstantVariable.create(value=value, source=self.source)
@@ -39,20 +63,29 @@ def _keeping(wrap: Callable[..., Any]) -> Callable[..., Any]:
     return wrap_symfloat
 
 
-def _is_constant(builder: VariableBuilder, value: float) -> bool:
+def _of_its_module(builder: VariableBuilder) -> _Floats | None:
+    """What is known of the floats of the object that is compiled; None where this one is not held by a module in it."""
     source = builder.source
     if not torch._dynamo.config.assume_static_by_default or not source.guard_source.is_unspecialized_nn_module():
-        return False  # dynamic=True asks for symbols
+        return None  # dynamic=True asks for symbols
     while isinstance(source, ChainedSource):
         source = source.base
     if not isinstance(source, LocalSource):
-        return False
-    root = builder.tx.output.root_tx.f_locals.get(source.local_name)
+        return None
     try:
-        values = _seen.setdefault(root, {})
+        return _floats.setdefault(builder.tx.output.root_tx.f_locals.get(source.local_name), _Floats())
     except TypeError:  # nothing that can be remembered without keeping it alive
-        return False
-    return values.setdefault(builder.source.name, value) == value
+        return None
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b and math.copysign(1, a) == math.copysign(1, b) or math.isnan(a) and math.isnan(b)
+
+
+def _say_that_it_changes(builder: VariableBuilder, value: float) -> None:
+    """Dynamo was not asked about the value of before, and would take this one for the first."""
+    other = FrameStateSizeEntry.make_scalar(value + 1.0)
+    process_automatic_dynamic(builder.tx, builder.source.name, other, is_unspecialized_nn_module=True)
 
 
 @integration("torch._dynamo.variables.builder", touches="VariableBuilder.wrap_symfloat", why="a module's floats are constants")

@@ -147,7 +147,7 @@ def leaves(a: Any) -> list[Any]:
     if isinstance(a, TensorVariable | SymNodeVariable):
         return [("tensor", a.as_proxy().node)]
     if isinstance(a, ConstantVariable):
-        return [("constant", type(a.value), a.value)]
+        return [("constant", type(a.value), a.value, repr(a.value) if isinstance(a.value, float) else "")]  # -0.0
     if isinstance(a, TupleVariable | ListVariable):
         return [(type(a), len(a.items)), *(leaf for x in a.items for leaf in leaves(x))]
     if isinstance(a, tuple):

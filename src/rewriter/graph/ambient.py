@@ -22,6 +22,12 @@ def current() -> Autocast:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in KINDS if torch.is_autocast_enabled(kind))
 
 
+def dtypes() -> str:
+    """For a key: what this thread casts to on each kind of device, where autocast is on or is turned on without a dtype."""
+    kinds = ((kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in KINDS)
+    return ",".join(f"{kind}:{str(dtype).removeprefix('torch.')}{'+' * on}" for kind, dtype, on in kinds)
+
+
 def dtype_of(autocast: Autocast, kind: str) -> torch.dtype | None:
     """What it casts to on devices of this kind; None where it is off."""
     return dict(autocast).get(kind)

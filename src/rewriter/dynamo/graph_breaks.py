@@ -1,0 +1,37 @@
+"""Where Dynamo cannot trace all of a model for sloth, that is told: what it does not compile is not rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from sloth.compat import is_ours
+from sloth.integrations.integration import integration
+from sloth.rewriter.notices import warn_once
+
+
+def _telling(log: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's own notes of a break."""
+
+    @wraps(log)
+    def log_graph_break(self: Any, code_options: Any, reason: str, exc: BaseException) -> Any:
+        if is_ours(self):
+            first = next(iter(str(exc).strip().splitlines()), reason)
+            warn_once(
+                f"the model is not one graph ({first}): it is compiled in pieces, and some of it not at all."
+                " TORCH_LOGS=graph_breaks says where"
+            )
+        return log(self, code_options, reason=reason, exc=exc)
+
+    return log_graph_break
+
+
+@integration(
+    "torch._dynamo.symbolic_convert", touches="InstructionTranslatorBase.log_graph_break",
+    why="a model that is not one graph is told",
+)  # fmt: skip
+def _tell(module: ModuleType) -> None:
+    base = module.InstructionTranslatorBase
+    base.log_graph_break = _telling(base.log_graph_break)
