@@ -66,11 +66,13 @@ def explain(
     import torch
 
     import sloth
-    from sloth.tiny_model import ModelError, build
+    from sloth.options import parse
+    from sloth.tiny_model import build
 
     try:
+        parse(None)  # what the environment says
         net = build(model)
-    except ModelError as e:
+    except ValueError as e:  # ModelError is one
         print(f"sloth explain: {e}", file=sys.stderr)
         raise typer.Exit(2) from e
     if checkpointing:
@@ -113,7 +115,7 @@ def warm(
     machines with the same card and versions: `sloth warm --load FILE`. It holds code: load files that you made.
     """
     from sloth import warm as ahead
-    from sloth.tiny_model import ModelError
+    from sloth.options import parse
 
     try:
         if bool(model) == (load is not None):
@@ -127,6 +129,7 @@ def warm(
             raise ahead.WarmError(f"--save {save} is a folder: give the name of a file")
         if save is not None and not save.resolve().parent.is_dir():
             raise ahead.WarmError(f"--save {save}: there is no folder {save.resolve().parent}")
+        parse(None)  # what the environment says
         recipe = ahead.Recipe(
             model, lora, lora_alpha, four_bit, double_quant, dtype.torch, precision.value, checkpointing, packed, rows
         )
@@ -135,7 +138,7 @@ def warm(
         print(f"{model}: {len(graphs)} graph(s) compiled, {time.perf_counter() - start:.0f} s")
         if save is not None:
             print(f"{save}: {ahead.save(save) / 1e6:.1f} MB, for `sloth warm --load {save}` on a machine like this one")
-    except (ahead.WarmError, ModelError) as e:
+    except ValueError as e:  # WarmError and ModelError are
         print(f"sloth warm: {e}", file=sys.stderr)
         raise typer.Exit(2) from e
 

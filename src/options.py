@@ -112,7 +112,7 @@ def _arguments(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 continue
             value = options[key]
             if kinds[argument] not in ("int", "float") or not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{key}={value!r}: only numbers can be set, and this is a {kinds[argument]}")
+                raise ValueError(f"{key}={value!r}: {argument} is of type {kinds[argument]}, and only numbers can be set")
             found.setdefault(p.name, {})[argument] = value
             known.add(key)
     for key in known:

@@ -146,7 +146,7 @@ def versions() -> dict[str, str]:
         import triton
     except ImportError:
         triton = None
-    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     return {
         "python": platform.python_version(),

@@ -52,3 +52,10 @@ def test_doctor_is_ready_here_and_says_what_is_missing(monkeypatch: pytest.Monke
 )  # fmt: skip
 def test_windows_of_versions(package: str, found: str, tested: bool) -> None:
     assert compat.is_tested(package, found) is tested
+
+
+@pytest.mark.parametrize("command", [["explain", "llama"], ["warm", "llama"]])
+def test_a_bad_environment_is_one_line(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOTH_OPTIONS", "sloth.disabel=rope")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and "Did you mean sloth.disable?" in done.stderr and len(done.stderr.strip().splitlines()) == 1

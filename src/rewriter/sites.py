@@ -97,6 +97,9 @@ def _missed(anchor: Value, construct: Construct, matcher: Matcher, refused: Refu
         variant, d = miss
         found = f", found {_show(d.found)}" if d.found is not None else ""
         return Site(construct.name, str(variant), d.status, *_place(d.found, file, line), f"expected {d.expected}{found}")
+    if not any(v.pattern.construct is construct for variants in matcher.by_root.values() for v, _ in variants):
+        refusal = Refused("disabled", "no entry of the construct is in use: see sloth.disable and sloth.only")
+        return Site(construct.name, "", refusal.status, file, line, str(refusal))
     variant, reason = nearest(anchor, construct, matcher)
     return Site(construct.name, variant, "structure", file, line, reason)
 

@@ -175,6 +175,13 @@ def test_only_what_is_named_is_rewritten() -> None:
     assert {e.construct.name for e in parse({"sloth.only": ["rope", "lora"], "sloth.disable": "rope"}).entries} == {"lora"}
 
 
+def test_what_is_left_out_says_so() -> None:
+    """Not that a pattern is missing."""
+    for options in ({"sloth.only": "rms_norm"}, {"sloth.disable": "gated_mlp"}):
+        (site,) = [s for s in report_of(options).sites if s.status != MATCHED]
+        assert (site.construct, site.status) == ("gated_mlp", "disabled") and "sloth.only" in site.reason
+
+
 @pytest.mark.parametrize(
     "limit, made", [(0, []), (1, ["rms_norm"]), (2, ["rms_norm", "gated_mlp"]), (9, ["rms_norm", "gated_mlp"])]
 )
