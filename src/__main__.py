@@ -131,8 +131,9 @@ def warm(
             raise ahead.WarmError(f"--save {save}: there is no folder {save.resolve().parent}")
         parse(None)  # what the environment says
         recipe = ahead.Recipe(
-            model, lora, lora_alpha, four_bit, double_quant, dtype.torch, precision.value, checkpointing, packed, rows
-        )
+            model, lora=lora, lora_alpha=lora_alpha, four_bit=four_bit, double_quant=double_quant, dtype=dtype.torch,
+            precision=precision.value, checkpointing=checkpointing, packed=packed, rows=rows,
+        )  # fmt: skip
         start = time.perf_counter()
         graphs = ahead.warm(recipe)
         print(f"{model}: {len(graphs)} graph(s) compiled, {time.perf_counter() - start:.0f} s")

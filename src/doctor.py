@@ -16,7 +16,6 @@ from sloth import __version__
 from sloth.compat import TESTED, installed, is_tested, window
 from sloth.integrations.integration import ON, WAITING, Integration, integrations
 
-VARIABLE = "SLOTH_OPTIONS"
 MODULES = ("transformers.trainer", "transformers.generation.utils", "peft.utils.integrations", "trl.trainer.utils", "accelerate")
 
 
@@ -81,6 +80,7 @@ def _compiled() -> Iterator[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, w = (torch.randn(size, device=device, requires_grad=True) for size in ((4, 64), (64,)))
     try:
+        from sloth.options import VARIABLE
         from sloth.rewriter.backend import listening
 
         wanted = torch.autograd.grad(norm(x, w).sin().sum(), (x, w))

@@ -30,7 +30,7 @@ ARROWS = {
     "patterns": {"rewriter", "kernels", "lazy"},
     "testing": {"rewriter"},
     "compat": set(),
-    "doctor": {"__init__", "integrations", "rewriter"},
+    "doctor": {"__init__", "integrations", "rewriter", "options"},
     "tiny_model": set(),
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},

@@ -5,12 +5,10 @@ to 0.49 as a dequantisation and a matmul. All reach  linear(x, weight_4bit(…),
 by `dequantize_4bit`, whose result is not kept for the backward pass.
 """
 
-import logging
-from importlib import metadata
-
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sloth.compat import installed
 from sloth.kernels.linear.dequantize_4bit import NESTED_BLOCK, dequantize_4bit
 from sloth.kernels.linear.lora import lora_linear
 from sloth.patterns.lora import DIMS, lora
@@ -18,6 +16,7 @@ from sloth.rewriter.graph.normal_form import rule
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.notices import log
 from sloth.rewriter.plan.materialize import emit
 
 OLDEST = (0, 46)
@@ -91,13 +90,10 @@ lora.check(worth_it)
 
 def _warn_of_old_bitsandbytes() -> None:
     """Before 0.46 its layers were no operators of torch: there is nothing to match."""
-    try:
-        version = metadata.version("bitsandbytes")
-    except metadata.PackageNotFoundError:
-        return
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    version = installed("bitsandbytes")
+    if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         message = "sloth: bitsandbytes %s cannot be traced (0.46 is the oldest that can): its layers are left as they are. %s"
-        logging.getLogger("sloth").warning(message, version, "pip install -U bitsandbytes")
+        log.warning(message, version, "pip install -U bitsandbytes")
 
 
 _warn_of_old_bitsandbytes()

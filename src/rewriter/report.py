@@ -87,6 +87,10 @@ class Report:
             total.update(g.seconds)
         return dict(total)
 
+    @property
+    def unread(self) -> Counter[str]:
+        return sum((g.unread for g in self.graphs), Counter())
+
     def to_dict(self) -> dict[str, Any]:
         """The public format: constructs, sites, graphs (how many, of how many parts, of these compiled), breaks, and seconds by
         stage.
@@ -100,7 +104,7 @@ class Report:
             "breaks": self.breaks,
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
             "untouched": [g.untouched for g in self.graphs if g.untouched],
-            "unread": dict(sum((g.unread for g in self.graphs), Counter())),
+            "unread": dict(self.unread),
         }
 
     def to_json(self) -> str:
@@ -114,9 +118,8 @@ class Report:
         parts, compiled = sum(g.parts for g in self.graphs), sum(g.compiled for g in self.graphs)
         cut = f" in {parts} parts, {compiled} of them compiled" if parts > len(self.graphs) else ""
         yield Text(f"{len(self.graphs)} graph(s){cut}, {len(self.breaks)} break(s); {stages}")
-        unread = sum((g.unread for g in self.graphs), Counter())
-        opaque = sorted({why for g in self.graphs for why in g.opaque.values()}) if unread else ()
-        for kind, n in unread.items():
+        opaque = sorted({why for g in self.graphs for why in g.opaque.values()}) if self.unread else ()
+        for kind, n in self.unread.items():
             yield Text(f"{n} {kind} not looked into: {'; '.join(opaque)}", style="yellow")
         for why in (*(g.untouched for g in self.graphs if g.untouched), *self.breaks):
             yield Text(f"  {why}", style="yellow")

@@ -12,22 +12,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from sloth.rewriter.backend import sloth
 from sloth.rewriter.match.registry import patterns
-from sloth.testing.graphs import captured, described, doubled  # noqa: F401
-from sloth.testing.mutants import mutants  # noqa: F401
-from sloth.testing.samples import (  # noqa: F401
-    accepts,
-    arguments,
-    cotangents,
-    expression,
-    made_match,
-    numbers,
-    operator_of,
-    outputs,
-    random_tensor,
-    reference,
-    sample,
-    sites,
-)  # fmt: skip
 
 # What must be computed in the graph is no input that could be drawn: a 4-bit weight, a mask. They have test files of their own.
 ENTRIES = [

@@ -7,26 +7,7 @@ import random
 import pytest
 import torch
 from common import LAYOUTS, cases, compare
-from harness import (
-    ENTRIES,
-    VARIANTS,
-    accepts,
-    arguments,
-    captured,
-    cotangents,
-    described,
-    doubled,
-    expression,
-    made_match,
-    mutants,
-    numbers,
-    operator_of,
-    outputs,
-    random_tensor,
-    reference,
-    sample,
-    sites,
-)
+from harness import ENTRIES, VARIANTS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +16,22 @@ from sloth.rewriter.backend import listening
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.plan.lazy_outputs import returning
+from sloth.testing.graphs import captured, described, doubled
+from sloth.testing.mutants import mutants
+from sloth.testing.samples import (
+    accepts,
+    arguments,
+    cotangents,
+    expression,
+    made_match,
+    numbers,
+    operator_of,
+    outputs,
+    random_tensor,
+    reference,
+    sample,
+    sites,
+)  # fmt: skip
 
 FIRST = 3  # variants of an entry in each run of the suite; the others belong to the sweep
 each_variant = pytest.mark.parametrize(

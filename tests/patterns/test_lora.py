@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common import DEVICE
-from harness import VARIANTS, accepts, made_match, sample
+from harness import VARIANTS
 from peft_layers import (
     BASES,
     BF16,
@@ -34,6 +34,7 @@ from sloth.integrations.peft import weight_of
 from sloth.kernels.linear.adapter import adapter
 from sloth.kernels.linear.dequantize_4bit import dequantize_4bit
 from sloth.kernels.linear.lora import lora_linear
+from sloth.testing.samples import accepts, made_match, sample
 
 ONE_FOR_QKV = [3, 1]
 

@@ -40,14 +40,15 @@ Compiled = Callable[..., Any]
 
 @dataclass(eq=False)
 class Part:
-    """Consecutive calls of a graph, what they read of others, and what others read of them. `entered`: the blocks of autocast
-    that it begins in.
+    """Consecutive calls of a graph, what they read of others, and what others read of them. entered, left: the blocks of
+    autocast that are open before and behind them.
     """
 
     calls: list[fx.Node]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
     entered: list[fx.Node]
+    left: list[fx.Node]
 
     def graph(self) -> fx.Graph:
         graph = fx.Graph()
@@ -56,7 +57,7 @@ class Part:
             placeholder.meta.update(n.meta)
         for n in (*self.entered, *self.calls):
             env[n] = graph.node_copy(n, env.__getitem__)
-        for block in reversed(_open_blocks(self.calls, self.entered)):
+        for block in reversed(self.left):
             graph.call_function(_exit_autocast, (env[block],))
         graph.output(tuple(env[n] for n in self.outputs))
         return graph
@@ -122,7 +123,7 @@ def parts_of(gm: fx.GraphModule, bodies: Bodies) -> list[Part]:
         inputs = dict.fromkeys(a for n in piece for a in n.all_input_nodes if made_in.get(a) != i and a not in blocks[i])
         sizes = dict.fromkeys(symbols[s] for n in (*inputs, *piece) for s in _free_symbols(n))
         outputs = [n for n in piece if _crosses(n) and any(made_in.get(u) != i for u in n.users)]
-        found.append(Part(piece, list(sizes | inputs), outputs, blocks[i]))
+        found.append(Part(piece, list(sizes | inputs), outputs, blocks[i], blocks[i + 1]))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -101,13 +101,19 @@ def _more(guard: Guard) -> tuple:
     return (*guard.create_fn.args, *guard.create_fn.keywords.values()) if isinstance(guard.create_fn, partial) else ()
 
 
-def is_implied(guard: Guard, known: Any) -> bool:
-    """Two objects, each of which is guarded to be of a type, are of the same one. torch asks this in Python, at each call."""
-    if guard.create_fn_name() != "DUPLICATE_INPUT":
-        return False
-    both = guard.originating_source, _more(guard)[0]
+def without_implied(guards: list[Guard], known: Iterable[Guard]) -> list[Guard]:
+    """But for those that follow from others of `known`: two objects, each of which is guarded to be of a type, are of the same
+    one. torch asks this in Python, at each call.
+    """
     typed = {g.originating_source for g in known if g.create_fn_name() == "TYPE_MATCH"}
-    return all(isinstance(s, TypeSource) and s.base in typed for s in both)
+
+    def is_implied(guard: Guard) -> bool:
+        if guard.create_fn_name() != "DUPLICATE_INPUT":
+            return False
+        both = guard.originating_source, _more(guard)[0]
+        return all(isinstance(s, TypeSource) and s.base in typed for s in both)
+
+    return [guard for guard in guards if not is_implied(guard)]
 
 
 def _same_function(a: Any, b: Any, _: tuple) -> bool:

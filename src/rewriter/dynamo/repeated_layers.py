@@ -18,7 +18,6 @@ is that one's, Note [invoke_subgraph subgraph reuse].)
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections.abc import Callable, Sequence, Set
 from functools import wraps
@@ -48,11 +47,11 @@ from torch.utils import _pytree as pytree
 from sloth.compat import is_ours
 from sloth.integrations.integration import integration
 from sloth.rewriter.dynamo.called_modules import called_in
-from sloth.rewriter.dynamo.guards_of_layers import NotAlike, Place, core, is_implied, tensor_kind
+from sloth.rewriter.dynamo.guards_of_layers import NotAlike, Place, core, tensor_kind, without_implied
 from sloth.rewriter.graph.aliasing import tensors
 from sloth.rewriter.graph.ambient import current
+from sloth.rewriter.notices import log
 
-log = logging.getLogger("sloth")
 ITEM = re.compile(r"_modules\['\d+'\]\)*$")  # of a ModuleList, as the name of its source ends
 BODIES = ("wrap_body", "fwd_body", "bwd_body")  # as Dynamo calls those of checkpoints and autograd functions
 VALUES = (int, float, str, bytes, tuple, frozenset, torch.dtype, torch.device, torch.Size)
@@ -239,7 +238,7 @@ def stamp(template: Template, layer: UnspecializedNNModuleVariable, arguments: l
     place = Place(template.source, core(layer.source), tx)
     if template.guards is None:
         known = TracingContext.get().guards_context.dynamo_guards
-        template.guards = [g for g in known if place.moves(g.originating_source) and not is_implied(g, known)]
+        template.guards = without_implied([g for g in known if place.moves(g.originating_source)], known)
     own = place.moved_guards(template.guards)
     inputs: dict[fx.Node, Source] = {}
     for a in dict.fromkeys(a for n in template.nodes for a in n.all_input_nodes):

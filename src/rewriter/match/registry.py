@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.pattern import Construct, Deferral, Pattern, PatternError
+from sloth.rewriter.notices import log
 
-log = logging.getLogger("sloth")
 GROUP, OWN = "sloth_patterns", "sloth.patterns"  # entry points of packages with patterns; sloth's own come first
 _patterns: dict[str, Pattern] = {}
 _deferrals: dict[str, Deferral] = {}
