@@ -5,8 +5,8 @@ Shapes   x, residual, h, y [..., D]; weight [D] or none. With s = offset + weigh
     rms_norm        y = x · r · s,   r = (mean(x²) + eps)^(−½)  over the last dimension
     add_rms_norm    h = x + residual, rounded to promote_types(x, residual);   y = rms_norm(h)
 
-in fp32, rounded once. dtype of y: that of its input, or promote_types(input, weight) where `promote` is set: Llama's
-`weight * h.to(x.dtype)` promotes, Gemma's `(…).type_as(x)` and OLMo2's `(weight * h).to(x.dtype)` do not.
+in fp32, rounded once. y is in `dtype`; by default in that of its input, or promote_types(input, weight) where `promote` is set:
+Llama's `weight * h.to(x.dtype)` promotes, Gemma's `(…).type_as(x)` and OLMo2's `(weight * h).to(x.dtype)` do not.
 
 Backward, one row, from g = ∂L/∂y. Let x̂ = x·r and m = g·s = ∂L/∂x̂.
     r depends on x:      ∂r/∂x_j = −½ (mean(x²) + eps)^(−3/2) · 2x_j/D = −r³·x_j/D
@@ -101,7 +101,7 @@ def _backward_kernel(
         tl.store(part, tl.sum(dw, 0)[None, :], col < D)
 
 
-def forward_triton(x, residual, weight, eps: float, offset: float, promote: bool):
+def forward_triton(x, residual, weight, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None):
     """(h or None, y, rstd [..., 1]) by Triton."""
     D = x.shape[-1]
     order = row_order(x) if residual is None else row_order(x, residual)
@@ -110,7 +110,7 @@ def forward_triton(x, residual, weight, eps: float, offset: float, promote: bool
     N = x_ND.shape[0]
     in_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     h_ND = x_ND if residual is None else torch.empty(N, D, dtype=in_dtype, device=x.device)
-    y_ND = torch.empty(N, D, dtype=_out_dtype(in_dtype, weight, promote), device=x.device)
+    y_ND = torch.empty(N, D, dtype=dtype or _out_dtype(in_dtype, weight, promote), device=x.device)
     rstd_N = torch.empty(N, dtype=torch.float32, device=x.device)
     rows, block, warps = FORWARD.block(D)
     launch(_forward_kernel)[(FORWARD.grid(N, D, x.device),)](
@@ -157,18 +157,17 @@ def _scale(weight: Tensor, dtype: torch.dtype, offset: float) -> Tensor:
     return weight.to(dtype) + offset if offset else weight.to(dtype)
 
 
-def forward_aten(x, residual, weight, eps: float, offset: float, promote: bool):
+def forward_aten(x, residual, weight, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None):
     """As forward_triton."""
-    operands = [t for t in (x, residual, weight) if t is not None]
-    dtype = compute_dtype(*operands)
+    wide = compute_dtype(*(t for t in (x, residual, weight) if t is not None))
     h = None if residual is None else x + residual
     source = x if h is None else h
-    x_ = source.to(dtype)
+    x_ = source.to(wide)
     rstd = torch.rsqrt((x_ * x_).mean(-1, keepdim=True) + eps)
     y = x_ * rstd
     if weight is not None:
-        y = y * _scale(weight, dtype, offset)
-    return h, y.to(_out_dtype(source.dtype, weight, promote)), rstd
+        y = y * _scale(weight, wide, offset)
+    return h, y.to(dtype or _out_dtype(source.dtype, weight, promote)), rstd
 
 
 def backward_aten(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_dw: bool):
@@ -194,22 +193,24 @@ def _triton(*tensors) -> bool:
 
 
 @triton_op("sloth::rms_norm_forward", mutates_args={})
-def _rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool) -> tuple[Tensor, Tensor]:
+def _rms_norm_forward(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """(y, rstd)"""
     check_vectors("rms_norm", x, weight=weight)
-    _, y, rstd = (forward_triton if _triton(x, weight) else forward_aten)(x, None, weight, eps, offset, promote)
+    _, y, rstd = (forward_triton if _triton(x, weight) else forward_aten)(x, None, weight, eps, offset, promote, dtype)
     return y, rstd
 
 
 @triton_op("sloth::add_rms_norm_forward", mutates_args={})
 def _add_rms_norm_forward(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, y, rstd)"""
     check_vectors("add_rms_norm", x, weight=weight)
     torch._check(x.shape == residual.shape, lambda: f"add_rms_norm: shapes {x.shape} and {residual.shape} differ")
     forward = forward_triton if _triton(x, residual, weight) else forward_aten
-    return forward(x, residual, weight, eps, offset, promote)
+    return forward(x, residual, weight, eps, offset, promote, dtype)
 
 
 @triton_op("sloth::rms_norm_backward", mutates_args={})
@@ -231,7 +232,7 @@ def _gradients(ctx, dy, dh, need_dx: bool, need_dw: bool):
 
 
 def _rms_norm_setup(ctx, inputs, output):
-    x, weight, _, ctx.offset, _ = inputs
+    x, weight, _, ctx.offset, *_ = inputs
     _, rstd = output
     ctx.save_for_backward(x, weight, rstd)
     ctx.mark_non_differentiable(rstd)
@@ -240,11 +241,11 @@ def _rms_norm_setup(ctx, inputs, output):
 
 def _rms_norm_vjp(ctx, dy, _):
     dx, dw = _gradients(ctx, dy, None, *ctx.needs_input_grad[:2])
-    return dx, dw, None, None, None
+    return dx, dw, *[None] * 4
 
 
 def _add_rms_norm_setup(ctx, inputs, output):
-    x, residual, weight, _, ctx.offset, _ = inputs
+    x, residual, weight, _, ctx.offset, *_ = inputs
     h, _, rstd = output
     ctx.dtypes = x.dtype, residual.dtype
     ctx.save_for_backward(h, weight, rstd)
@@ -256,7 +257,7 @@ def _add_rms_norm_vjp(ctx, dh, dy, _):
     need_x, need_residual, need_dw = ctx.needs_input_grad[:3]
     d, dw = _gradients(ctx, dy, dh, need_x or need_residual, need_dw)
     dx, dresidual = (d.to(t) if d is not None and n else None for t, n in zip(ctx.dtypes, (need_x, need_residual), strict=True))
-    return dx, dresidual, dw, None, None, None
+    return dx, dresidual, dw, *[None] * 4
 
 
 torch.library.register_autograd("sloth::rms_norm_forward", _rms_norm_vjp, setup_context=_rms_norm_setup)
@@ -265,28 +266,29 @@ torch.library.register_autograd("sloth::rms_norm_backward", once)
 
 # What models call: the operators above without rstd, which only the backward pass wants.
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_SCHEMA = "(Tensor x, Tensor? weight, float eps, float offset=0.0, bool promote=False) -> Tensor"
+_SCHEMA = "(Tensor x, Tensor? weight, float eps, float offset=0.0, bool promote=False, ScalarType? dtype=None) -> Tensor"
 _ADD_SCHEMA = (
-    "(Tensor x, Tensor residual, Tensor? weight, float eps, float offset=0.0, bool promote=False) -> (Tensor h, Tensor y)"
+    "(Tensor x, Tensor residual, Tensor? weight, float eps, float offset=0.0, bool promote=False, ScalarType? dtype=None)"
+    " -> (Tensor h, Tensor y)"
 )
 torch.library.define("sloth::rms_norm", _SCHEMA, tags=_TAGS)
 torch.library.define("sloth::add_rms_norm", _ADD_SCHEMA, tags=_TAGS)
 
 
 @torch.library.impl("sloth::rms_norm", "CompositeImplicitAutograd")
-def _(x, weight, eps, offset=0.0, promote=False):
-    return torch.ops.sloth.rms_norm_forward(x, weight, eps, offset, promote)[0]
+def _(x, weight, eps, offset=0.0, promote=False, dtype=None):
+    return torch.ops.sloth.rms_norm_forward(x, weight, eps, offset, promote, dtype)[0]
 
 
 @torch.library.impl("sloth::add_rms_norm", "CompositeImplicitAutograd")
-def _(x, residual, weight, eps, offset=0.0, promote=False):
-    return torch.ops.sloth.add_rms_norm_forward(x, residual, weight, eps, offset, promote)[:2]
+def _(x, residual, weight, eps, offset=0.0, promote=False, dtype=None):
+    return torch.ops.sloth.add_rms_norm_forward(x, residual, weight, eps, offset, promote, dtype)[:2]
 
 
 rms_norm = torch.ops.sloth.rms_norm.default
-"""rms_norm(x [..., D], weight [D] or None, eps, offset=0.0, promote=False) -> y [..., D]"""
+"""rms_norm(x [..., D], weight [D] or None, eps, offset=0.0, promote=False, dtype=None) -> y [..., D]"""
 add_rms_norm = torch.ops.sloth.add_rms_norm.default
-"""add_rms_norm(x [..., D], residual [..., D], weight [D] or None, eps, offset=0.0, promote=False) -> (h, y) [..., D]"""
+"""add_rms_norm(x, residual [..., D], weight [D] or None, eps, offset=0.0, promote=False, dtype=None) -> (h, y) [..., D]"""
 
 
 # ---------------------------------------------------------------- for compilation without a GPU (tests)

@@ -246,11 +246,12 @@ def _rope(
     sin: torch.Tensor,
     interleaved: bool = False,
     promote: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     last = heads_last(cos)
     cos, sin, q, k = arranged(cos, sin, q, k)
     pair = pair_triton if _on_triton(q, k, cos) else pair_aten
-    yq, yk = pair(q, k, cos, sin, interleaved, _result_dtype(q, cos, promote), _result_dtype(k, cos, promote))
+    yq, yk = pair(q, k, cos, sin, interleaved, *(dtype or _result_dtype(x, cos, promote) for x in (q, k)))
     return (yq.transpose(1, 2), yk.transpose(1, 2)) if last else (yq, yk)
 
 
@@ -273,12 +274,17 @@ def _rope_backward(
 
 @triton_op("sloth::rope_single", mutates_args={})
 def _rope_single(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False, promote: bool = False
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool = False,
+    promote: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     last = heads_last(cos)
     cos, sin, x = arranged(cos, sin, x)
     single = single_triton if _on_triton(x, cos) else single_aten
-    y = single(x, cos, sin, interleaved, _result_dtype(x, cos, promote))
+    y = single(x, cos, sin, interleaved, dtype or _result_dtype(x, cos, promote))
     return y.transpose(1, 2) if last else y
 
 
@@ -300,7 +306,7 @@ rope_single_backward = torch.ops.sloth.rope_single_backward.default
 
 
 def _setup(ctx, inputs, output):
-    q, k, cos, sin, ctx.interleaved, _ = inputs
+    q, k, cos, sin, ctx.interleaved, *_ = inputs
     ctx.dtypes = q.dtype, k.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(cos, sin)
@@ -315,17 +321,17 @@ def _backward(ctx, dq, dk):
     else:
         dq = rope_single_backward(dq, cos, sin, ctx.interleaved, q_dtype) if need_q else None
         dk = rope_single_backward(dk, cos, sin, ctx.interleaved, k_dtype) if need_k else None
-    return dq, dk, None, None, None, None
+    return dq, dk, *[None] * 5
 
 
 def _setup_single(ctx, inputs, output):
-    x, cos, sin, ctx.interleaved, _ = inputs
+    x, cos, sin, ctx.interleaved, *_ = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(cos, sin)
 
 
 def _backward_single(ctx, dy):
-    return rope_single_backward(dy, *ctx.saved_tensors, ctx.interleaved, ctx.dtype), None, None, None, None
+    return rope_single_backward(dy, *ctx.saved_tensors, ctx.interleaved, ctx.dtype), *[None] * 5
 
 
 _rope.register_autograd(_backward, setup_context=_setup)

@@ -58,7 +58,7 @@ def packed(act, up_first):
 
 
 writes_over(backward_kernel, du_ptr="u_ptr")
-computes_wide(gated_act)
+computes_wide(gated_act, ("gate", "up"))
 
 act_mul = pattern(
     GATED_MLP, op=gated_act, dims={"gate": "B S I", "up": "B S I"}, recompute=True, name="gated_mlp", variant="silu", act="silu"

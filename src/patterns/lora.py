@@ -63,7 +63,7 @@ def own_input(match):
     return None if match.xl is match.x else match.xl
 
 
-rounds_once(lora_linear)
+rounds_once(lora_linear, sums=True)
 FROZEN = {"no_grad": ("weight",), "cheap": ("xl",)}
 lora = pattern(LORA, op=lora_linear, dims=DIMS, **FROZEN, name="lora", variant="linear", xl=own_input)(fused)
 lora.variant("linear_bias", xl=own_input)(fused_bias)

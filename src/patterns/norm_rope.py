@@ -12,6 +12,7 @@ from sloth.kernels.norm_rope import norm_rope
 from sloth.patterns.rms_norm import RMS_NORM, gemma, helium, llama, olmo2
 from sloth.patterns.rope import NO_GRAD, ROPE, SIZES, halves, one_table_for_all_heads, partial, plain
 from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.narrow import rounds_once
 
 full, leading = plain(halves), partial(plain(halves))
 TURNED = {"q": "B H S D", "k": "B G S D"}
@@ -58,3 +59,4 @@ both = pattern(
 for _name, (_reference, _dims, _options) in _others:
     both.variant(_name, _dims, **_options)(_reference)
 both.check(one_table_for_all_heads)
+rounds_once(norm_rope, streams=("q", "k"))

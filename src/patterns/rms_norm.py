@@ -11,6 +11,7 @@ from sloth.kernels.rms_norm import add_rms_norm, rms_norm
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.narrow import adds, rounds_once
 
 
 def is_norm(v: Value) -> bool:
@@ -112,6 +113,11 @@ add_norm = pattern(RMS_NORM, op=add_rms_norm, dims=DIMS, name="add_rms_norm", va
 for _name, (_form, _options) in FORMS.items():
     norm.variant(_name, **_options)(_form)
     add_norm.variant(_name, **_options)(after_addition(_form))
+
+
+rounds_once(rms_norm)
+rounds_once(add_rms_norm, result=1)
+adds(add_rms_norm, ("x", "residual"))
 
 
 @norm.check

@@ -13,6 +13,7 @@ from sloth.kernels.rope import rope, rope_single
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.narrow import rounds_once
 
 
 def is_rotation(v: Value) -> bool:
@@ -111,6 +112,10 @@ single = pattern(
 for _name, _turn, _tables, _options in _others:
     both.variant(_name, _tables, **_options)(on_both(_turn))
     single.variant(_name, _tables, **_options)(_turn)
+
+
+rounds_once(rope, streams=("q", "k"))
+rounds_once(rope_single, streams=("x",))
 
 
 @both.check

@@ -112,7 +112,7 @@ def rewrite_view(
         deferred, sites = defer(view, placed, deferrals)
         if placed or deferred:
             rewriter.sweep_rest()
-            keep_narrow(view.gm.graph)
+            keep_narrow(view.gm.graph, view.regions)
         report.deferred += deferred
         report.sites += [*sites, *later]
     with _timed(report, "report"):

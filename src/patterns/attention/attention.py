@@ -15,6 +15,7 @@ from sloth.rewriter.graph.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.graph.value import Value, same_literal
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.narrow import casts_in_autocast
 
 
 def is_masked(v: Value) -> bool:
@@ -50,6 +51,8 @@ def _reaches(start: Value, neighbours: Callable[[Value], Iterable[Value]], throu
 ATTENTION = Construct("attention", "attention", anchor=lambda v: is_masked(v) or is_spelled(v))
 DIMS = {"query": "B H S D", "key": "B H T D", "value": "B H T E", "attn_mask": "B 1 S T"}
 GROUPED = {"query": "B 2*G S D", "key": "B G T D", "value": "B G T E"}
+for function in (attention, F.scaled_dot_product_attention):
+    casts_in_autocast(function, ("query", "key", "value"))
 BY_TORCH = (Interval(), Interval(ahead=0))  # masks that torch's kernels know
 
 

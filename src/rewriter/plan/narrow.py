@@ -1,67 +1,175 @@
 """What is widened only to be narrowed again stays narrow.
 
-Under autocast with weights in fp32 (what PEFT's preparation for k-bit training leaves), a quantised layer gives bf16 results out
-in fp32, the activation of a gated MLP is computed of them, and the next layer casts it to bf16. In memory these are the largest
-tensors of a layer, twice as wide as what they hold. Where a producer can round its result once, a consumer computes in fp32
-whatever it reads, and everybody reads the consumer's result as bf16, the tensors between them are bf16: rounded as often as
-before, the producer's before instead of behind the widening.
+Under autocast with weights in fp32 (what PEFT's preparation for k-bit training leaves), the residual stream and the norms are
+fp32, a quantised layer gives its bf16 results out in fp32, RoPE and the activation of a gated MLP are computed of them, and the
+next layer, or attention, casts to bf16. In memory these are the largest tensors of a layer, twice as wide as what they hold.
+
+An operator that rounds its result once can round it to the dtype that all readers cast to: the same numbers. A sum of products of
+bf16 operands, each of which was rounded to bf16 before they were added up in fp32, may be rounded itself in their place, for
+readers that compute in fp32 whatever they read: rounded as often as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from sloth.rewriter.graph.aliasing import tensors
+from sloth.rewriter.graph.ambient import dtype_of
+from sloth.rewriter.graph.value import Region
 
-_ROUNDS_ONCE: set[torch._ops.OpOverload] = set()
-_COMPUTES_WIDE: set[torch._ops.OpOverload] = set()
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def rounds_once(op: torch._ops.OpOverload) -> None:
-    """The operator adds up in fp32 and rounds each result once, to its argument `dtype`."""
-    _ROUNDS_ONCE.add(op)
+@dataclass(frozen=True)
+class _Kind:
+    """result: which of several results can be narrow. streams: arguments that may be narrow with it, being read as fp32. sums:
+    the result is a sum of terms in the dtype of the operands. sets: writes the dtype of the result into a call's arguments.
+    """
+
+    result: int | None
+    streams: tuple[str, ...]
+    sums: bool
+    sets: Callable[[fx.Node, torch.dtype], None] | None
 
 
-def computes_wide(op: torch._ops.OpOverload) -> None:
-    """The operator reads its tensors, all of one dtype, as fp32 and rounds its result once to that dtype."""
-    _COMPUTES_WIDE.add(op)
+_KINDS: dict[torch._ops.OpOverload, _Kind] = {}
+_CASTS: dict[Callable, tuple[str, ...]] = {}
+_ADDS: dict[torch._ops.OpOverload, tuple[str, str]] = {}
 
 
-def keep_narrow(graph: fx.Graph) -> None:
-    """Change such producers and consumers of a rewritten graph."""
-    consumers = {n: dtype for n in graph.nodes if n.target in _COMPUTES_WIDE and (dtype := _read_as(n)) is not None}
-    for producer in graph.nodes:
-        if producer.target in _ROUNDS_ONCE and (dtype := _narrow(producer, consumers)) is not None:
-            consumed = {c for out in producer.users for c in out.users}
-            if all(_producer(a) is producer for c in consumed for a in c.all_input_nodes):
-                _set_dtype(producer, dtype)
-                for n in (*producer.users, *consumed):
-                    n.meta["example_value"] = n.meta["example_value"].to(dtype)
+def rounds_once(op: torch._ops.OpOverload, result: int | None = None, streams: tuple[str, ...] = (), sums: bool = False) -> None:
+    """The operator computes in fp32 at least and rounds each result (or this one of several) once, to its argument `dtype`."""
+    _KINDS[op] = _Kind(result, streams, sums, _set_dtype)
 
 
-def _producer(n: fx.Node) -> fx.Node | None:
-    return n.all_input_nodes[0] if n.all_input_nodes else None
+def computes_wide(op: torch._ops.OpOverload, streams: tuple[str, ...]) -> None:
+    """The operator reads these tensors, all of one dtype, as fp32 and rounds its results once to that dtype."""
+    _KINDS[op] = _Kind(None, streams, False, None)
 
 
-def _narrow(producer: fx.Node, consumers: dict[fx.Node, torch.dtype]) -> torch.dtype | None:
-    """The dtype that all its operands have and its results can have: if only `consumers` read them."""
-    readers = [c for out in producer.users for c in out.users]
-    if not readers or not all(c in consumers for c in readers) or any(not _is_wide(out) for out in producer.users):
-        return None
-    found = {consumers[c] for c in readers}
-    dtype = found.pop()
-    return dtype if not found and _operands(producer.all_input_nodes) <= {dtype} else None
+def casts_in_autocast(op: Callable, operands: tuple[str, ...]) -> None:
+    """The operator, or torch's function with these as its first arguments, reads them in the dtype of ambient autocast."""
+    _CASTS[op] = operands
 
 
-def _read_as(n: fx.Node) -> torch.dtype | None:
-    """The narrow dtype that all readers cast it to."""
-    found = {_cast_to(user) for user in n.users}
-    dtype = found.pop() if len(found) == 1 else None
-    return dtype if dtype in NARROW and _is_wide(n) else None
+def adds(op: torch._ops.OpOverload, terms: tuple[str, str]) -> None:
+    """The operator adds these two tensors up, in the wider dtype of the two."""
+    _ADDS[op] = terms
+
+
+def keep_narrow(graph: fx.Graph, regions: Mapping[fx.Node, Region]) -> None:
+    """Let the operators of a rewritten graph give narrow results where they may."""
+    for dtype in NARROW:
+        _Flow(graph, regions, dtype).apply()
+
+
+class _Flow:
+    """The calls of one graph whose results can be of one narrow dtype: the largest set of them that agrees with its readers."""
+
+    def __init__(self, graph: fx.Graph, regions: Mapping[fx.Node, Region], dtype: torch.dtype):
+        self.regions, self.dtype = regions, dtype
+        self.kinds = {n: _KINDS[n.target] for n in graph.nodes if n.target in _KINDS}
+        while True:  # what one may not, those that read it or that it reads may not either
+            self.results = {result for n, kind in self.kinds.items() for result in _results(n, kind)}
+            refused = [n for n in self.kinds if not self.agrees(n)]
+            if not refused:
+                break
+            for n in refused:
+                del self.kinds[n]
+
+    def apply(self) -> None:
+        for n, kind in self.kinds.items():
+            if kind.sets is not None:
+                kind.sets(n, self.dtype)
+            for result in _results(n, kind):
+                self.narrow(result)
+
+    def narrow(self, n: fx.Node) -> None:
+        n.meta["example_value"] = n.meta["example_value"].to(self.dtype)
+        for user in n.users:
+            if _is_view(user):
+                self.narrow(user)
+
+    def agrees(self, n: fx.Node) -> bool:
+        kind, results = self.kinds[n], _results(n, self.kinds[n])
+        if not results or not all(_is_wide(r) and r.users and all(self.takes(u, r, n) for u in r.users) for r in results):
+            return False
+        if kind.sums and not _operands(n.all_input_nodes) <= {self.dtype}:
+            return False
+        return all(self.is_narrow(_argument(n, name)) for name in kind.streams)
+
+    def takes(self, user: fx.Node, x: fx.Node, producer: fx.Node) -> bool:
+        """May `user` read what the producer gives, `x` or a view of it, as narrow?"""
+        if _is_view(user):
+            return bool(user.users) and all(self.takes(u, user, producer) for u in user.users)
+        if user.target in ASKS or _cast_to(user) == self.dtype:
+            return True
+        if user.target in _CASTS:
+            autocast = self.regions[user].autocast if user in self.regions else ()
+            return _reads_as(user, x, _CASTS[user.target]) and dtype_of(autocast, _device(x)) == self.dtype
+        if not self.kinds[producer].sums:
+            return False
+        if user in self.kinds and _reads_as(user, x, self.kinds[user].streams):
+            return True
+        if user.target in _ADDS:
+            terms = [_argument(user, name) for name in _ADDS[user.target]]
+            return _reads_as(user, x, _ADDS[user.target]) and self.stays_wide(*(t for t in terms if t is not x))
+        return user.target in ADDITIONS and not user.kwargs and self.stays_wide(*(a for a in user.args if a is not x))
+
+    def stays_wide(self, *others: object) -> bool:
+        """Is the one other term of a sum in fp32, and will it be? If it has no dimensions, the sum is not of its dtype."""
+        wide = len(others) == 1 and isinstance(others[0], fx.Node) and _is_wide(others[0])
+        return wide and others[0].meta["example_value"].dim() > 0 and not self.is_narrow(others[0])
+
+    def is_narrow(self, x: fx.Node) -> bool:
+        """Is what a call reads narrow, or will it be?"""
+        if not _is_wide(x):
+            return isinstance(value := x.meta.get("example_value"), torch.Tensor) and value.dtype == self.dtype
+        while x not in self.results and _is_view(x):
+            x = x.args[0]
+        return x in self.results
+
+
+ASKS = ("size", "dim", "numel")  # nothing of the numbers
+ADDITIONS = (operator.add, torch.add, torch.ops.aten.add.Tensor)
+VIEWS = {
+    "view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "flatten", "unflatten", "expand",
+    operator.getitem, torch.transpose, torch.permute, torch.reshape, torch.ops.aten.reshape.default,
+    torch.ops.aten.permute.default, torch.ops.aten.expand.default, torch.ops.aten.slice.Tensor,
+}  # fmt: skip
+
+
+def _is_view(n: fx.Node) -> bool:
+    """Of one tensor, or a part of several results."""
+    others = (a for a in n.all_input_nodes if a is not n.args[0])
+    return n.target in VIEWS and not any(isinstance(a.meta.get("example_value"), torch.Tensor) for a in others)
+
+
+def _results(n: fx.Node, kind: _Kind) -> list[fx.Node]:
+    """The nodes that hold those results of a call that can be narrow."""
+    if kind.result is None and "example_value" in n.meta:
+        return [n]
+    parts = [u for u in n.users if u.target is operator.getitem]
+    return [u for u in parts if kind.result is None or u.args[1] == kind.result]
+
+
+def _argument(n: fx.Node, name: str) -> fx.Node:
+    at = [a.name for a in n.target._schema.arguments].index(name)
+    return n.args[at] if at < len(n.args) else n.kwargs[name]
+
+
+def _reads_as(n: fx.Node, x: fx.Node, names: tuple[str, ...]) -> bool:
+    """Does the call read `x` as some of these arguments, and as nothing else? Of a function, they are its first."""
+    operator_ = isinstance(n.target, torch._ops.OpOverload)
+    known = [a.name for a in n.target._schema.arguments] if operator_ else [*names, *map(str, range(len(n.args)))]
+    given = dict(n.kwargs) | dict(zip(known, n.args, strict=False))
+    read = {name for name, value in given.items() if value is x}
+    return bool(read) and read <= set(names)
 
 
 def _cast_to(n: fx.Node) -> torch.dtype | None:
@@ -76,6 +184,10 @@ def _is_wide(n: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
 
 
+def _device(n: fx.Node) -> str:
+    return n.meta["example_value"].device.type
+
+
 def _operands(nodes: Iterable[fx.Node]) -> set[torch.dtype]:
     """Of what is no node that a rewrite made, the dtypes; those have no example, but say in their arguments what they give."""
     found: set[torch.dtype] = set()
@@ -86,8 +198,9 @@ def _operands(nodes: Iterable[fx.Node]) -> set[torch.dtype]:
     return found
 
 
-def _set_dtype(producer: fx.Node, dtype: torch.dtype) -> None:
-    at = [a.name for a in producer.target._schema.arguments].index("dtype")
-    args = [*producer.args, *[None] * (at + 1 - len(producer.args))]
+def _set_dtype(call: fx.Node, dtype: torch.dtype) -> None:
+    at = [a.name for a in call.target._schema.arguments].index("dtype")
+    defaults = [a.default_value for a in call.target._schema.arguments[len(call.args) : at + 1]]
+    args = [*call.args, *defaults]
     args[at] = dtype
-    producer.args = tuple(args)
+    call.args = tuple(args)
