@@ -168,7 +168,7 @@ def test_intervals(data):
     lo, hi, first, last = intervals(documents, usable, ahead, behind, at)
     assert all(t.dtype == torch.int32 for t in (lo, hi, first, last))
     mask = mask_of(S, documents, valid, ahead, behind)[:, 0]
-    of_queries = module.seen(lo, hi, usable, at)[:, 0]
+    of_queries = module.Bounds(lo, hi, first, last, usable).mask(at)[:, 0]
     of_keys = (first[:, None] <= at[..., None]) & (at[..., None] <= last[:, None])
     for found in (of_queries, of_keys):
         assert torch.equal(*torch.broadcast_tensors(found, mask))

@@ -24,6 +24,8 @@ Backward is that of those. A query that sees nothing gives 0, or, where `uniform
 softmax whose scores were swallowed by the least number there is, added to each.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,13 @@ torch.library.define(
     "sloth::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
     " float dropout_p=0.0, float? scale=None, float? softcap=None, Tensor? sinks=None,"
-    " Tensor? bias=None, Tensor? visible=None, bool uniform=False) -> Tensor",
+    " Tensor? bias=None, Tensor? visible=None, bool uniform=False, Tensor[]? bounds=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "sloth::attention_bounds",
+    "(Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None, Tensor? visible=None, bool uniform=False)"
+    " -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -103,12 +111,6 @@ def measured(mask: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tenso
     return (lo, hi, first, last), holes, gaps
 
 
-def seen(lo: Tensor, hi: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
-    """[B or 1, 1, S, S] bool: the mask."""
-    mask = (lo[:, None, :, None] <= at) & (at <= hi[:, None, :, None])
-    return mask if valid is None else mask & valid[:, None, None]
-
-
 def spelled(q, k, v, mask, scale, softcap, sinks, bias, uniform) -> Tensor:
     """By ATen operations, scores in fp32 at least."""
     dtype, (B, H, S, _), T = compute_dtype(q), q.shape, k.shape[2]
@@ -133,46 +135,91 @@ def with_the_blind(lo: Tensor, hi: Tensor, at: Tensor, T: int) -> tuple[Tensor, 
     return torch.where(none, -1, lo), torch.where(none, T - 1, hi), blind
 
 
+class Bounds(NamedTuple):
+    """What `interval_attention` is told of a mask; under these names it says what each is."""
+
+    lo: Tensor
+    hi: Tensor
+    first: Tensor
+    last: Tensor
+    valid: Tensor | None = None
+    holes: Tensor | None = None
+    gaps: Tensor | None = None
+    blind: Tensor | None = None
+
+    def mask(self, at: Tensor) -> Tensor:
+        """[B or 1, 1, S, T] bool, true where a query sees a key."""
+        if self.gaps is not None:
+            return self.valid[:, None]
+        lo, hi = self.lo[:, None, :, None], self.hi[:, None, :, None]
+        mask = (lo <= at) & (at <= hi)
+        mask = mask if self.blind is None else mask & (lo >= 0)
+        return mask if self.valid is None else mask & self.valid[:, None, None]
+
+
+def bounds_of(documents, valid, ahead, behind, visible, uniform: bool, S, device: torch.device) -> Bounds:
+    at = torch.arange(S, dtype=torch.int32, device=device)[None]
+    if visible is not None:
+        usable, T = visible.reshape(-1, *visible.shape[-2:]).contiguous(), visible.shape[-1]
+        (lo, hi, first, last), holes, gaps = measured(usable)
+    else:
+        usable, T, gaps = None, S, None
+        for v in valid:
+            usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
+        lo, hi, first, last = intervals(documents, usable, ahead, behind, at)
+        holes = None if usable is None else holed(lo, hi, usable)
+    lo, hi, blind = with_the_blind(lo, hi, at, T) if uniform else (lo, hi, None)
+    return Bounds(*(b.contiguous() for b in (lo, hi, first, last)), usable, holes, gaps, blind)
+
+
+@torch.library.impl("sloth::attention_bounds", "CompositeImplicitAutograd")
+def _(documents, valid, ahead=None, behind=None, visible=None, uniform=False):
+    x = next(t for t in (visible, *documents, *valid) if t is not None)
+    S = x.shape[-2] if visible is not None else next(n for n in reversed(x.shape) if not isinstance(n, int) or n != 1)
+    bounds = bounds_of(documents, valid, ahead, behind, visible, uniform, S, x.device)
+    return [b for b in bounds if b is not None]
+
+
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
 def _(
     query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-    bias=None, visible=None, uniform=False,
+    bias=None, visible=None, uniform=False, bounds=None,
 ):  # fmt: skip
     plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
-    if plain and visible is None and not documents and not valid and ahead in (0, None) and behind is None:
+    told = visible is not None or documents or valid or bounds is not None
+    if plain and not told and ahead in (0, None) and behind is None:
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
     S, D, E, T = query.shape[2], query.shape[3], value.shape[3], key.shape[2]
     torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
-    torch._check(S == T or visible is not None and bias is None, lambda: f"attention: {S} queries, {T} keys")
+    measured_mask = visible is not None or bounds is not None
+    torch._check(S == T or measured_mask and bias is None, lambda: f"attention: {S} queries, {T} keys")
     torch._check(sinks is None or bias is None, lambda: "attention: no bias beside sinks")
     bias = None if bias is None else bias.reshape(-1, query.shape[1], T)
-    at, usable = torch.arange(S, dtype=torch.int32, device=query.device)[None], None
-    if visible is None:
-        for v in valid:
-            usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
-        bounds = intervals(documents, usable, ahead, behind, at)
+    scale = D**-0.5 if scale is None else scale
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as it does for torch's own
+        low = torch.get_autocast_dtype(device)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(low) for t in (query, key, value))
+    if bounds is not None:
+        (*seen, blind) = bounds if uniform else (*bounds, None)
+        of = Bounds(*seen, blind=blind)
+    else:
+        of = bounds_of(documents, valid, ahead, behind, visible, uniform, S, query.device)
     if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
-        mask = seen(*bounds[:2], usable, at) if visible is None else visible.reshape(-1, 1, S, T)
+        mask = of.mask(torch.arange(T, dtype=torch.int32, device=query.device)[None])
         if plain and not uniform:
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
-        return spelled(query, key, value, mask, D**-0.5 if scale is None else scale, softcap, sinks, bias, uniform)
-    if visible is None:
-        holes, gaps = None if usable is None else holed(*bounds[:2], usable), None
-    else:
-        usable = visible.reshape(-1, S, T).contiguous()
-        bounds, holes, gaps = measured(usable)
-    lo, hi, first, last = bounds
-    lo, hi, blind = with_the_blind(lo, hi, at, T) if uniform else (lo, hi, None)
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
-    bounds = [b.contiguous() for b in (lo, hi, first, last)]
+        return spelled(query, key, value, mask, scale, softcap, sinks, bias, uniform)
     bias = None if bias is None else bias.contiguous()
-    scale = D**-0.5 if scale is None else scale
-    return interval_attention(query, key, value, *bounds, usable, holes, gaps, scale, softcap, sinks, bias, blind)[0]
+    lo, hi, first, last, usable, holes, gaps, blind = of
+    return interval_attention(
+        query, key, value, lo, hi, first, last, usable, holes, gaps, scale, softcap, sinks, bias, blind
+    )[0]  # fmt: skip
 
 
 attention = torch.ops.sloth.attention.default
 """attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-bias=None, visible=None, uniform=False) -> [B, H, S, E]"""
+bias=None, visible=None, uniform=False, bounds=None) -> [B, H, S, E]. With bounds (of attention_bounds), masks are not read."""
+attention_bounds = torch.ops.sloth.attention_bounds.default
+"""attention_bounds(documents, valid, ahead=None, behind=None, visible=None, uniform=False) -> what there is of `Bounds`; S > 1"""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Set
 import torch
 import torch.nn.functional as F
 
-from sloth.kernels.attention.attention import attention
+from sloth.kernels.attention.attention import attention, attention_bounds
 from sloth.patterns.attention.added_mask import Added, added, may_see_nothing, require_swallowed
 from sloth.patterns.attention.alibi import of_keys
 from sloth.patterns.attention.mask_meaning import Interval, meaning, why_not
@@ -15,6 +15,7 @@ from sloth.rewriter.graph.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.graph.value import Value, same_literal
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.hoist import shares
 from sloth.rewriter.plan.narrow import casts_in_autocast
 
 
@@ -51,6 +52,7 @@ def _reaches(start: Value, neighbours: Callable[[Value], Iterable[Value]], throu
 ATTENTION = Construct("attention", "attention", anchor=lambda v: is_masked(v) or is_spelled(v))
 DIMS = {"query": "B H S D", "key": "B H T D", "value": "B H T E", "attn_mask": "B 1 S T"}
 GROUPED = {"query": "B 2*G S D", "key": "B G T D", "value": "B G T E"}
+shares(attention, attention_bounds, "bounds", when=lambda call: call.meta["example_value"].shape[2] != 1)
 for function in (attention, F.scaled_dot_product_attention):
     casts_in_autocast(function, ("query", "key", "value"))
 BY_TORCH = (Interval(), Interval(ahead=0))  # masks that torch's kernels know

@@ -102,6 +102,8 @@ class Unifier:
                     yield from self.unify(p.args[0], g.args[0], bound)
                 yield from self.unify(p.args[0], g, bound)
         elif p.op != g.op:
+            if not self.exact and g.op == "cast" and p.op in VIEWS:  # autocast's, which the second look has too, or it refuses
+                yield from self.unify(p, g.args[0], b)
             yield from self.times_one(p, g, b)
             self.differ(b, p.op, g, "dtype" if "cast" in (p.op, g.op) else "structure")
         elif self.exact and p.meta is not None and p.meta.dtype != g.meta.dtype:

@@ -224,7 +224,7 @@ def passed(v: Value, view: View) -> fx.Node:
     source = v.nodes[0] if view.around.shadow.owns(v) else passed(v, view.around)
     with view.gm.graph.inserting_after(inputs[-1]):
         node = view.gm.graph.placeholder(f"{source.name}_passed")
-    node.meta.update({k: m for k, m in source.meta.items() if k in ("example_value", "stack_trace")})
+    node.meta.update({k: m for k, m in source.meta.items() if k in ("example_value", "stack_trace")}, passed=True)
     for call in view.calls:
         call.args = (*call.args, source)
     value = view.env[node] = view.shadow.add("input", (node.name,), v.meta, view.region, origin=node)

@@ -1,0 +1,168 @@
+"""sloth.rewriter.plan.hoist: what layers have in common is computed once, outside of them."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM as Auto
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig
+
+from sloth.kernels.attention.attention import attention, attention_bounds
+from sloth.rewriter.match.registry import constructs, patterns
+from sloth.rewriter.pipeline import rewrite
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+
+
+def graph_of(fn, *args, **kwargs) -> fx.GraphModule:
+    kept = []
+
+    def sloth(gm, _):
+        report = rewrite(gm, patterns(), constructs())
+        assert not report.untouched, report.untouched
+        kept.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(fn, backend=sloth, dynamic=True)(*args, **kwargs)
+    return kept[0]
+
+
+def placed(gm: fx.GraphModule) -> dict[str, int]:
+    """How often bounds are computed in the graph itself, and in bodies; how many calls of attention are told them, or not."""
+    count = dict.fromkeys(("outside", "inside", "told", "alone"), 0)
+    for module in gm.modules():
+        for n in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if n.target is attention_bounds:
+                count["outside" if module is gm else "inside"] += 1
+            elif n.target is attention:
+                count["told" if n.args[-1] is not None else "alone"] += 1
+    return count
+
+
+def batch(S: int = 24):
+    ids = torch.randint(5, 60, (2, S))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+PACKED = {"input_ids": torch.randint(5, 60, (1, 24)), "position_ids": torch.cat([torch.arange(10), torch.arange(14)])[None]}
+KINDS = ["sliding_attention"] * 3 + ["full_attention"]
+MODELS = {
+    "llama": (LlamaConfig(num_hidden_layers=3, **SIZES), 1),
+    "mistral": (MistralConfig(num_hidden_layers=3, sliding_window=8, **SIZES), 1),
+    "gemma3": (Gemma3TextConfig(num_hidden_layers=4, sliding_window=8, head_dim=8, layer_types=KINDS, **SIZES), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("given", ["padded", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_once_for_all_layers_with_the_same_mask(name, given, checkpointing):
+    config, kinds = MODELS[name]
+    model = Auto.from_config(config, attn_implementation="sdpa").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    given = PACKED | {"use_cache": False} if given == "packed" else batch() | {"use_cache": False}
+    found = placed(graph_of(model, **given))
+    assert found.pop("told") > 0  # of layers that share a body, one call
+    assert found == {"outside": kinds, "inside": 0, "alone": 0}
+
+
+def test_gradients_and_other_lengths():
+    model = Auto.from_config(MODELS["gemma3"][0], attn_implementation="sdpa").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="sloth", dynamic=True, options={"sloth.inner_backend": "aot_eager"})
+    torch._dynamo.utils.counters.clear()
+    for S in (24, 31, 17):
+        given = batch(S) | {"use_cache": False}
+        grads = []
+        for run in (model, compiled):
+            model.zero_grad()
+            loss = run(**given).loss
+            loss.backward()
+            grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(grads[1], grads[0], rtol=2e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def layer(x, mask):
+    q = x.view(2, -1, 4, 8).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q, mask, scale=0.3).transpose(1, 2).reshape(x.shape)
+
+
+def causal_and(keys):
+    at = torch.arange(keys.shape[-1])
+    return (at[None] <= at[:, None])[None, None] & keys[:, None, None]
+
+
+def test_a_body_in_a_body():
+    def inner(x, mask):
+        return checkpoint(layer, x, mask, use_reentrant=False) + x
+
+    def fn(x, keys):
+        mask = causal_and(keys)
+        return checkpoint(inner, checkpoint(inner, x, mask, use_reentrant=False), mask, use_reentrant=False)
+
+    keys = torch.rand(2, 12) < 0.8
+    found = placed(graph_of(fn, torch.randn(2, 12, 32, requires_grad=True), keys))
+    assert found == {"outside": 1, "inside": 0, "told": 2, "alone": 0}
+
+
+def test_what_a_body_computes_itself_stays_in_it():
+    def inner(x, keys):
+        return layer(x, causal_and(keys & (x[..., 0] > -9)))
+
+    x, keys = torch.randn(2, 12, 32, requires_grad=True), torch.rand(2, 12) < 0.8
+    found = placed(graph_of(lambda x, keys: checkpoint(inner, x, keys, use_reentrant=False), x, keys))
+    assert found["outside"] == 0 and found["told"] + found["alone"] == 1
+
+
+def test_a_mask_that_is_written_later_is_read_before():
+    def fn(x, keys):
+        keys = keys.clone()
+        first = layer(x, causal_and(keys))
+        keys.logical_not_()
+        return first + layer(x, causal_and(keys))
+
+    x, keys = torch.randn(2, 12, 32), torch.rand(2, 12) < 0.5
+    keys[:, 0] = True
+    torch._dynamo.reset()
+    found = torch.compile(fn, backend="sloth", options={"sloth.inner_backend": "eager"})(x, keys)
+    torch.testing.assert_close(found, fn(x, keys), equal_nan=True)
+
+
+def test_one_query():
+    """A single position: its length cannot be told from the batch in a mask's shape."""
+    x, keys = torch.randn(2, 1, 32), torch.tensor([[True], [False]])
+    torch._dynamo.reset()
+    found = torch.compile(lambda x, keys: layer(x, causal_and(keys)), backend="sloth", options={"sloth.inner_backend": "eager"})
+    torch.testing.assert_close(found(x, keys), layer(x, causal_and(keys)), equal_nan=True)
+
+
+def test_bodies_are_given_what_they_read():
+    """Each call has an argument for each input; what only the call of the operator read is no input any more."""
+
+    def fn(x, keys):
+        mask = causal_and(keys)
+        return checkpoint(layer, checkpoint(layer, x, mask, use_reentrant=False), mask, use_reentrant=False)
+
+    gm = graph_of(fn, torch.randn(2, 12, 32, requires_grad=True), torch.rand(2, 12) < 0.8)
+    calls = [n for n in gm.graph.nodes if n.op == "call_function" and any(a.op == "get_attr" for a in n.all_input_nodes)]
+    assert len(calls) == 2
+    for call in calls:
+        body, *given = call.args
+        inputs = getattr(gm, body.target).graph.find_nodes(op="placeholder")
+        assert len(inputs) == len(given)
+        added = [n for n in inputs if "passed" in n.meta]
+        assert added and all(n.users for n in added)
+        outer = dict(zip(inputs, given, strict=True))
+        assert all(outer[n].target is operator.getitem and outer[n].args[0].target is attention_bounds for n in added)
