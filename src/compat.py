@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 TESTED = {  # first and last version of each package that the tests and benchmarks ran with
@@ -33,6 +34,24 @@ def is_tested(package: str, found: str) -> bool:
 def window(package: str) -> str:
     """`2.11 to 2.13`"""
     return " to ".join(dict.fromkeys(".".join(map(str, v)) for v in TESTED[package]))
+
+
+def static_launcher(compiled: Any, device: int) -> Any:
+    """torch's launcher of a compiled Triton kernel, loaded to this CUDA device; None where it does not take the kernel."""
+    if "cubin" not in getattr(compiled, "asm", ()):
+        return None
+    try:
+        from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
+
+        with NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            compiled._cubin_path = file.name
+            static = StaticallyLaunchedCudaKernel(compiled)
+            static.load_kernel(device)
+        return static if hasattr(static, "full_constexprs") else None
+    except (ImportError, AttributeError, KeyError, NotImplementedError):  # tensor descriptors, another layout of torch's
+        return None
 
 
 def is_ours(tx: Any) -> bool:

@@ -1,5 +1,9 @@
 """sloth.kernels.common.launch: what an opaque operator launches again is what was compiled for such arguments."""
 
+import ast
+import inspect
+from typing import NamedTuple
+
 import pytest
 import torch
 from common import DEVICE
@@ -7,20 +11,25 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sloth.kernels.common import launch as module
 from sloth.kernels.common.launch import launch_opaque
+from sloth.kernels.linear.lora_grad_b import _strip_kernel, _sum_kernel
+from sloth.kernels.linear.lowrank_gemm import _thin_and_big_kernel
+
+
+class Parameter(NamedTuple):
+    do_not_specialize: bool = False
 
 
 class Kernel:
-    """Compiled for the first launch of each kind; says what was compiled, and launched how."""
+    """Compiled for the first launch of each kind; says what was compiled, and launched how. Its last number is any size."""
+
+    params = (Parameter(), Parameter(), Parameter(True), Parameter())
 
     def __init__(self):
         self.compiled, self.launched = 0, []
 
-    def __getitem__(self, grid):
-        def compile_and_launch(*args, **how):
-            self.compiled += 1
-            return Compiled(self)
-
-        return compile_and_launch
+    def warmup(self, *args, grid, **how):
+        self.compiled += 1
+        return Compiled(self)
 
 
 class Compiled:
@@ -48,18 +57,19 @@ def test_what_is_compiled_is_launched_again():
     for operand in (x, y, x):
         launch_opaque(kernel, **given(operands=[operand]))
     assert kernel.compiled == 1
-    assert [(grid, args[1:]) for grid, args in kernel.launched] == [((3, 1, 1), (5, 7, 16))] * 2
-    assert kernel.launched[0][1][0] is y
+    assert [(grid, args[1:]) for grid, args in kernel.launched] == [((3, 1, 1), (5, 7, 16))] * 3
+    assert kernel.launched[1][1][0] is y
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"grid": (4,)},
         {"operands": [torch.zeros(64, dtype=torch.bfloat16)]},
         {"operands": [torch.zeros(64)[1:]]},
         {"operands": [TensorDescriptor(torch.zeros(8, 8), [8, 8], [8, 1], [4, 4])]},
-        {"numbers": [5, 1]},
+        {"numbers": [1, 7]},
+        {"numbers": [32, 7]},
+        {"numbers": [5, 2**31]},
         {"constants": {"BLOCK": 32}},
         {"num_warps": 8},
     ],
@@ -70,7 +80,7 @@ def test_what_differs_is_compiled_for_itself(other):
     for _ in range(2):
         for how in ({}, other):
             launch_opaque(kernel, **given(**how))
-    assert kernel.compiled == len(kernel.launched) == 2
+    assert kernel.compiled == 2 and len(kernel.launched) == 4
 
 
 def test_kernels_and_devices_are_told_apart(monkeypatch):
@@ -82,12 +92,24 @@ def test_kernels_and_devices_are_told_apart(monkeypatch):
     assert (first.compiled, second.compiled) == (2, 1)
 
 
-def test_sizes_that_are_others_in_every_step_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(module, "LAUNCHERS", 8)
+def test_sizes_that_are_others_in_every_step_are_one_kernel():
     kernel = Kernel()
-    for n in range(100):
-        launch_opaque(kernel, **given(numbers=[n, 7]))
-    assert kernel.compiled == 100 and len(module._launchers) <= 8
+    for n in range(1, 100):
+        launch_opaque(kernel, **given(grid=(n,), numbers=[5, n]))
+    assert kernel.compiled == len(module._launchers) == 1
+    assert [(grid[0], args[2]) for grid, args in kernel.launched] == [(n, n) for n in range(1, 100)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "names"),
+    [(_strip_kernel, ["M"]), (_sum_kernel, ["u_size", "db_size"]), (_thin_and_big_kernel, ["M"])],
+    ids=lambda k: getattr(k, "__name__", ""),
+)
+def test_rows_are_any_number(kernel, names):
+    """Packed batches have another number of rows in every step: compiled for multiples of 16 they would be two kernels."""
+    decorator, *_ = ast.parse(inspect.getsource(kernel.fn)).body[0].decorator_list  # the interpreter does not keep it
+    (told,) = (ast.literal_eval(k.value) for k in decorator.keywords if k.arg == "do_not_specialize")
+    assert set(names) <= set(told) <= set(inspect.signature(kernel.fn).parameters)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="launches on a GPU")

@@ -1,6 +1,7 @@
 """Where a kernel runs, and how it is launched: so that Inductor can see it, or by an operator that is opaque to it."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.library import wrap_triton
 
+from sloth.compat import static_launcher
 from sloth.kernels.common.device import device_of
 from sloth.kernels.common.language import InterpretedFunction, TensorDescriptor
 
@@ -22,8 +24,8 @@ def launch(kernel):
     return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
 
 
-_launchers: dict[tuple, Callable] = {}
-LAUNCHERS = 4096  # kept at most: sizes may be others in every step
+Launcher = Callable[[tuple[int, ...], list, list[int]], None]  # of a grid, operands and numbers
+_launchers: dict[tuple, Launcher] = {}
 
 
 def launch_opaque(
@@ -38,18 +40,38 @@ def launch_opaque(
 
     Triton finds what it has compiled by looking at each argument and by writing the options out as text, 20 … 50 μs of the host
     in every launch, and a model's step has thousands. Here it is found by what it was compiled for: 5 … 10 μs.
+    Sizes that are others in every step belong into the kernel's `do_not_specialize`: it is compiled once for all of them.
     """
     if isinstance(kernel, InterpretedFunction):
         kernel[grid](*operands, *numbers, **constants, **options)
         return
-    key = id(kernel), torch.cuda.current_device(), grid, *map(_kind, operands), *numbers, *constants.values(), *options.values()
-    if (launcher := _launchers.get(key)) is not None:
-        launcher(*operands, *numbers, *constants.values())
-        return
-    compiled = kernel[grid](*operands, *numbers, **constants, **options)
-    if len(_launchers) >= LAUNCHERS:
-        _launchers.clear()
-    _launchers[key] = compiled[grid + (1,) * (3 - len(grid))]
+    device = torch.cuda.current_device()
+    kinds = map(_size_kind, numbers, _any_sizes(kernel, len(operands)))
+    key = id(kernel), device, *map(_kind, operands), *kinds, *constants.values(), *options.values()
+    if (launcher := _launchers.get(key)) is None:
+        compiled = kernel.warmup(*operands, *numbers, grid=grid, **constants, **options)
+        launcher = _launchers[key] = _launcher_of(compiled, device, list(constants.values()))
+    launcher(grid, operands, numbers)
+
+
+def _launcher_of(compiled: Any, device: int, constants: list) -> Launcher:
+    """Through torch's launcher where it takes the kernel. Triton's own is C code, a third of a second of gcc for each kernel."""
+    static = static_launcher(compiled, device)
+    if static is None:
+        return lambda grid, operands, numbers: compiled[grid + (1,) * (3 - len(grid))](*operands, *numbers, *constants)
+    run, constant, stream_of = static.run, set(static.full_constexprs), torch._C._cuda_getCurrentRawStream
+
+    def launch(grid: tuple[int, ...], operands: list, numbers: list[int]) -> None:
+        given = [a for i, a in enumerate((*operands, *numbers)) if i not in constant]  # a size of 1 is one
+        run(*grid, *(1,) * (3 - len(grid)), stream_of(device), *given)
+
+    return launch
+
+
+@cache
+def _any_sizes(kernel: Any, operands: int) -> list[bool]:
+    """Of its numbers, and what comes behind them: is it compiled once for all?"""
+    return [p.do_not_specialize for p in kernel.params[operands:]]
 
 
 def _kind(x: Tensor | TensorDescriptor) -> tuple:
@@ -57,6 +79,11 @@ def _kind(x: Tensor | TensorDescriptor) -> tuple:
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
     return x.dtype, x.data_ptr() % 16 == 0
+
+
+def _size_kind(n: int, any_size: bool) -> int:
+    """Likewise: 64 bits or 32; and, unless one kernel is for all sizes, 1, a multiple of 16, or another."""
+    return 4 * (n >= 2**31) if any_size else 4 * (n >= 2**31) + 2 * (n == 1) + (n % 16 == 0)
 
 
 def compiling() -> bool:

@@ -61,6 +61,8 @@ def _(a, b, alpha, bias=None):
     out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
     if done == 2:
         thin_and_big(a[0], b[0], a[1], b[1], alpha[0], bias, out)
+    elif bias is None and alpha[0] == 1:
+        torch.mm(a[0], b[0], out=out)
     elif bias is None:
         torch.addmm(out, a[0], b[0], beta=0, alpha=alpha[0], out=out)
     else:

@@ -30,7 +30,7 @@ SHARED = 64 * 1024  # bytes of tiles in flight: every device has this much
 SUM_STEP, SUM_BLOCK = 16, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def _strip_kernel(
     g_ptr,
     b_ptr,
@@ -68,7 +68,7 @@ def _strip_kernel(
     tl.store(db_ptr + at, total * scale, (col[:, None] < N) & in_rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips", "splits", "u_size", "db_size"])
 def _sum_kernel(u_ptr, db_ptr, u_out_ptr, db_out_ptr, strips, splits, u_size, db_size, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """u_out[u_size] = Σ u[strips, u_size] by the first programs, db_out[db_size] = Σ db[splits, db_size] by the others."""
     block, of_u = tl.program_id(0), tl.cdiv(u_size, BLOCK)
