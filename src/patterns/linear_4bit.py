@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.compat import installed
-from sloth.kernels.linear.dequantize_4bit import NESTED_BLOCK, dequantize_4bit
+from sloth.kernels.linear.dequantize_4bit import NESTED_BLOCK, dequantize_4bit, dequantize_4bit_together, together
 from sloth.kernels.linear.lora import lora_linear
 from sloth.patterns.lora import DIMS, lora
+from sloth.rewriter.compile.passes import called_together
 from sloth.rewriter.graph.normal_form import rule
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.pattern import Construct
@@ -23,6 +24,7 @@ OLDEST = (0, 46)
 FEW_ROWS = 32  # without gradients bitsandbytes' own product of packed weights is faster up to here
 
 emit("weight_4bit", dequantize_4bit)
+called_together(dequantize_4bit, dequantize_4bit_together, 3, together)
 
 
 @rule("bitsandbytes::dequantize_4bit")

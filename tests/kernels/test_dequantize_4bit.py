@@ -201,3 +201,37 @@ def test_it_has_no_gradient():
     given[1] = given[1].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no derivative"):
         dequantize_4bit(*given).sum().backward()
+
+
+# ---------------------------------------------------------------- several in one launch
+
+
+@pytest.mark.parametrize("path", ["operator", "kernel"])
+@given(st.lists(sizes, min_size=2, max_size=3), quant_types, st.booleans(), dtypes, seeds)
+@cases
+def test_together(path, several, quant_type, double, dtype, seed):
+    """As one after the other, bit by bit."""
+    if path == "kernel" and dtype == torch.float64:
+        return
+    calls = []
+    for i, size in enumerate(several):
+        packed, state = quantized(make(size, torch.float32, seed=seed + i), quant_type, double=double)
+        *given, _, _ = arguments(packed, state, dtype)
+        calls.append((*given, [1, size[0] * size[1]], dtype))
+    expected = [dequantize_4bit(*call) for call in calls]
+    many = module.together(calls)
+    if path == "operator":
+        found = module.dequantize_4bit_together(*many)
+    else:
+        found = module._triton_together([(*c[:5], c[7]) for c in calls], 64, quant_type, dtype)
+    assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_does_not_go_together():
+    packed, state = quantized(make((4, 32), torch.float32, seed=0))
+    w = make((4, 32), torch.float32, seed=1)
+    plain, other = quantized(w, double=False), quantized(w, "fp4")
+    first = arguments(packed, state, torch.bfloat16)
+    for second in (arguments(*plain, torch.bfloat16), arguments(*other, torch.bfloat16), arguments(packed, state, torch.float16)):
+        assert module.together([first, second]) is None
+    assert module.together([first, first]) is not None

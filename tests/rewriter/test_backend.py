@@ -130,15 +130,17 @@ def test_modes_are_inductors(mode: str | None, configurations: list[dict[str, An
     torch.compile(model, backend="sloth", mode=mode)(x)
     (config,) = configurations
     assert config.pop("post_grad_custom_post_pass") and config.pop("joint_custom_pre_pass")  # sloth's own
+    assert {name: config.pop(name) for name in inductor.PREFERRED} == inductor.PREFERRED
     assert config == torch._TorchCompileInductorWrapper(mode, {}, None).config
 
 
 def test_options_are_inductors_without_ours(configurations: list[dict[str, Any]]) -> None:
     torch._dynamo.reset()
-    options = {"max_autotune": True, "sloth.disable": "rope"}
+    options = {"max_autotune": True, "sloth.disable": "rope", "combo_kernels": False}
     torch.compile(Call(norm_and_mlp), backend="sloth", options=options)(x_like(2, 3, 8))
     assert configurations[0]["max_autotune"] is True and not [k for k in configurations[0] if "sloth" in k]
-    assert options == {"max_autotune": True, "sloth.disable": "rope"}, "the caller's dictionary stays"
+    assert configurations[0]["combo_kernels"] is False, "what sloth prefers gives way"
+    assert options == {"max_autotune": True, "sloth.disable": "rope", "combo_kernels": False}, "the caller's dictionary stays"
 
 
 @pytest.mark.parametrize("bad", [{"no_such_option": 1}, {"max_autotune": "perhaps"}])

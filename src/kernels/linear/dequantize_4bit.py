@@ -15,6 +15,8 @@ On the CPU it is bitsandbytes' own operator.
 To the compiler it is one opaque call, which costs it a tenth of what a Triton kernel does that it can see: a model has hundreds.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -47,22 +49,12 @@ def _table(CODE: tl.constexpr):
 
 
 @triton.jit
-def _dequantize_kernel(
-    packed_ptr,
-    absmax_ptr,
-    absmax_8bit_ptr,
-    code8_ptr,
-    offset_ptr,
-    out_ptr,
-    n_bytes,
-    HALF: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    NESTED: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-    CODE: tl.constexpr,
-):
+def _dequantize_blocks(
+    program, packed_ptr, absmax_ptr, absmax_8bit_ptr, code8_ptr, offset_ptr, out_ptr, n_bytes,
+    HALF: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
     """BLOCKS blocks of HALF bytes."""
-    start = tl.program_id(0).to(tl.int64) * BLOCKS
+    start = program.to(tl.int64) * BLOCKS
     block = tl.arange(0, BLOCKS)
     left = (n_bytes - start * HALF).to(tl.int32)  # bytes from here on: offsets within a program fit 32 bits
     inside = block * HALF < left
@@ -83,21 +75,85 @@ def _dequantize_kernel(
     tl.store(out_ptr + start * (2 * HALF) + to, values, to < 2 * left)
 
 
-def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
+@triton.jit
+def _dequantize_kernel(
+    packed_ptr, absmax_ptr, absmax_8bit_ptr, code8_ptr, offset_ptr, out_ptr, n_bytes,
+    HALF: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
+    _dequantize_blocks(
+        tl.program_id(0), packed_ptr, absmax_ptr, absmax_8bit_ptr, code8_ptr, offset_ptr, out_ptr, n_bytes,
+        HALF, BLOCKS, NESTED, NESTED_BLOCK, CODE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dequantize_together_kernel(
+    packed_0_ptr, absmax_0_ptr, absmax_8bit_0_ptr, code8_0_ptr, offset_0_ptr, out_0_ptr,
+    packed_1_ptr, absmax_1_ptr, absmax_8bit_1_ptr, code8_1_ptr, offset_1_ptr, out_1_ptr,
+    packed_2_ptr, absmax_2_ptr, absmax_8bit_2_ptr, code8_2_ptr, offset_2_ptr, out_2_ptr,
+    n_bytes_0, n_bytes_1, n_bytes_2, end_0, end_1,
+    HALF: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
+    """Up to three matrices: the first by programs before `end_0`, the second by those before `end_1`."""
+    program = tl.program_id(0)
+    if program < end_0:
+        _dequantize_blocks(
+            program, packed_0_ptr, absmax_0_ptr, absmax_8bit_0_ptr, code8_0_ptr, offset_0_ptr, out_0_ptr, n_bytes_0,
+            HALF, BLOCKS, NESTED, NESTED_BLOCK, CODE,
+        )  # fmt: skip
+    elif program < end_1:
+        _dequantize_blocks(
+            program - end_0, packed_1_ptr, absmax_1_ptr, absmax_8bit_1_ptr, code8_1_ptr, offset_1_ptr, out_1_ptr, n_bytes_1,
+            HALF, BLOCKS, NESTED, NESTED_BLOCK, CODE,
+        )  # fmt: skip
+    else:
+        _dequantize_blocks(
+            program - end_1, packed_2_ptr, absmax_2_ptr, absmax_8bit_2_ptr, code8_2_ptr, offset_2_ptr, out_2_ptr, n_bytes_2,
+            HALF, BLOCKS, NESTED, NESTED_BLOCK, CODE,
+        )  # fmt: skip
+
+
+def _operands(packed, absmax, absmax_8bit, code8, offset, shape, dtype) -> list[Tensor]:
+    """What a kernel is given of a matrix; pointers of absent tensors are never read. The result is the last."""
     packed = packed.contiguous().view(torch.uint8)
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    half, n = blocksize // 2, packed.numel()
-    blocks = max(1, BYTES // half)
-    nested = absmax_8bit is not None
-    launch_opaque(
-        _dequantize_kernel,
-        ((n + blocks * half - 1) // (blocks * half),),
-        [packed, absmax, *((absmax_8bit, code8, offset) if nested else (absmax, absmax, absmax)), out],
-        [n],
-        {"HALF": half, "BLOCKS": blocks, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": CODES[quant_type]},
-        **OPTIONS,
-    )
-    return out
+    scales = (absmax, absmax, absmax) if absmax_8bit is None else (absmax_8bit, code8, offset)
+    return [packed, absmax, *scales, torch.empty(shape, dtype=dtype, device=packed.device)]
+
+
+def _constants(blocksize: int, nested: bool, quant_type: str) -> dict:
+    half = blocksize // 2
+    return {
+        "HALF": half,
+        "BLOCKS": max(1, BYTES // half),
+        "NESTED": nested,
+        "NESTED_BLOCK": NESTED_BLOCK,
+        "CODE": CODES[quant_type],
+    }
+
+
+def _programs(n_bytes: int, constants: dict) -> int:
+    each = constants["HALF"] * constants["BLOCKS"]
+    return (n_bytes + each - 1) // each
+
+
+def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
+    operands = _operands(packed, absmax, absmax_8bit, code8, offset, shape, dtype)
+    constants, n = _constants(blocksize, absmax_8bit is not None, quant_type), operands[0].numel()
+    launch_opaque(_dequantize_kernel, (_programs(n, constants),), operands, [n], constants, **OPTIONS)
+    return operands[-1]
+
+
+def _triton_together(matrices: list[tuple], blocksize: int, quant_type: str, dtype: torch.dtype) -> list[Tensor]:
+    """Two or three, each as (packed, absmax, absmax_8bit, code8, offset, shape), all double-quantised or none."""
+    operands = [_operands(*matrix, dtype) for matrix in matrices]
+    constants = _constants(blocksize, matrices[0][2] is not None, quant_type)
+    sizes = [of[0].numel() for of in operands]
+    ends = list(accumulate(_programs(n, constants) for n in sizes))
+    spare = 3 - len(matrices)  # of two, the last stands for the third, which no program computes
+    given = [x for of in [*operands, *operands[-1:] * spare] for x in of]
+    numbers = [*sizes, *sizes[-1:] * spare, *ends[:2]]
+    launch_opaque(_dequantize_together_kernel, (ends[-1],), given, numbers, constants, **OPTIONS)
+    return [of[-1] for of in operands]
 
 
 def _bitsandbytes(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
@@ -145,13 +201,64 @@ dequantize_4bit = torch.ops.sloth.dequantize_4bit.default
 """dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> W [N, K]"""
 
 
+torch.library.define(
+    "sloth::dequantize_4bit_together",
+    "(Tensor[] packed, Tensor[] absmax, Tensor[] absmax_8bit, Tensor[] code8, Tensor[] offset, int blocksize, str quant_type,"
+    " int[] shapes, ScalarType dtype) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _matrices(packed, absmax, absmax_8bit, code8, offset, shapes) -> list[tuple]:
+    nested = zip(absmax_8bit, code8, offset, strict=True) if absmax_8bit else [(None,) * 3] * len(packed)
+    return [(*of, *scales, list(shape)) for *of, scales, shape in zip(packed, absmax, nested, batched(shapes), strict=True)]
+
+
+def batched(sizes: list[int]) -> list[tuple[int, int]]:
+    """N, K of each matrix."""
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+@torch.library.impl("sloth::dequantize_4bit_together", "CompositeExplicitAutograd")
+def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
+    matrices = _matrices(packed, absmax, absmax_8bit, code8, offset, shapes)
+    for *tensors, shape in matrices:
+        _check(*tensors, blocksize, quant_type, shape)
+    if use_triton(packed[0]):
+        return _triton_together(matrices, blocksize, quant_type, dtype)
+    return [_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype) for *tensors, shape in matrices]
+
+
+@torch.library.register_fake("sloth::dequantize_4bit_together")
+def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
+    for *tensors, shape in _matrices(packed, absmax, absmax_8bit, code8, offset, shapes):
+        _check(*tensors, blocksize, quant_type, shape)
+    return [packed[0].new_empty(shape, dtype=dtype) for shape in batched(shapes)]
+
+
+dequantize_4bit_together = torch.ops.sloth.dequantize_4bit_together.default
+"""dequantize_4bit_together(packed, …, offset: lists of two or three, blocksize, quant_type, shapes [N_0, K_0, …], dtype) -> Ws"""
+
+
+def together(calls: list[tuple]) -> tuple | None:
+    """The arguments of `dequantize_4bit_together` for those of so many calls of `dequantize_4bit`; None where they do not fit."""
+    tensors, shared = list(zip(*(c[:5] for c in calls), strict=True)), {(*c[5:7], c[8], c[2] is None) for c in calls}
+    if len(shared) > 1:
+        return None
+    blocksize, quant_type, dtype, plain = shared.pop()
+    lists = [list(t) for t in tensors[:2]] + [[] if plain else list(t) for t in tensors[2:]]
+    return *lists, blocksize, quant_type, [n for c in calls for n in c[7]], dtype
+
+
+def _compile_case(kernel, nested: bool):
+    kinds = {"packed": "*u8", "absmax": "*fp32", "absmax_8bit": "*u8", "code8": "*fp32", "offset": "*fp32", "out": "*bf16"}
+    names = [name for name in kernel.arg_names if not name.isupper()]
+    signature = {name: kinds.get(name.removesuffix("_ptr").rstrip("_012"), "i32") for name in names}
+    return kernel, signature, _constants(64, nested, "nf4"), OPTIONS
+
+
 COMPILE = [
-    (
-        _dequantize_kernel,
-        {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "absmax_8bit_ptr": "*u8", "code8_ptr": "*fp32", "offset_ptr": "*fp32",
-         "out_ptr": "*bf16", "n_bytes": "i32"},
-        {"HALF": 32, "BLOCKS": 32, "NESTED": nested, "NESTED_BLOCK": NESTED_BLOCK, "CODE": NF4},
-        OPTIONS,
-    )
-    for nested in (True, False)
-]  # fmt: skip
+    _compile_case(_dequantize_kernel, True),
+    _compile_case(_dequantize_kernel, False),
+    _compile_case(_dequantize_together_kernel, True),
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,20 +19,27 @@ from torch._dynamo.backends.registry import lookup_backend
 import sloth
 from sloth.integrations.integration import integration
 from sloth.rewriter.compile.drop_rng_tag import not_random
-from sloth.rewriter.compile.passes import Pass, kept, made_again, written_over
+from sloth.rewriter.compile.passes import Pass, in_one_call, kept, made_again, written_over
 from sloth.rewriter.graph.ambient import dtypes
 from sloth.rewriter.graph.value import Symbol
 
+# On a GPU, casts of adapters and of their gradients, a dozen a layer and pass, are one launch where none waits for another.
+PREFERRED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
+# Kernels that we write are launched as Inductor's own: by torch, not by C code that gcc compiles for each of them, and the next
+# process loads them from its cache instead of compiling them again. Workers that compile are told by their environment.
+STATIC, STATIC_VARIABLE = "static_launch_user_defined_triton_kernels", "TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS"
 AUTOCAST = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
 
 
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        passes = {"joint_custom_pre_pass": (kept, not_random), "post_grad_custom_post_pass": (made_again, written_over)}
-        theirs = {at: options.get(at) or getattr(torch._inductor.config, at) for at in passes}
+        config, late = torch._inductor.config, (made_again, in_one_call, written_over)
+        passes = {"joint_custom_pre_pass": (kept, not_random), "post_grad_custom_post_pass": late}
+        theirs = {at: options.get(at) or getattr(config, at) for at in passes}
         ours = {at: Pass(sources_digest(), *passes[at], behind=theirs[at]) for at in passes}
-        return partial(_inductor, torch._TorchCompileInductorWrapper(mode, options | ours, None).config)
+        preferred = {name: value for name, value in PREFERRED.items() if hasattr(config, name)}
+        return partial(_inductor, torch._TorchCompileInductorWrapper(mode, preferred | options | ours, None).config)
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
     return lookup_backend(name)
@@ -51,9 +59,24 @@ def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: 
 
 def _inductor(config: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Inductor, which is told to compile backward passes as forward ones: it does so later, in the first call of `backward()`."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
+    with _launched_by_torch():
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
 
-    return compile_fx(gm, example_inputs, inner_compile=_ours({})(compile_fx_inner), config_patches=config)
+        return compile_fx(gm, example_inputs, inner_compile=_ours({})(compile_fx_inner), config_patches=config)
+
+
+@contextmanager
+def _launched_by_torch() -> Iterator[None]:
+    """On CUDA, unless the user's environment says something else."""
+    if torch.version.cuda is None or STATIC_VARIABLE in os.environ or not hasattr(torch._inductor.config, STATIC):
+        yield
+        return
+    os.environ[STATIC_VARIABLE] = "1"
+    try:
+        with torch._inductor.config.patch({STATIC: True}):
+            yield
+    finally:
+        del os.environ[STATIC_VARIABLE]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ buffer. Inductor gives results buffers of their own, and holds a free one of the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,18 @@ def writes_over(kernel: object, **operands: str) -> None:
     read that.
     """
     _OVER[kernel] = operands
+
+
+_TOGETHER: dict[torch._ops.OpOverload, tuple[torch._ops.OpOverload, int, Callable[[list[tuple]], tuple | None]]] = {}
+
+
+def called_together(
+    op: torch._ops.OpOverload, many: torch._ops.OpOverload, most: int, arguments: Callable[[list[tuple]], tuple | None]
+) -> None:
+    """Let up to `most` calls of `op` that stand in a row, none of which reads another, be one of `many`, which returns a list.
+    `arguments` makes its arguments of theirs, or None where they do not fit together.
+    """
+    _TOGETHER[op] = many, most, arguments
 
 
 class Pass(CustomGraphPass):
@@ -68,6 +81,38 @@ def made_again(graph: fx.Graph) -> None:
             if any(order[first] < order[m] < order[user] for m in made):  # others come between
                 with graph.inserting_before(user):
                     user.replace_input_with(n, graph.node_copy(n))
+
+
+def in_one_call(graph: fx.Graph) -> None:
+    """Of ATen operations, forward or backward: what stands in a row is launched once. A launch costs the host more than these
+    weights cost the GPU.
+    """
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    start = 0
+    while start < len(calls):
+        many, most, arguments = _TOGETHER.get(calls[start].target, (None, 1, None))
+        row = [calls[start]]
+        for n in calls[start + 1 : start + most]:
+            if n.target is not row[0].target or n.kwargs or set(n.all_input_nodes) & set(row):
+                break
+            row.append(n)
+        start += len(row)
+        if len(row) > 1 and (given := arguments([n.args for n in row])) is not None:
+            _replace(graph, row, many, given)
+
+
+def _replace(graph: fx.Graph, row: list[fx.Node], many: torch._ops.OpOverload, given: tuple) -> None:
+    """These calls by the results of one, which stands where the last of them does: its operands are there."""
+    with graph.inserting_after(row[-1]):
+        call = graph.call_function(many, given)
+    call.meta["val"] = [n.meta["val"] for n in row]
+    at = call
+    for i, n in enumerate(row):
+        with graph.inserting_after(at):
+            at = graph.call_function(operator.getitem, (call, i))
+        at.meta.update(n.meta)
+        n.replace_all_uses_with(at)
+        graph.erase_node(n)
 
 
 def written_over(graph: fx.Graph) -> None:
