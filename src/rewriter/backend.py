@@ -16,6 +16,7 @@ from sloth.integrations import generation, llamafactory, peft, trainer, trl  # n
 from sloth.integrations.transformers import left_to_require, requiring
 from sloth.options import parse
 from sloth.rewriter.compile.inductor import captures, compile_with, compiler
+from sloth.rewriter.compile.plain_inputs import plain_inputs
 from sloth.rewriter.compile.regions import compile_in_parts
 from sloth.rewriter.dynamo import called_modules, graph_breaks, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
 from sloth.rewriter.graph.lower import shape_env_of
@@ -55,7 +56,7 @@ def sloth(
         compiled = compile_one(gm, example_inputs)
     else:
         compiled = compile_in_parts(gm, example_inputs, compile_one, starting)
-    compiled = returning(requiring(compiled, required), report.deferred)
+    compiled = returning(requiring(plain_inputs(compiled), required), report.deferred)
     report.seconds[chosen.inner] = time.perf_counter() - start
     return compiled
 
