@@ -15,7 +15,7 @@ from torch._guards import CompileContext
 from sloth.integrations import generation, llamafactory, peft, trainer, trl  # noqa: F401  (other packages are met as they are)
 from sloth.integrations.transformers import left_to_require, requiring
 from sloth.options import parse
-from sloth.rewriter.compile.inductor import captures, compile_with, compiler
+from sloth.rewriter.compile.inductor import captures, compile_with, compiler, start_workers
 from sloth.rewriter.compile.plain_inputs import plain_inputs
 from sloth.rewriter.compile.regions import compile_in_parts
 from sloth.rewriter.dynamo import called_modules, graph_breaks, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
@@ -45,6 +45,8 @@ def sloth(
     warn_of_recompilations(CompileContext.current_compile_id())
     chosen = parse(options)
     inner = compiler(chosen.inner, mode, chosen.rest)
+    if chosen.inner == "inductor":
+        start_workers(gm)
     required = left_to_require(gm)
     report = _rewritten(gm, chosen)
     for listener in _listeners:

@@ -1,5 +1,6 @@
 """The compiler behind the rewriter."""
 
+import os
 from threading import Thread
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter.compile import inductor
 
@@ -161,3 +163,38 @@ def test_a_pass_of_the_users_own_runs_behind_ours(where, monkeypatch):
 def test_without_one_the_caches_know_our_sources_alone():
     config = inductor.compiler("inductor", None, {}).args[0]
     assert config["joint_custom_pre_pass"].uuid() == config["post_grad_custom_post_pass"].uuid() == inductor.sources_digest()
+
+
+# ---------------------------------------------------------------- launches and workers of Inductor
+
+
+@pytest.mark.parametrize("theirs", [None, "0"])
+def test_our_kernels_are_launched_by_torch_while_we_compile(theirs, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if theirs is None:
+        monkeypatch.delenv(inductor.STATIC_VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(inductor.STATIC_VARIABLE, theirs)
+    before = getattr(torch._inductor.config, inductor.STATIC)
+    with pytest.raises(KeyError), inductor._launched_by_torch():
+        assert os.environ[inductor.STATIC_VARIABLE] == (theirs or "1"), "for workers that start meanwhile"
+        assert getattr(torch._inductor.config, inductor.STATIC) is (True if theirs is None else before)
+        raise KeyError
+    assert os.environ.get(inductor.STATIC_VARIABLE) == theirs and getattr(torch._inductor.config, inductor.STATIC) == before
+
+
+@pytest.mark.parametrize(("device", "cached", "started"), [("cuda", False, 1), ("cuda", True, 0), ("cpu", False, 0)])
+def test_workers_start_before_they_are_needed(device, cached, started, monkeypatch, tmp_path):
+    from torch._inductor.async_compile import AsyncCompile
+
+    calls = []
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: calls.append(1))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if cached:
+        (tmp_path / "fxgraph").mkdir()
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        graph.placeholder("x").meta["example_value"] = torch.empty(2, device=device)
+    graph.output(())
+    inductor.start_workers(torch.fx.GraphModule({}, graph))
+    assert len(calls) == started

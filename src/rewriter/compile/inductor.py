@@ -65,6 +65,21 @@ def _inductor(config: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequen
         return compile_fx(gm, example_inputs, inner_compile=_ours({})(compile_fx_inner), config_patches=config)
 
 
+def start_workers(gm: fx.GraphModule) -> None:
+    """Let Inductor start its processes now, if it will need them: they take seconds, and until they are ready it compiles the
+    kernels of a GPU one by one itself. With a cache from before it may need none.
+    """
+    examples = (n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))
+    if not any(isinstance(x, torch.Tensor) and x.is_cuda for x in examples):
+        return
+    with _launched_by_torch():
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        if not Path(cache_dir(), "fxgraph").exists():
+            AsyncCompile.use_process_pool()
+
+
 @contextmanager
 def _launched_by_torch() -> Iterator[None]:
     """On CUDA, unless the user's environment says something else."""
