@@ -1,6 +1,6 @@
 """What people run, from the first line to the last: HF Trainer, QLoRA on a Llama-3-8B shape, batches of varying length.
 
-    python benchmarks/recipes.py [--out FILE.json] [--contenders sloth,eager,…] [--recipes padded,packed] [--warm sloth]
+    python benchmarks/recipes.py [--out FILE.json [--add]] [--contenders sloth,eager,…] [--recipes padded,packed] [--warm sloth]
 
 Weights in NF4 (random, written once to a temporary folder), `prepare_model_for_kbit_training`, `bf16=True`, checkpointing, rank
 16 on all seven projections, AdamW in 8 bits, 4 rows of lognormal length (median 245 tokens, 24 … 2048), accumulation 2, 30 steps.
@@ -151,6 +151,12 @@ def one(contender: str, recipe: str, folder: str, steps: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {"machine": machine(args.commit), "shape": args.shape, "steps": args.steps, "runs": []}
+    if args.add:
+        before = json.loads(Path(args.out).read_text())
+        told = ("device", "torch", "commit")
+        if [before["machine"].get(k) for k in told] != [results["machine"].get(k) for k in told]:
+            raise SystemExit(f"{args.out} was measured on another machine or of another commit: give another --out")
+        results["runs"] = before["runs"]
     wanted = [c for c in args.contenders.split(",") if c not in NEEDS or optional(NEEDS[c])]
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), args.shape, args.layers)
@@ -172,6 +178,7 @@ if __name__ == "__main__":
         made = parser(__doc__)
         made.add_argument("--contenders", default=",".join(CONTENDERS))
         made.add_argument("--recipes", default="padded,packed")
+        made.add_argument("--add", action="store_true", help="to the runs that --out holds already")
         made.add_argument("--warm", default="sloth", help="contenders that run once more with the caches of their first run")
         made.add_argument("--shape", choices=SHAPES, default="8b")
         made.add_argument("--layers", type=int, default=0, help="of another number than the shape's")
