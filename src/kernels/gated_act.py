@@ -18,7 +18,7 @@ with
 Saved    g and u (or packed x), which the matmuls before it produced anyway; only g where only u wants a gradient.
          h is not saved. The packed backward writes one packed dx, which is what the matmul before it consumes.
          The other writes dg over a copy of dh, which Inductor lets go where dh has no other reader, and may write du over u,
-         element by element (rewriter/again.py lets it where u was computed again): two [N, I] less at the peak.
+         element by element (rewriter/compile/passes.py lets it where u was computed again): two [N, I] less at the peak.
 Layout   outputs as the eager code: the dimension order of the inputs, dense.
 Bytes    forward 3 passes over [N, I] (read g, u; write h), backward 5 (read dh, g, u; write dg, du): the floor is
          8·N·I·itemsize over the copy rate.

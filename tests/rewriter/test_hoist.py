@@ -166,3 +166,29 @@ def test_bodies_are_given_what_they_read():
         assert added and all(n.users for n in added)
         outer = dict(zip(inputs, given, strict=True))
         assert all(outer[n].target is operator.getitem and outer[n].args[0].target is attention_bounds for n in added)
+
+
+def test_a_function_that_attends_in_both_directions():
+    """The backward body of an autograd function is given what was saved and gradients, not what its call is."""
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, keys):
+            ctx.save_for_backward(x, keys)
+            return layer(x, causal_and(keys))
+
+        @staticmethod
+        def backward(ctx, g):
+            x, keys = ctx.saved_tensors
+            return g * layer(x, causal_and(keys)), None
+
+    keys = torch.rand(2, 12) < 0.8
+    keys[:, 0] = True
+    x = torch.randn(2, 12, 32, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, keys: Attend.apply(x, keys), backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+    for run in (compiled, Attend.apply):
+        x.grad, before = None, x.grad
+        out = run(x, keys)
+        out.sum().backward()
+    torch.testing.assert_close(before, x.grad)

@@ -55,3 +55,14 @@ def after(*steps: str) -> list[str]:
 def test_rows(steps, expected):
     """A row ends where another call stands, or one that reads what is in it; `aa` is what does not fit together here."""
     assert after(*steps) == expected
+
+
+def test_not_across_devices():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    made = [graph.call_function(ABS, (x,)) for _ in range(3)]
+    for n, device in zip(made, ("cpu", "meta", "meta"), strict=True):
+        n.meta["val"] = torch.empty(3, device=device)
+    graph.output(tuple(made))
+    passes.in_one_call(graph)
+    assert [n for n in graph.nodes if n.target is ABS] == made

@@ -14,6 +14,7 @@ from sloth.rewriter.pipeline import rewrite
 
 H, HEADS, GROUPS, D, INNER, RANK = 64, 4, 2, 16, 96, 8
 LOW, OPS = torch.bfloat16, torch.ops.sloth
+EAGER = {"sloth.inner_backend": "eager"}
 
 
 class Projection(nn.Module):
@@ -129,13 +130,41 @@ class Read(nn.Module):
     ids=range(9),
 )
 def test_what_is_read_as_it_is_stays_wide(how):
-    x = inputs()[0]
-    module = Read(how)
-    assert results(rewritten(module, x), OPS.lora_linear) == [torch.float32]
+    assert results(rewritten(Read(how), inputs()[0]), OPS.lora_linear) == [torch.float32]
+
+
+class Normed(Read):
+    def __init__(self, how):
+        super().__init__(how)
+        self.p = Norm(H)
 
 
 @pytest.mark.parametrize(
-    "how", [lambda y, x: y + x, lambda y, x: x + y.reshape(x.shape), lambda y, x: y[:, 1:].to(LOW)], ids=range(3)
+    "how",
+    [
+        lambda y, x: y.to(LOW) * y.to(LOW),  # their gradients are added up in fp32, and each is a tensor of its own
+        lambda y, x: y.to(LOW).mul_(3) + y.to(LOW),
+        lambda y, x: (y.to(LOW), y.to(LOW)),
+        lambda y, x: y[:, 1:].to(LOW).view(-1),  # a cast lays a slice out anew
+        lambda y, x: y[:, None].expand(2, 3, 24, H).to(LOW).view(6, 24, H),
+        lambda y, x: y.view(torch.int32).to(LOW),
+        lambda y, x: torch.transpose(input=y, dim0=0, dim1=1).to(LOW),
+    ],
+    ids=range(7),
+)
+def test_what_is_cast_more_than_once_or_laid_out_anew_stays_wide(how):
+    x, module = inputs()[0], Normed(how)
+    assert results(rewritten(module, x), OPS.rms_norm) == [torch.float32]
+    torch._dynamo.reset()
+    with torch.autocast("cpu", LOW):
+        found, expected = (run(x) for run in (torch.compile(module, backend="sloth", options=EAGER), module))
+    for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        assert a.stride() == b.stride() and a.untyped_storage().nbytes() == b.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize(
+    "how", [lambda y, x: y + x, lambda y, x: x + y.reshape(x.shape), lambda y, x: y.transpose(0, 1).to(LOW)], ids=range(3)
 )
 def test_what_is_added_or_cast_is_narrow(how):
     assert results(rewritten(Read(how), inputs()[0]), OPS.lora_linear) == [LOW]

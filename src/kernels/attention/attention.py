@@ -198,7 +198,7 @@ def _(
     bias = None if bias is None else bias.reshape(-1, query.shape[1], T)
     scale = D**-0.5 if scale is None else scale
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # as it does for torch's own
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as it does for torch's own
         low = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(low) for t in (query, key, value))
     if bounds is not None:

@@ -78,7 +78,7 @@ def _kind(x: Tensor | TensorDescriptor) -> tuple:
     """What Triton compiles for."""
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
-    return x.dtype, x.data_ptr() % 16 == 0
+    return x.dtype, x.data_ptr() % 16 == 0, torch.version.hip is None or x.untyped_storage().nbytes() < 2**31
 
 
 def _size_kind(n: int, any_size: bool) -> int:

@@ -211,10 +211,10 @@ torch.library.define(
 
 def _matrices(packed, absmax, absmax_8bit, code8, offset, shapes) -> list[tuple]:
     nested = zip(absmax_8bit, code8, offset, strict=True) if absmax_8bit else [(None,) * 3] * len(packed)
-    return [(*of, *scales, list(shape)) for *of, scales, shape in zip(packed, absmax, nested, batched(shapes), strict=True)]
+    return [(*of, *scales, list(shape)) for *of, scales, shape in zip(packed, absmax, nested, _pairs(shapes), strict=True)]
 
 
-def batched(sizes: list[int]) -> list[tuple[int, int]]:
+def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
     """N, K of each matrix."""
     return list(zip(sizes[::2], sizes[1::2], strict=True))
 
@@ -233,7 +233,7 @@ def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes,
 def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
     for *tensors, shape in _matrices(packed, absmax, absmax_8bit, code8, offset, shapes):
         _check(*tensors, blocksize, quant_type, shape)
-    return [packed[0].new_empty(shape, dtype=dtype) for shape in batched(shapes)]
+    return [packed[0].new_empty(shape, dtype=dtype) for shape in _pairs(shapes)]
 
 
 dequantize_4bit_together = torch.ops.sloth.dequantize_4bit_together.default

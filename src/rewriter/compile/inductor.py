@@ -39,6 +39,8 @@ def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[.
         theirs = {at: options.get(at) or getattr(config, at) for at in passes}
         ours = {at: Pass(sources_digest(), *passes[at], behind=theirs[at]) for at in passes}
         preferred = {name: value for name, value in PREFERRED.items() if hasattr(config, name)}
+        if _may_launch():
+            preferred[STATIC] = True
         return partial(_inductor, torch._TorchCompileInductorWrapper(mode, preferred | options | ours, None).config)
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
@@ -82,16 +84,20 @@ def start_workers(gm: fx.GraphModule) -> None:
 
 @contextmanager
 def _launched_by_torch() -> Iterator[None]:
-    """On CUDA, unless the user's environment says something else."""
-    if torch.version.cuda is None or STATIC_VARIABLE in os.environ or not hasattr(torch._inductor.config, STATIC):
-        yield
-        return
-    os.environ[STATIC_VARIABLE] = "1"
+    """For workers that Inductor starts meanwhile: they compile for everybody, and know of this from their environment."""
+    started = _may_launch()
+    if started:
+        os.environ[STATIC_VARIABLE] = "1"
     try:
-        with torch._inductor.config.patch({STATIC: True}):
-            yield
+        yield
     finally:
-        del os.environ[STATIC_VARIABLE]
+        if started:
+            os.environ.pop(STATIC_VARIABLE, None)
+
+
+def _may_launch() -> bool:
+    """On CUDA, unless the user's environment says something else."""
+    return torch.version.cuda is not None and STATIC_VARIABLE not in os.environ and hasattr(torch._inductor.config, STATIC)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def made_again(graph: fx.Graph) -> None:
 
 def in_one_call(graph: fx.Graph) -> None:
     """Of ATen operations, forward or backward: what stands in a row is launched once. A launch costs the host more than these
-    weights cost the GPU.
+    weights cost the GPU. They are read one behind the other, so that they stand beside each other as they did.
     """
     calls = [n for n in graph.nodes if n.op == "call_function"]
     start = 0
@@ -94,6 +94,8 @@ def in_one_call(graph: fx.Graph) -> None:
         row = [calls[start]]
         for n in calls[start + 1 : start + most]:
             if n.target is not row[0].target or n.kwargs or set(n.all_input_nodes) & set(row):
+                break
+            if n.meta["val"].device != row[0].meta["val"].device:
                 break
             row.append(n)
         start += len(row)

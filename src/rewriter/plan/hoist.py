@@ -64,15 +64,17 @@ def hoist(views: Iterable[View], scratch: FakeTensorMode) -> None:
 
 
 def _drop_unused(view: View, nodes: list[fx.Node]) -> None:
-    """Inputs of a body that only the call read: those that a rewrite added go again."""
+    """Inputs of a body that only the call read: those that a rewrite added go again, also further out."""
     for n in nodes:
         if n.op == "placeholder" and not n.users and "passed" in n.meta:
-            at = view.gm.graph.find_nodes(op="placeholder").index(n) - len(view.gm.graph.find_nodes(op="placeholder"))
-            for call in view.calls:
-                args = list(call.args)
-                del args[at]
-                call.args = tuple(args)
+            inputs = view.gm.graph.find_nodes(op="placeholder")
+            at = inputs.index(n) - len(inputs)
             view.gm.graph.erase_node(n)
+            for caller, call in zip(view.callers, view.calls, strict=True):
+                given = list(call.args)
+                outer = given.pop(at)
+                call.args = tuple(given)
+                _drop_unused(caller, [outer])
 
 
 def _parts(by: torch._ops.OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
@@ -96,7 +98,8 @@ def _nodes(given: Any) -> list[fx.Node]:
 
 
 def _from_outside(given: tuple, view: View) -> bool:
-    return bool(view.calls) and all(n.op == "placeholder" for n in _nodes(given))
+    """Are these inputs of a body that is given its inputs in order? The backward body of an autograd function is not."""
+    return view.around is not None and all(n.op == "placeholder" for n in _nodes(given))
 
 
 def _passed(by: torch._ops.OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:

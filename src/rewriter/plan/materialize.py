@@ -25,7 +25,7 @@ OWN: set[torch._ops.OpOverload] = set()  # operators that were added
 
 def emit(op: str, operator: torch._ops.OpOverload) -> None:
     """Let rewrites write the canonical operation `op` as `operator`, called with its arguments in their order. Its result is not
-    kept for the backward pass (`again.py`).
+    kept for the backward pass (`made_again` in compile/passes.py).
     """
     EMIT[op] = operator
     OWN.add(operator)

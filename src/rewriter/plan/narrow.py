@@ -4,9 +4,12 @@ Under autocast with weights in fp32 (what PEFT's preparation for k-bit training 
 fp32, a quantised layer gives its bf16 results out in fp32, RoPE and the activation of a gated MLP are computed of them, and the
 next layer, or attention, casts to bf16. In memory these are the largest tensors of a layer, twice as wide as what they hold.
 
-An operator that rounds its result once can round it to the dtype that all readers cast to: the same numbers. A sum of products of
-bf16 operands, each of which was rounded to bf16 before they were added up in fp32, may be rounded itself in their place, for
-readers that compute in fp32 whatever they read: rounded as often as before.
+An operator that rounds its result once can round it to the dtype that its reader casts to: the same numbers. A sum of products of
+bf16 operands, each of which was rounded to bf16 before they were added up in fp32, may be rounded itself in their place, for a
+reader that computes in fp32 whatever it reads: rounded as often as before.
+
+There is one reader. The gradients of several would be added up in bf16, where eager adds them in fp32; and what each casts is a
+tensor of its own, which it may write to.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ NARROW = (torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class _Kind:
     """result: which of several results can be narrow. streams: arguments that may be narrow with it, being read as fp32. sums:
-    the result is a sum of terms in the dtype of the operands. sets: writes the dtype of the result into a call's arguments.
+    the result is a sum of terms in the dtype of the operands. told: the dtype of the result is an argument.
     """
 
     result: int | None
     streams: tuple[str, ...]
     sums: bool
-    sets: Callable[[fx.Node, torch.dtype], None] | None
+    told: bool
 
 
 _KINDS: dict[torch._ops.OpOverload, _Kind] = {}
@@ -44,12 +47,12 @@ _ADDS: dict[torch._ops.OpOverload, tuple[str, str]] = {}
 
 def rounds_once(op: torch._ops.OpOverload, result: int | None = None, streams: tuple[str, ...] = (), sums: bool = False) -> None:
     """The operator computes in fp32 at least and rounds each result (or this one of several) once, to its argument `dtype`."""
-    _KINDS[op] = _Kind(result, streams, sums, _set_dtype)
+    _KINDS[op] = _Kind(result, streams, sums, True)
 
 
 def computes_wide(op: torch._ops.OpOverload, streams: tuple[str, ...]) -> None:
     """The operator reads these tensors, all of one dtype, as fp32 and rounds its results once to that dtype."""
-    _KINDS[op] = _Kind(None, streams, False, None)
+    _KINDS[op] = _Kind(None, streams, False, False)
 
 
 def casts_in_autocast(op: Callable, operands: tuple[str, ...]) -> None:
@@ -84,8 +87,8 @@ class _Flow:
 
     def apply(self) -> None:
         for n, kind in self.kinds.items():
-            if kind.sets is not None:
-                kind.sets(n, self.dtype)
+            if kind.told:
+                _set_dtype(n, self.dtype)
             for result in _results(n, kind):
                 self.narrow(result)
 
@@ -97,18 +100,22 @@ class _Flow:
 
     def agrees(self, n: fx.Node) -> bool:
         kind, results = self.kinds[n], _results(n, self.kinds[n])
-        if not results or not all(_is_wide(r) and r.users and all(self.takes(u, r, n) for u in r.users) for r in results):
+        if not results or not all(_is_wide(r) and self.is_taken(r, n) for r in results):
             return False
         if kind.sums and not _operands(n.all_input_nodes) <= {self.dtype}:
             return False
         return all(self.is_narrow(_argument(n, name)) for name in kind.streams)
 
-    def takes(self, user: fx.Node, x: fx.Node, producer: fx.Node) -> bool:
-        """May `user` read what the producer gives, `x` or a view of it, as narrow?"""
+    def is_taken(self, x: fx.Node, producer: fx.Node, dense: bool = True) -> bool:
+        """Has `x`, what the producer gives or a view of it, one reader, which may read it as narrow?"""
+        readers = [u for u in x.users if u.target not in ASKS]
+        return len(readers) == 1 and self.takes(readers[0], x, producer, dense)
+
+    def takes(self, user: fx.Node, x: fx.Node, producer: fx.Node, dense: bool) -> bool:
         if _is_view(user):
-            return bool(user.users) and all(self.takes(u, user, producer) for u in user.users)
-        if user.target in ASKS or _cast_to(user) == self.dtype:
-            return True
+            return self.is_taken(user, producer, dense and user.target in DENSE)
+        if (cast := _cast_to(user)) is not None:  # of a view that is not dense it lays out anew: one that is none would not
+            return dense and cast == self.dtype
         if user.target in _CASTS:
             autocast = self.regions[user].autocast if user in self.regions else ()
             return _reads_as(user, x, _CASTS[user.target]) and dtype_of(autocast, _device(x)) == self.dtype
@@ -137,17 +144,21 @@ class _Flow:
 
 ASKS = ("size", "dim", "numel")  # nothing of the numbers
 ADDITIONS = (operator.add, torch.add, torch.ops.aten.add.Tensor)
-VIEWS = {
-    "view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "flatten", "unflatten", "expand",
-    operator.getitem, torch.transpose, torch.permute, torch.reshape, torch.ops.aten.reshape.default,
-    torch.ops.aten.permute.default, torch.ops.aten.expand.default, torch.ops.aten.slice.Tensor,
+DENSE = {  # where what they are of is
+    "view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "flatten", "unflatten", torch.transpose,
+    torch.permute, torch.reshape, torch.ops.aten.reshape.default, torch.ops.aten.permute.default,
 }  # fmt: skip
+VIEWS = DENSE | {"expand", operator.getitem, torch.ops.aten.expand.default, torch.ops.aten.slice.Tensor}
 
 
 def _is_view(n: fx.Node) -> bool:
-    """Of one tensor, or a part of several results."""
+    """Of one tensor, its first argument, in its dtype."""
+    if n.target not in VIEWS or not n.args or not isinstance(n.args[0], fx.Node):
+        return False
+    if any(isinstance(a, torch.dtype) for a in (*n.args, *n.kwargs.values())):
+        return False
     others = (a for a in n.all_input_nodes if a is not n.args[0])
-    return n.target in VIEWS and not any(isinstance(a.meta.get("example_value"), torch.Tensor) for a in others)
+    return not any(isinstance(a.meta.get("example_value"), torch.Tensor) for a in others)
 
 
 def _results(n: fx.Node, kind: _Kind) -> list[fx.Node]:
@@ -164,12 +175,12 @@ def _argument(n: fx.Node, name: str) -> fx.Node:
 
 
 def _reads_as(n: fx.Node, x: fx.Node, names: tuple[str, ...]) -> bool:
-    """Does the call read `x` as some of these arguments, and as nothing else? Of a function, they are its first."""
+    """Does the call read `x` as one of these arguments, and as nothing else? Of a function, they are its first."""
     operator_ = isinstance(n.target, torch._ops.OpOverload)
     known = [a.name for a in n.target._schema.arguments] if operator_ else [*names, *map(str, range(len(n.args)))]
     given = dict(n.kwargs) | dict(zip(known, n.args, strict=False))
-    read = {name for name, value in given.items() if value is x}
-    return bool(read) and read <= set(names)
+    read = [name for name, value in given.items() if value is x]
+    return len(read) == 1 and read[0] in names
 
 
 def _cast_to(n: fx.Node) -> torch.dtype | None:
