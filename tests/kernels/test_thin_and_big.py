@@ -98,6 +98,7 @@ def test_too_few_tiles_for_the_gpu(monkeypatch):
 def test_products_too_small(monkeypatch):
     monkeypatch.setattr(module, "_hopper", lambda _: True)
     monkeypatch.setattr(module, "FULL", 0.0)
+    monkeypatch.setattr(module, "LEAST", 2e10)
     of = lambda m: operands(m, 4096, 4096, 16, torch.float16, (True, True), 0)  # noqa: E731
     assert module.serves(*of(640), 1.0) and not module.serves(*of(512), 1.0)
 
