@@ -1,4 +1,10 @@
-"""TRL's kernel for log-probabilities and entropies on a GPU, given lazy logits: it is run some rows at a time.
+"""What TRL computes of a model's logits itself.
+
+Its head (`add_fused_lm_head`: SFT's default, DPO, KTO, GRPO) takes the positions that have labels, which on a GPU are as many as
+their values say: no graph holds that. Dynamo finds out behind the model's body, in each of the forwards around it, and traces the
+body for each anew, 40 s for 32 layers. So it is told before: the body is one graph, and what is behind it TRL's own code.
+
+Its kernel for log-probabilities and entropies on a GPU, given lazy logits, is run some rows at a time.
 
     logprob = z_y − log Σ e^z        entropy = −Σ p log p        z = logits / temperature in fp32, p = softmax(z)
 
@@ -8,9 +14,13 @@ wants it, and finds it behind torch's protocol for functions that ask (`__torch_
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from types import ModuleType
+from functools import wraps
+from types import MethodType, ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import wrap_torch_function
 
@@ -39,3 +49,35 @@ def _ask(utils: ModuleType) -> None:
         asking = wrap_torch_function(lambda logits, *_, **__: (logits,))(kernel)
         STAYS_LAZY[asking] = logprob_and_entropy
         setattr(utils, KERNEL, asking)
+
+
+HEAD = "add_fused_lm_head"
+BEHIND = "TRL computes head and loss itself, at positions that have labels; the model's body is one graph"
+
+
+def _cut_before_body(utils: ModuleType) -> Callable[..., None]:
+    """`add_fused_lm_head`, with a forward that Dynamo does not trace where the head follows values; it traces what that calls."""
+    add, function = utils.add_fused_lm_head, utils._ChunkedLogProbFunction
+
+    @wraps(add)
+    def add_head(model: Any, *args: Any, **kwargs: Any) -> None:
+        add(model, *args, **kwargs)
+        parameter = next(model.parameters(), None)
+        if parameter is not None and utils._use_triton(parameter.device):
+            forward = model.forward.__func__
+            model.forward = MethodType(torch._dynamo.disable(forward, recursive=False, reason=BEHIND), model)
+            if not hasattr(function.forward, "_torchdynamo_disable"):
+                function.forward = staticmethod(torch._dynamo.disable(function.forward, reason=BEHIND))
+
+    return add_head
+
+
+@integration("trl.trainer.utils", touches=HEAD, why="a head that no graph holds is told to Dynamo before it traces the body")
+def _cut(utils: ModuleType) -> None:
+    if not all(getattr(utils, name, None) for name in (HEAD, "_ChunkedLogProbFunction", "_use_triton")):
+        return
+    before, cut = utils.add_fused_lm_head, _cut_before_body(utils)
+    for name, module in list(sys.modules.items()):  # trainers that were imported before have it by its name
+        if name.startswith("trl.") and getattr(module, HEAD, None) is before:
+            setattr(module, HEAD, cut)
+    utils.add_fused_lm_head = cut

@@ -21,6 +21,17 @@ def warn_once(message: str) -> None:
         log.warning("sloth: %s", message)
 
 
+def tell_once(message: str) -> None:
+    """What is no warning, the first time in this process."""
+    if message not in _said:
+        _said.add(message)
+        log.info("sloth: %s", message)
+
+
+def was_told(beginning: str) -> bool:
+    return any(message.startswith(beginning) for message in _said)
+
+
 def warn_of_versions() -> None:
     """Of what nobody tried: torch, and transformers where it is in use."""
     for package in ("torch", "transformers"):
