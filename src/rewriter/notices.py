@@ -16,16 +16,18 @@ _said: set[str] = set()
 
 def warn_once(message: str) -> None:
     """A warning, the first time that it is given in this process."""
-    if message not in _said:
-        _said.add(message)
-        log.warning("sloth: %s", message)
+    _once(logging.WARNING, message)
 
 
 def tell_once(message: str) -> None:
     """What is no warning, the first time in this process."""
+    _once(logging.INFO, message)
+
+
+def _once(level: int, message: str) -> None:
     if message not in _said:
         _said.add(message)
-        log.info("sloth: %s", message)
+        log.log(level, "sloth: %s", message)
 
 
 def was_told(beginning: str) -> bool:

@@ -8,28 +8,17 @@ import pytest
 import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
+from toys import rewritten_graph
 from transformers import AutoModelForCausalLM as Auto
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig
 
 from sloth.kernels.attention.attention import attention, attention_bounds
-from sloth.rewriter.match.registry import constructs, patterns
-from sloth.rewriter.pipeline import rewrite
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
 
 
 def graph_of(fn, *args, **kwargs) -> fx.GraphModule:
-    kept = []
-
-    def sloth(gm, _):
-        report = rewrite(gm, patterns(), constructs())
-        assert not report.untouched, report.untouched
-        kept.append(gm)
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(fn, backend=sloth, dynamic=True)(*args, **kwargs)
-    return kept[0]
+    return rewritten_graph(fn, *args, dynamic=True, **kwargs)
 
 
 def placed(gm: fx.GraphModule) -> dict[str, int]:

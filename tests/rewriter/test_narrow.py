@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-
-from sloth.rewriter.match.registry import constructs, patterns
-from sloth.rewriter.pipeline import rewrite
+from toys import rewritten_graph, rotate_half
 
 H, HEADS, GROUPS, D, INNER, RANK = 64, 4, 2, 16, 96, 8
 LOW, OPS = torch.bfloat16, torch.ops.sloth
@@ -42,11 +40,6 @@ class Norm(nn.Module):
         return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def rotate(x):
-    a, b = x.chunk(2, -1)
-    return torch.cat((-b, a), -1)
-
-
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -57,7 +50,7 @@ class Layer(nn.Module):
     def attend(self, x, cos, sin):
         B, S, _ = x.shape
         q, k, v = (p(x).view(B, S, -1, D).transpose(1, 2) for p in (self.q, self.k, self.v))
-        q, k = (t * cos + rotate(t) * sin for t in (q, k))
+        q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
         k, v = (t[:, :, None].expand(B, GROUPS, HEADS // GROUPS, S, D).reshape(B, HEADS, S, D) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o(out.transpose(1, 2).reshape(B, S, -1))
@@ -75,18 +68,8 @@ def inputs(S: int = 24, dtype: torch.dtype = torch.float32) -> tuple[torch.Tenso
 
 
 def rewritten(module: nn.Module, *args) -> fx.GraphModule:
-    kept = []
-
-    def sloth(gm, _):
-        report = rewrite(gm, patterns(), constructs())
-        assert not report.untouched, report.untouched
-        kept.append(gm)
-        return gm.forward
-
-    torch._dynamo.reset()
     with torch.autocast("cpu", LOW):
-        torch.compile(module, backend=sloth)(*args)
-    return kept[0]
+        return rewritten_graph(module, *args)
 
 
 def results(gm: fx.GraphModule, op) -> list[torch.dtype]:
@@ -188,16 +171,7 @@ def test_a_sum_of_two_is_not_rounded():
 def test_a_product_in_fp32_is_not_rounded():
     """Without autocast's casts: terms that eager does not round are not."""
     module = Read(lambda y, x: y + x).float()
-    torch._dynamo.reset()
-    kept = []
-
-    def sloth(gm, _):
-        rewrite(gm, patterns(), constructs())
-        kept.append(gm)
-        return gm.forward
-
-    torch.compile(module, backend=sloth)(inputs()[0])
-    assert results(kept[0], OPS.lora_linear) in ([torch.float32], [])
+    assert results(rewritten_graph(module, inputs()[0]), OPS.lora_linear) in ([torch.float32], [])
 
 
 def errors(model: Layer, compiled, seed: int) -> dict[str, tuple[float, float, float]]:

@@ -17,7 +17,27 @@ from sloth.rewriter.graph.lower import View, views
 from sloth.rewriter.graph.normal_form import Normal
 from sloth.rewriter.graph.record import trace
 from sloth.rewriter.graph.value import Meta, Shadow, Value
+from sloth.rewriter.match.registry import constructs, patterns
+from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.report import MATCHED, Report, Site
+
+# ---------------------------------------------------------------- graphs
+
+
+def rewritten_graph(fn: Callable, *args: Any, dynamic: bool | None = None, **kwargs: Any) -> fx.GraphModule:
+    """The graph that becomes of it, with all entries of the registry."""
+    kept = []
+
+    def sloth(gm: fx.GraphModule, _: Any) -> Callable:
+        report = rewrite(gm, patterns(), constructs())
+        assert not report.untouched, report.untouched
+        kept.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(fn, backend=sloth, dynamic=dynamic)(*args, **kwargs)
+    return kept[0]
+
 
 # ---------------------------------------------------------------- models
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-Compiled = Callable[..., Any]
 
-
-def plain_inputs(compiled: Compiled) -> Compiled:
+def plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The same with frozen tensors of such subclasses passed as what they are: tensors that share their memory."""
 
     def run(*args: Any) -> Any:
-        return compiled(*[_plain(a) if _is_dressed(type(a)) and not a.requires_grad else a for a in args])
+        with torch._C.DisableTorchFunctionSubclass():  # or they are asked in Python whether they are frozen
+            given = [a.as_subclass(torch.Tensor) if _is_dressed(type(a)) and not a.requires_grad else a for a in args]
+        return compiled(*given)
 
     return run
 
@@ -31,8 +31,3 @@ def _is_dressed(kind: type) -> bool:
     if not issubclass(kind, torch.Tensor) or kind is torch.Tensor or hasattr(kind, "__tensor_flatten__"):
         return False
     return kind.__torch_function__ is not torch._C._disabled_torch_function_impl
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.as_subclass(torch.Tensor)

@@ -13,7 +13,9 @@ from copy import copy
 from typing import Any
 
 import sympy
+import torch
 from torch import SymBool, SymFloat, SymInt
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -57,6 +59,14 @@ def comparing_nothing(mode: FakeTensorMode) -> Iterator[None]:
     vars(env).update(known)
     if not all(map(_of_ordinary_sizes, learnt)):
         raise Compared(f"it holds for some sizes only: {', '.join(map(str, learnt))}")
+
+
+@contextmanager
+def trying(mode: FakeTensorMode) -> Iterator[None]:
+    """Operators are called on the mode's fake tensors meanwhile."""
+    dispatching = enable_python_dispatcher()  # in C++, sizes would become numbers
+    with comparing_nothing(mode), mode, torch.no_grad(), dispatching:
+        yield
 
 
 def _of_ordinary_sizes(expr: sympy.Basic) -> bool:

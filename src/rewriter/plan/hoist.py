@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter.graph.lower import View, shape_env_of
 from sloth.rewriter.graph.record import fakes
-from sloth.rewriter.graph.scratch import comparing_nothing
+from sloth.rewriter.graph.scratch import trying
 from sloth.rewriter.graph.value import Meta, literal_key, values_in
+from sloth.rewriter.plan.apply import add_input
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,7 @@ def _passed(by: torch._ops.OpOverload, given: tuple, view: View, made: dict, scr
         found.append(parts)
     if not found or len({len(parts) for parts in found}) > 1:
         return None
-    for call, parts in zip(view.calls, found, strict=True):
-        call.args = (*call.args, *parts)
-    nodes, last = [], inputs[-1]
-    for part in found[0]:
-        with view.gm.graph.inserting_after(last):
-            last = view.gm.graph.placeholder(f"{part.name}_passed")
-        last.meta.update({k: m for k, m in part.meta.items() if k in ("example_value", "stack_trace")}, passed=True)
-        view.regions[last] = view.region
-        nodes.append(last)
-    return nodes
+    return [add_input(view, each) for each in zip(*found, strict=True)]
 
 
 def _computed(by: torch._ops.OpOverload, given: tuple, view: View, scratch: FakeTensorMode) -> list[fx.Node] | None:
@@ -154,9 +145,8 @@ def _examples(by: torch._ops.OpOverload, given: tuple, view: View, scratch: Fake
     if not all(isinstance(x, torch.Tensor) for x in known):
         return None
     tried = dict(zip(nodes, fakes([Meta.of(x) for x in known], scratch), strict=True))
-    dispatching = enable_python_dispatcher()  # in C++, sizes would become numbers
     try:
-        with comparing_nothing(scratch), scratch, torch.no_grad(), dispatching:
+        with trying(scratch):
             metas = [Meta.of(t) for t in by(*fx.map_arg(given, tried.__getitem__))]
     except Exception:
         return None

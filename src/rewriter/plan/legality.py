@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -19,7 +18,7 @@ from sloth.rewriter.graph.ambient import under
 from sloth.rewriter.graph.canonical import ALIASES, POINTWISE, VIEWS
 from sloth.rewriter.graph.lower import View
 from sloth.rewriter.graph.record import fakes, rebuilt
-from sloth.rewriter.graph.scratch import Compared, comparing_nothing, into
+from sloth.rewriter.graph.scratch import Compared, into, trying
 from sloth.rewriter.graph.value import Meta, Value, literal_key, same_literal, values_in
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.match.pattern import ARGUMENTS
@@ -206,8 +205,7 @@ def operator_metas(match: Match, graph: Ground) -> list[Meta]:
     key = (match.pattern.op, literal_key(arguments), match.roots[0].region.autocast)
     if key not in graph.tried:
         tensors = dict(zip(leaves, fakes([v.meta for v in leaves], graph.mode), strict=True))
-        dispatching = enable_python_dispatcher()  # in C++, sizes would become numbers
-        with comparing_nothing(graph.mode), graph.mode, torch.no_grad(), dispatching:
+        with trying(graph.mode):
             out = match.pattern.op(*pytree.tree_map(lambda a: into(a, graph.mode), call_arguments([match], tensors.__getitem__)))
         graph.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
     return graph.tried[key]
