@@ -48,6 +48,11 @@ torch.library.define(
     " -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+torch.library.define(
+    "sloth::intervals",
+    "(Tensor[] documents, Tensor? valid, int? ahead, int? behind) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def _latest(marked: Tensor, at: Tensor) -> Tensor:
@@ -62,10 +67,8 @@ def _next(marked: Tensor, at: Tensor) -> Tensor:
 
 def runs(documents: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
     """[B or 1, S] first and last position of the run, of ids that are equal in all documents, that each position lies in."""
-    S = at.shape[-1]
     begins = at == 0
     for ids in documents:
-        ids = ids.reshape(-1, S)
         begins = begins | F.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
     ends = F.pad(begins[:, 1:], (0, 1), value=True)
     return _latest(begins, at), _next(ends, at)
@@ -74,8 +77,8 @@ def runs(documents: list[Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
 def intervals(documents: list[Tensor], valid: Tensor | None, ahead: int | None, behind: int | None, at: Tensor):
     """lo, hi: the first and last key of each query; first, last: the first and last query of each key. All [B or 1, S], int32.
 
-    at = 0 … S − 1. A key that is not valid has no queries; bounds of queries are drawn in to valid keys, so that padding costs
-    nothing. A query of which nothing is left has lo > hi.
+    at [1, S] = 0 … S − 1. A key that is not valid has no queries; bounds of queries are drawn in to valid keys, so that padding
+    costs nothing. A query of which nothing is left has lo > hi.
     """
     S = at.shape[-1]
     begin, end = runs(documents, at) if documents else (torch.zeros_like(at), torch.full_like(at, S - 1))
@@ -95,6 +98,21 @@ def holed(lo: Tensor, hi: Tensor, valid: Tensor) -> Tensor:
     before = F.pad(valid.cumsum(-1), (1, 0)).expand(lo.shape[0], -1)
     between = before.gather(-1, (hi + 1).long()) - before.gather(-1, lo.long())
     return (lo <= hi) & (between != hi - lo + 1)
+
+
+def scanned(documents: list[Tensor], valid: Tensor | None, ahead: int | None, behind: int | None) -> list[Tensor]:
+    """`intervals`, and where there is `valid` what is `holed`, as an operator that is opaque to Inductor. Its kernels would scan
+    along a sequence, and to compile these took 8 s of each first step. torch's own, two dozen launches, run once in a step.
+    """
+    x = documents[0] if valid is None else valid
+    at = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)[None]
+    bounds = intervals(documents, valid, ahead, behind, at)
+    holes = () if valid is None else (holed(*bounds[:2], valid),)
+    return [b.clone(memory_format=torch.contiguous_format) for b in (*bounds, *holes)]  # some are one tensor
+
+
+torch.library.impl("sloth::intervals", "CompositeExplicitAutograd", scanned)
+torch.library.register_fake("sloth::intervals", scanned)
 
 
 def measured(mask: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
@@ -166,8 +184,12 @@ def bounds_of(documents, valid, ahead, behind, visible, uniform: bool, S, device
         usable, T, gaps = None, S, None
         for v in valid:
             usable = v.reshape(-1, S) if usable is None else usable & v.reshape(-1, S)
-        lo, hi, first, last = intervals(documents, usable, ahead, behind, at)
-        holes = None if usable is None else holed(lo, hi, usable)
+        documents = [d.reshape(-1, S) for d in documents]
+        if documents or usable is not None:
+            lo, hi, first, last, *rest = torch.ops.sloth.intervals(documents, usable, ahead, behind)
+        else:
+            lo, hi, first, last, *rest = intervals(documents, usable, ahead, behind, at)
+        holes = rest[0] if rest else None
     lo, hi, blind = with_the_blind(lo, hi, at, T) if uniform else (lo, hi, None)
     return Bounds(*(b.contiguous() for b in (lo, hi, first, last)), usable, holes, gaps, blind)
 
