@@ -467,3 +467,13 @@ def test_all_the_graph_is_looked_at_and_nothing_invented() -> None:
         assert match.values <= set(view.shadow.values)
         assert all(v in view.shadow.values for v in match.tensors.values())
         assert not set(match.tensors.values()) & match.values
+
+
+def test_tracing_references_leaves_random_numbers_and_threads_alone() -> None:
+    """Small tensors are run through them; some drop out."""
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    for entry in patterns():
+        for variant in entry.variants:
+            variant._loose = None
+            variant.loose()
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads

@@ -8,6 +8,7 @@ It sits at the PreDispatch key: above autograd, autocast and the decomposition o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -120,17 +121,19 @@ def _layout(t: torch.Tensor) -> tuple:
     return (*t.shape, *t.stride(), t.storage_offset())
 
 
-def fakes(metas: Sequence[Meta], mode: FakeTensorMode) -> list[torch.Tensor]:
-    """Fresh fake tensors of these descriptions (contiguous: layout is no part of the mathematics)."""
+def fakes(metas: Sequence[Meta], mode: FakeTensorMode | None) -> list[torch.Tensor]:
+    """Fresh fake tensors of these descriptions, or zeros (contiguous: layout is no part of the mathematics)."""
+    if mode is None:
+        return [torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in metas]
     with mode:
         return [torch.empty([into(s, mode) for s in m.shape], dtype=m.dtype, device=m.device) for m in metas]
 
 
-def trace(fn: Callable[..., Any], metas: Sequence[Meta], mode: FakeTensorMode) -> Trace:
-    """Run `fn(*tensors)` on fake tensors described by `metas` and record its ATen calls."""
+def trace(fn: Callable[..., Any], metas: Sequence[Meta], mode: FakeTensorMode | None) -> Trace:
+    """Run `fn(*tensors)` on `fakes` described by `metas` and record its ATen calls."""
     inputs = fakes(metas, mode)
     recorder = _Recorder(inputs)
-    with torch.no_grad(), mode, enable_python_dispatcher(), recorder:
+    with torch.no_grad(), mode or nullcontext(), enable_python_dispatcher(), recorder:
         out = fn(*inputs)
     return Trace(recorder.steps, pytree.tree_map(recorder.ref, out))
 

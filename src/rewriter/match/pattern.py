@@ -17,7 +17,8 @@ Positional parameters are tensors, keyword-only parameters numbers and dtypes fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -111,15 +112,19 @@ class Variant:
         return Meta(shape, torch.int64 if spec.endswith("int64") else dtype, torch.device("cpu"))
 
     def loose(self) -> Graph:
-        """Traced once in bf16, so that every cast shows; sizes and dtypes in it are examples."""
+        """Traced once in bf16, so that every cast shows; sizes and dtypes in it are examples. Small tensors are run through it:
+        fake ones would take several times as long, and there are hundreds of variants.
+        """
         if self._loose is None:
             sentinels = _sentinels(self.numbers)
-            with torch.autocast("cpu", enabled=False):  # what is ambient now need not be so the next time
-                self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, FakeTensorMode(), sentinels)
+            with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=()), _one_thread():  # whatever is ambient
+                self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, None, sentinels)
         return self._loose
 
-    def graph(self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode, sentinels: dict | None = None) -> Graph:
-        """The reference traced on tensors like these."""
+    def graph(
+        self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode | None, sentinels: dict | None = None
+    ) -> Graph:
+        """The reference traced on tensors like these, fake ones of a mode, or zeros."""
         traced = trace(lambda *tensors: self.reference(*tensors, **numbers), metas, mode)
         shadow = Shadow()
         inputs = [shadow.add("input", (t,), m) for t, m in zip(self.tensors, metas, strict=True)]
@@ -169,6 +174,17 @@ class Deferral:
     construct: Construct
     wanted: Callable[[Value], bool]
     make: Callable[..., torch.Tensor]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost tiny products more than everything else, where others use the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 KINDS = {int: (int, "int"), torch.dtype: (torch.dtype, "torch.dtype")}  # of keyword-only parameters, by annotation; others: float
