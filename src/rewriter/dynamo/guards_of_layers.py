@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Place:
         if source == self.old:
             return self.new
         if source not in self.known:
-            parts = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.init}
-            changed = {k: m for k, v in parts.items() if isinstance(v, Source) and (m := self.moved(v)) is not v}
+            parts = ((name, getattr(source, name)) for name in _parts(type(source)))
+            changed = {k: m for k, v in parts if isinstance(v, Source) and (m := self.moved(v)) is not v}
             self.known[source] = dataclasses.replace(source, **changed) if changed else None
         return self.known[source] or source
 
@@ -87,6 +87,12 @@ class Place:
             return self.value(self.moved(more[0])) is new
         old, ask = self.value(guard.originating_source), _ASK.get(kind)
         return ask is not None and type(old) is type(new) and ask(old, new, more)
+
+
+@cache
+def _parts(kind: type[Source]) -> list[str]:
+    """What a source of this kind is made of."""
+    return [f.name for f in dataclasses.fields(kind) if f.init]
 
 
 def _attribute(source: Source, more: tuple) -> tuple[Source, str]:
