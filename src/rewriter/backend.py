@@ -18,7 +18,7 @@ from sloth.options import parse
 from sloth.rewriter.compile.inductor import captures, compile_with, compiler, start_workers
 from sloth.rewriter.compile.plain_inputs import plain_inputs
 from sloth.rewriter.compile.regions import compile_in_parts
-from sloth.rewriter.dynamo import called_modules, graph_breaks, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
+from sloth.rewriter.dynamo import called_modules, collector, graph_breaks, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
 from sloth.rewriter.graph.lower import shape_env_of
 from sloth.rewriter.graph.scratch import guards_of
 from sloth.rewriter.match.pattern import ARGUMENTS
