@@ -15,7 +15,7 @@ from sloth.rewriter.match.matcher import Match, Matcher, Refused
 from sloth.rewriter.match.pattern import Construct, Deferral, Pattern
 from sloth.rewriter.plan import legality
 from sloth.rewriter.plan.apply import Rewriter, choose, together
-from sloth.rewriter.plan.hoist import hoist
+from sloth.rewriter.plan.hoist import drop_unread_inputs, hoist
 from sloth.rewriter.plan.lazy_outputs import defer, left_alone
 from sloth.rewriter.plan.narrow import keep_narrow
 from sloth.rewriter.report import MATCHED, GraphReport
@@ -52,7 +52,10 @@ def rewrite(
             rewrite_view(view, matcher, legality.Ground(view, mode, tried), constructs, deferrals, report, limit)
         with _timed(report, "rewrite"):  # a body may have asked the graphs around it for more inputs
             hoist(shadows, mode)
-            for body in bodies if report.deferred or any(s.status == MATCHED for s in report.sites) else ():
+            changed = report.deferred or any(s.status == MATCHED for s in report.sites)
+            if changed:
+                drop_unread_inputs(shadows)
+            for body in bodies if changed else ():
                 body.graph.lint()
                 body.recompile()
     except Exception as e:

@@ -157,6 +157,26 @@ def test_bodies_are_given_what_they_read():
         assert all(outer[n].target is operator.getitem and outer[n].args[0].target is attention_bounds for n in added)
 
 
+@pytest.mark.parametrize("depth", [1, 2], ids=["a body", "a body in a body"])
+def test_what_nobody_reads_any_more_is_not_computed(depth):
+    """The mask of [S, S] goes into a checkpoint; attention is told what it means, and it is neither made nor kept."""
+
+    def body(x, mask):
+        return layer(x, mask) if depth == 1 else checkpoint(layer, x, mask, use_reentrant=False)
+
+    def fn(x, keys):
+        return checkpoint(body, x, causal_and(keys), use_reentrant=False)
+
+    gm = graph_of(fn, torch.randn(2, 12, 32, requires_grad=True), torch.rand(2, 12) < 0.8)
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    assert len(graphs) == 1 + depth
+    inputs = [n for graph in graphs if graph is not gm.graph for n in graph.find_nodes(op="placeholder")]
+    assert all(n.users for n in inputs if isinstance(n.meta["example_value"], torch.Tensor))
+    calls = [n for graph in graphs for n in graph.nodes if any(a.op == "get_attr" for a in n.all_input_nodes)]
+    given = [a.meta["example_value"] for call in calls for a in call.args[1:]]
+    assert not [x.shape for x in given if isinstance(x, torch.Tensor) and x.shape[-2:] == (12, 12)]
+
+
 def test_a_function_that_attends_in_both_directions():
     """The backward body of an autograd function is given what was saved and gradients, not what its call is."""
 

@@ -63,10 +63,22 @@ def hoist(views: Iterable[View], scratch: FakeTensorMode) -> None:
                 _drop_unused(view, _nodes(given))
 
 
+def drop_unread_inputs(views: Iterable[View]) -> None:
+    """Tensors that bodies are given and read no more, as a mask of [S, S] whose meaning attention was told: what computes them
+    would run, and they would be kept for the backward pass.
+    """
+    for view in reversed([*views]):
+        _drop_unused(view, view.gm.graph.find_nodes(op="placeholder"))
+
+
 def _drop_unused(view: View, nodes: list[fx.Node]) -> None:
-    """Inputs of a body that only the call read: those that a rewrite added go again, also further out."""
+    """Those of the nodes that are inputs of a body and that nobody reads, also further out. (Of a body that is given its inputs
+    in order. Tensors without dimensions may be numbers that Dynamo lifted.)
+    """
     for n in nodes:
-        if n.op == "placeholder" and not n.users and "passed" in n.meta:
+        example = n.meta.get("example_value")
+        is_given = n.op == "placeholder" and view.around is not None and isinstance(example, torch.Tensor) and example.dim() > 0
+        if is_given and not n.users:
             inputs = view.gm.graph.find_nodes(op="placeholder")
             at = inputs.index(n) - len(inputs)
             view.gm.graph.erase_node(n)
