@@ -14,10 +14,11 @@ wants it, and finds it behind torch's protocol for functions that ask (`__torch_
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from functools import wraps
-from types import MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -55,29 +56,41 @@ HEAD = "add_fused_lm_head"
 BEHIND = "TRL computes head and loss itself, at positions that have labels; the model's body is one graph"
 
 
-def _cut_before_body(utils: ModuleType) -> Callable[..., None]:
-    """`add_fused_lm_head`, with a forward that Dynamo does not trace where the head follows values; it traces what that calls."""
-    add, function = utils.add_fused_lm_head, utils._ChunkedLogProbFunction
+def _cut_before_body(utils: ModuleType, model: Any) -> None:
+    """Let Dynamo leave this model's forward, where its head follows values, and trace what that calls."""
+    parameter, head = next(model.parameters(), None), utils._ChunkedLogProbFunction
+    if parameter is None or not utils._use_triton(parameter.device):
+        return
+    forward = model.forward.__func__
+    model.forward = MethodType(torch._dynamo.disable(forward, recursive=False, reason=BEHIND), model)
+    if not hasattr(head.forward, "_torchdynamo_disable"):
+        head.forward = staticmethod(torch._dynamo.disable(head.forward, reason=BEHIND))
 
-    @wraps(add)
-    def add_head(model: Any, *args: Any, **kwargs: Any) -> None:
-        add(model, *args, **kwargs)
-        parameter = next(model.parameters(), None)
-        if parameter is not None and utils._use_triton(parameter.device):
-            forward = model.forward.__func__
-            model.forward = MethodType(torch._dynamo.disable(forward, recursive=False, reason=BEHIND), model)
-            if not hasattr(function.forward, "_torchdynamo_disable"):
-                function.forward = staticmethod(torch._dynamo.disable(function.forward, reason=BEHIND))
 
-    return add_head
+def _models_with(add: Callable[..., None]) -> list[Any]:
+    """Those that have a forward of `add_fused_lm_head` already: a trainer is made before its model is compiled, and sloth may be
+    imported for that.
+    """
+    codes = [c for c in add.__code__.co_consts if isinstance(c, CodeType)]
+    functions = [f for code in codes for f in gc.get_referrers(code) if isinstance(f, FunctionType)]
+    methods = [m for f in functions for m in gc.get_referrers(f) if isinstance(m, MethodType)]
+    return [m.__self__ for m in methods if isinstance(m.__self__, torch.nn.Module)]
 
 
 @integration("trl.trainer.utils", touches=HEAD, why="a head that no graph holds is told to Dynamo before it traces the body")
 def _cut(utils: ModuleType) -> None:
     if not all(getattr(utils, name, None) for name in (HEAD, "_ChunkedLogProbFunction", "_use_triton")):
         return
-    before, cut = utils.add_fused_lm_head, _cut_before_body(utils)
+    add = utils.add_fused_lm_head
+
+    @wraps(add)
+    def add_head(model: Any, *args: Any, **kwargs: Any) -> None:
+        add(model, *args, **kwargs)
+        _cut_before_body(utils, model)
+
     for name, module in list(sys.modules.items()):  # trainers that were imported before have it by its name
-        if name.startswith("trl.") and getattr(module, HEAD, None) is before:
-            setattr(module, HEAD, cut)
-    utils.add_fused_lm_head = cut
+        if name.startswith("trl.") and getattr(module, HEAD, None) is add:
+            setattr(module, HEAD, add_head)
+    utils.add_fused_lm_head = add_head
+    for model in _models_with(add):
+        _cut_before_body(utils, model)

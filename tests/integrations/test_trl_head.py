@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from tokenizers import Tokenizer, models
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sloth.integrations.trl import BEHIND
+from sloth.integrations.trl import BEHIND, _cut
 from sloth.rewriter import notices
 from sloth.rewriter.backend import listening
 
 pytest.importorskip("trl")
+import trl.trainer.sft_trainer as sft_trainer
 import trl.trainer.utils as utils
 from trl import SFTConfig, SFTTrainer
 
@@ -48,7 +50,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(utils, "_use_triton", lambda device: True)
 
 
-def trained(tmp_path, tokenizer, **compiling) -> list[float]:
+def trained(tmp_path, tokenizer, made=lambda: None, **compiling) -> list[float]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     rows = [{"input_ids": [5 + (i * j) % 200 for j in range(1, 8 + i % 7)]} for i in range(16)]
@@ -62,16 +64,25 @@ def trained(tmp_path, tokenizer, **compiling) -> list[float]:
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
     assert "input_ids" in inspect.signature(trainer.model.get_base_model().forward).parameters, "generate asks for it"
+    made()
     trainer.train()
     return [h["loss"] for h in trainer.state.log_history if "loss" in h]
 
 
-def test_the_body_is_one_graph(on_a_gpu, tmp_path, tokenizer, caplog, monkeypatch):
+@pytest.mark.parametrize("imported", ["before", "after the trainer is made"])
+def test_the_body_is_one_graph(imported, on_a_gpu, tmp_path, tokenizer, caplog, monkeypatch):
+    """By the backend's name alone, sloth is imported when the model is compiled: the trainer has added the head by then."""
     monkeypatch.setattr(notices, "_said", set())
+    made = lambda: None  # noqa: E731
+    if imported != "before":
+        add = inspect.unwrap(utils.add_fused_lm_head)
+        for module in (utils, sft_trainer):
+            monkeypatch.setattr(module, "add_fused_lm_head", add)
+        made = partial(_cut, utils)
     eager = trained(tmp_path, tokenizer)
     counters.clear()
     with listening() as reports, caplog.at_level(logging.INFO, "sloth"):
-        ours = trained(tmp_path, tokenizer, torch_compile_backend="sloth")
+        ours = trained(tmp_path, tokenizer, made, torch_compile_backend="sloth")
     assert ours == pytest.approx(eager, abs=2e-3) and len(eager) == 3
     assert counters["stats"]["unique_graphs"] == 1
     (report,) = (r for r in reports if r.sites)
