@@ -9,9 +9,17 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.compat import installed
-from sloth.kernels.linear.dequantize_4bit import NESTED_BLOCK, dequantize_4bit, dequantize_4bit_together, together
+from sloth.kernels.linear.dequantize_4bit import (
+    NESTED_BLOCK,
+    compute_dequantize_4bit,
+    compute_dequantize_4bit_together,
+    dequantize_4bit,
+    dequantize_4bit_together,
+    together,
+)
 from sloth.kernels.linear.lora import lora_linear
 from sloth.patterns.lora import DIMS, lora
+from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.compile.passes import called_together
 from sloth.rewriter.graph.normal_form import rule
 from sloth.rewriter.graph.value import Value
@@ -25,6 +33,8 @@ FEW_ROWS = 32  # without gradients bitsandbytes' own product of packed weights i
 
 emit("weight_4bit", dequantize_4bit)
 called_together(dequantize_4bit, dequantize_4bit_together, 3, together)
+called_directly(dequantize_4bit, compute_dequantize_4bit)
+called_directly(dequantize_4bit_together, compute_dequantize_4bit_together)
 
 
 @rule("bitsandbytes::dequantize_4bit")

@@ -7,11 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.linear.adapter import adapter
+from sloth.kernels.linear.gemm import compute_sum_of_products, sum_of_products
 from sloth.kernels.linear.lora import lora_linear
+from sloth.kernels.linear.lora_grad_b import compute_up_gradients, up_gradients
+from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.graph.value import Value, uncast
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
+
+called_directly(sum_of_products, compute_sum_of_products)
+called_directly(up_gradients, compute_up_gradients)
 
 
 def is_up_projection(v: Value) -> bool:

@@ -15,6 +15,7 @@ On the CPU it is bitsandbytes' own operator.
 To the compiler it is one opaque call, which costs it a tenth of what a Triton kernel does that it can see: a model has hundreds.
 """
 
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -115,11 +116,13 @@ def _dequantize_together_kernel(
 
 def _operands(packed, absmax, absmax_8bit, code8, offset, shape, dtype) -> list[Tensor]:
     """What a kernel is given of a matrix; pointers of absent tensors are never read. The result is the last."""
-    packed = packed.contiguous().view(torch.uint8)
+    if packed.dtype is not torch.uint8 or not packed.is_contiguous():
+        packed = packed.contiguous().view(torch.uint8)
     scales = (absmax, absmax, absmax) if absmax_8bit is None else (absmax_8bit, code8, offset)
     return [packed, absmax, *scales, torch.empty(shape, dtype=dtype, device=packed.device)]
 
 
+@cache
 def _constants(blocksize: int, nested: bool, quant_type: str) -> dict:
     half = blocksize // 2
     return {
@@ -147,13 +150,19 @@ def _triton_together(matrices: list[tuple], blocksize: int, quant_type: str, dty
     """Two or three, each as (packed, absmax, absmax_8bit, code8, offset, shape), all double-quantised or none."""
     operands = [_operands(*matrix, dtype) for matrix in matrices]
     constants = _constants(blocksize, matrices[0][2] is not None, quant_type)
-    sizes = [of[0].numel() for of in operands]
-    ends = list(accumulate(_programs(n, constants) for n in sizes))
-    spare = 3 - len(matrices)  # of two, the last stands for the third, which no program computes
-    given = [x for of in [*operands, *operands[-1:] * spare] for x in of]
-    numbers = [*sizes, *sizes[-1:] * spare, *ends[:2]]
-    launch_opaque(_dequantize_together_kernel, (ends[-1],), given, numbers, constants, **OPTIONS)
+    programs, numbers = _shares(tuple(of[0].numel() for of in operands), constants["HALF"] * constants["BLOCKS"])
+    given = [x for of in (*operands, *operands[-1:] * (3 - len(operands))) for x in of]
+    launch_opaque(_dequantize_together_kernel, (programs,), given, numbers, constants, **OPTIONS)
     return [of[-1] for of in operands]
+
+
+@cache
+def _shares(sizes: tuple[int, ...], each: int) -> tuple[int, list[int]]:
+    """How many programs compute matrices of so many bytes, of which each takes so many; and the kernel's numbers. Of two
+    matrices, the last stands for the third, which no program computes.
+    """
+    ends = list(accumulate((n + each - 1) // each for n in sizes))
+    return ends[-1], [*sizes, *sizes[-1:] * (3 - len(sizes)), *ends[:2]]
 
 
 def _bitsandbytes(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
@@ -184,11 +193,16 @@ def _check(packed, absmax, absmax_8bit, code8, offset, blocksize: int, quant_typ
         raise RuntimeError(f"{shape} in blocks of {blocksize} need {blocks} scales, got {scales.numel()}")
 
 
+def compute_dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
+    """The operator's result, for operands that were checked when the graph was traced."""
+    compute = _triton if use_triton(packed) else _bitsandbytes
+    return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
+
+
 @torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")
 def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
     _check(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape)
-    compute = _triton if use_triton(packed) else _bitsandbytes
-    return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
+    return compute_dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
 
 
 @torch.library.register_fake("sloth::dequantize_4bit")
@@ -219,14 +233,21 @@ def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
     return list(zip(sizes[::2], sizes[1::2], strict=True))
 
 
-@torch.library.impl("sloth::dequantize_4bit_together", "CompositeExplicitAutograd")
-def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
+def compute_dequantize_4bit_together(
+    packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype
+) -> list[Tensor]:
+    """The operator's results, for operands that were checked when the graph was traced."""
     matrices = _matrices(packed, absmax, absmax_8bit, code8, offset, shapes)
-    for *tensors, shape in matrices:
-        _check(*tensors, blocksize, quant_type, shape)
     if use_triton(packed[0]):
         return _triton_together(matrices, blocksize, quant_type, dtype)
     return [_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype) for *tensors, shape in matrices]
+
+
+@torch.library.impl("sloth::dequantize_4bit_together", "CompositeExplicitAutograd")
+def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
+    for *tensors, shape in _matrices(packed, absmax, absmax_8bit, code8, offset, shapes):
+        _check(*tensors, blocksize, quant_type, shape)
+    return compute_dequantize_4bit_together(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype)
 
 
 @torch.library.register_fake("sloth::dequantize_4bit_together")

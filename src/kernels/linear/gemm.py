@@ -54,9 +54,8 @@ torch.library.define(
 )
 
 
-@torch.library.impl("sloth::sum_of_products", "CompositeExplicitAutograd")
-def _(a, b, alpha, bias=None):
-    _check(a, b, alpha)
+def compute_sum_of_products(a, b, alpha, bias=None) -> torch.Tensor:
+    """The operator's result, for operands that were checked when the graph was traced."""
     done = 2 if len(a) > 1 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]) else 1
     out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
     if done == 2:
@@ -70,6 +69,12 @@ def _(a, b, alpha, bias=None):
     for x, y, scale in zip(a[done:], b[done:], alpha[done:], strict=True):
         out.addmm_(x, y, alpha=scale)
     return out
+
+
+@torch.library.impl("sloth::sum_of_products", "CompositeExplicitAutograd")
+def _(a, b, alpha, bias=None):
+    _check(a, b, alpha)
+    return compute_sum_of_products(a, b, alpha, bias)
 
 
 @torch.library.register_fake("sloth::sum_of_products")

@@ -121,13 +121,18 @@ torch.library.define(
 )
 
 
-@torch.library.impl("sloth::up_gradients", "CompositeExplicitAutograd")
-def _(g, b, t, scale):
-    no_derivative(g, b, t)
+def compute_up_gradients(g, b, t, scale) -> tuple[Tensor, Tensor]:
+    """The operator's results, for operands that were checked when the graph was traced."""
     if use_triton(g) and use_triton(b) and b.shape[1] <= MAX_RANK:
         return _triton(g, b, t, scale)
     g = g.to(b.dtype)
     return sum_of_products([g], [b], [scale]), sum_of_products([g.t()], [t], [scale])
+
+
+@torch.library.impl("sloth::up_gradients", "CompositeExplicitAutograd")
+def _(g, b, t, scale):
+    no_derivative(g, b, t)
+    return compute_up_gradients(g, b, t, scale)
 
 
 @torch.library.register_fake("sloth::up_gradients")

@@ -1,0 +1,51 @@
+"""Inductor's code calls sloth's opaque operators as the Python functions that they are, not through torch's dispatcher.
+
+A call through the dispatcher turns each argument into C++'s form and back, 5 to 10 μs of the host, and a model's step has
+thousands of these calls while the GPU waits. What the dispatcher would add is not needed there: gradients were formed when the
+graph was traced, and so were operands checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from sloth.integrations.integration import integration
+
+_DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_enter: list[Callable[[torch._ops.OpOverload], None]] = []  # once Inductor is imported
+
+
+def called_directly(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Let graphs that Inductor compiled call `function`, which takes the arguments of `op` and returns what it returns."""
+    _DIRECT[op] = function
+    for enter in _enter:
+        enter(op)
+
+
+@integration(
+    "torch._inductor.select_algorithm",
+    touches="extern_kernels",
+    why="sloth's operators are called without the dispatcher",
+)
+def _call_directly(module: ModuleType) -> None:
+    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+    from torch._inductor.virtualized import V
+
+    def write(name: str, node: Any, writeline: Callable[[str], None]) -> None:
+        """The call of an operator as Inductor writes it, by another name."""
+        node.python_kernel_name = name
+        V.graph.wrapper_code.generate_fallback_kernel(node)
+
+    def enter(op: torch._ops.OpOverload) -> None:
+        name = str(op).replace(".", "_")
+        setattr(module.extern_kernels, name, _DIRECT[op])
+        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=partial(write, f"extern_kernels.{name}"))
+
+    for op in _DIRECT:
+        enter(op)
+    _enter.append(enter)
