@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -52,6 +54,24 @@ def static_launcher(compiled: Any, device: int) -> Any:
         return static if hasattr(static, "full_constexprs") else None
     except (ImportError, AttributeError, KeyError, NotImplementedError):  # tensor descriptors, another layout of torch's
         return None
+
+
+@contextmanager
+def kernels_unread() -> Iterator[None]:
+    """Meanwhile `torch.library.triton_op` does not read the sources of a function, and of all that it calls, to find the kernels
+    in them: 25 ms for each operator.
+    """
+    import torch._library.triton as module
+
+    name = "get_inner_triton_kernels"
+    known = getattr(module, name, None)
+    if known is not None:
+        setattr(module, name, lambda fn: [])
+    try:
+        yield
+    finally:
+        if known is not None:
+            setattr(module, name, known)
 
 
 def is_ours(tx: Any) -> bool:

@@ -16,10 +16,9 @@ Sources  Ba, Kiros & Hinton, "Layer normalization", 2016; the derivation is ours
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, rows, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, rows, triton_op, use_triton
 from sloth.kernels.common.row_reduction import Tuning, check_vectors, once, sum_partials, sum_rows
 
 FORWARD = Tuning(tile=2048, per_warp=512)
@@ -163,7 +162,7 @@ def backward_aten(dy, x, weight, mean, rstd, bias_dtype, need_dx: bool, need_dw:
 # ---------------------------------------------------------------- operators
 
 
-@triton_op("sloth::layer_norm_forward", mutates_args={})
+@triton_op("sloth::layer_norm_forward")
 def _layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd)"""
     check_vectors("layer_norm", x, weight=weight, bias=bias)
@@ -171,7 +170,7 @@ def _layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
     return (forward_triton if triton_path else forward_aten)(x, weight, bias, eps)
 
 
-@triton_op("sloth::layer_norm_backward", mutates_args={})
+@triton_op("sloth::layer_norm_backward")
 def _layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, bias_dtype: torch.dtype,
     need_dx: bool, need_dw: bool, need_db: bool,

@@ -29,11 +29,10 @@ Bytes    forward 2 passes over q and k (read x, write y), backward 3 (read g, x;
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from sloth.kernels import rms_norm
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
 from sloth.kernels.common.row_reduction import check_vectors, multiprocessors, once, sum_partials
 from sloth.kernels.rope import (
     allocate,
@@ -251,7 +250,7 @@ def _triton(*tensors) -> bool:
     return all(use_triton(t) for t in tensors)
 
 
-@triton_op("sloth::norm_rope_forward", mutates_args={})
+@triton_op("sloth::norm_rope_forward")
 def _norm_rope_forward(
     q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor,
     eps: float, offset: float, interleaved: bool, dtype: torch.dtype,
@@ -261,7 +260,7 @@ def _norm_rope_forward(
     return forward(q, k, wq, wk, cos, sin, eps, offset, interleaved, dtype)
 
 
-@triton_op("sloth::norm_rope_backward", mutates_args={})
+@triton_op("sloth::norm_rope_backward")
 def _norm_rope_backward(
     dyq: Tensor | None, dyk: Tensor | None, q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor,
     eps: float, offset: float, interleaved: bool, need: list[bool],

@@ -26,10 +26,9 @@ Strides  of h, y, dx are eager's: the dimension order of the input, otherwise de
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
 from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
 from sloth.kernels.common.row_reduction import Tuning, check_vectors, once, sum_partials, sum_rows
 
@@ -192,7 +191,7 @@ def _triton(*tensors) -> bool:
     return all(use_triton(t) for t in tensors if t is not None)
 
 
-@triton_op("sloth::rms_norm_forward", mutates_args={})
+@triton_op("sloth::rms_norm_forward")
 def _rms_norm_forward(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -202,7 +201,7 @@ def _rms_norm_forward(
     return y, rstd
 
 
-@triton_op("sloth::add_rms_norm_forward", mutates_args={})
+@triton_op("sloth::add_rms_norm_forward")
 def _add_rms_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +212,7 @@ def _add_rms_norm_forward(
     return forward(x, residual, weight, eps, offset, promote, dtype)
 
 
-@triton_op("sloth::rms_norm_backward", mutates_args={})
+@triton_op("sloth::rms_norm_backward")
 def _rms_norm_backward(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, need_dx: bool, need_dw: bool
 ) -> list[Tensor]:

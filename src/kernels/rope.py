@@ -25,10 +25,9 @@ Bytes    forward and backward each read and write q and k once: the floor is 4·
 """
 
 import torch
-from torch.library import triton_op
 
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
 
 # Tuning: channels of a program (some heads of one token), and its warps. Small programs, many of them.
 CHANNELS = 1024
@@ -238,7 +237,7 @@ def _on_triton(*tensors: torch.Tensor) -> bool:
     return all(use_triton(t) for t in tensors)
 
 
-@triton_op("sloth::rope", mutates_args={})
+@triton_op("sloth::rope")
 def _rope(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -255,7 +254,7 @@ def _rope(
     return (yq.transpose(1, 2), yk.transpose(1, 2)) if last else (yq, yk)
 
 
-@triton_op("sloth::rope_backward", mutates_args={})
+@triton_op("sloth::rope_backward")
 def _rope_backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
@@ -272,7 +271,7 @@ def _rope_backward(
     return (dq.transpose(1, 2), dk.transpose(1, 2)) if last else (dq, dk)
 
 
-@triton_op("sloth::rope_single", mutates_args={})
+@triton_op("sloth::rope_single")
 def _rope_single(
     x: torch.Tensor,
     cos: torch.Tensor,
@@ -288,7 +287,7 @@ def _rope_single(
     return y.transpose(1, 2) if last else y
 
 
-@triton_op("sloth::rope_single_backward", mutates_args={})
+@triton_op("sloth::rope_single_backward")
 def _rope_single_backward(
     dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, dtype: torch.dtype
 ) -> torch.Tensor:

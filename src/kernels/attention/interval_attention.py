@@ -46,12 +46,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from sloth.kernels.attention.interval_kernels import LOG2E, backward_kv_kernel, backward_q_kernel, forward_kernel
 from sloth.kernels.common.device import device_of
 from sloth.kernels.common.language import triton
-from sloth.kernels.common.launch import launch
+from sloth.kernels.common.launch import launch, triton_op
 from sloth.kernels.common.row_reduction import once
 
 
@@ -150,7 +149,7 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-@triton_op("sloth::interval_attention", mutates_args={})
+@triton_op("sloth::interval_attention")
 def _interval_attention(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, first: Tensor, last: Tensor, valid: Tensor | None,
     holes: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None, bias: Tensor | None,
@@ -169,7 +168,7 @@ def _interval_attention(
     return out, lse
 
 
-@triton_op("sloth::interval_attention_dq", mutates_args={})
+@triton_op("sloth::interval_attention_dq")
 def _interval_attention_dq(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, lo: Tensor, hi: Tensor,
     valid: Tensor | None, holes: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None, blind: bool,
@@ -186,7 +185,7 @@ def _interval_attention_dq(
     return dq
 
 
-@triton_op("sloth::interval_attention_dkv", mutates_args={})
+@triton_op("sloth::interval_attention_dkv")
 def _interval_attention_dkv(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor, lo: Tensor,
     valid: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None, blind: Tensor | None,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.library import wrap_triton
 
-from sloth.compat import static_launcher
+from sloth.compat import kernels_unread, static_launcher
 from sloth.kernels.common.device import device_of
 from sloth.kernels.common.language import InterpretedFunction, TensorDescriptor
 
@@ -22,6 +22,19 @@ def use_triton(x: torch.Tensor) -> bool:
 def launch(kernel):
     """The kernel as a node that Inductor can see, or as it is under Triton's interpreter (TRITON_INTERPRET=1)."""
     return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
+
+
+def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """`torch.library.triton_op` for a function of this package that writes to none of its operands. torch looks for the kernels
+    in a function to put their sources into the keys of its caches; the whole package is in these already.
+    """
+    enter = torch.library.triton_op(name, mutates_args=())
+
+    def decorator(fn: Callable[..., Any]) -> Any:
+        with kernels_unread():
+            return enter(fn)
+
+    return decorator
 
 
 Launcher = Callable[[tuple[int, ...], list, list[int]], None]  # of a grid, operands and numbers

@@ -17,14 +17,13 @@ The element-wise parts are left to the compiler, which fuses them.
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from sloth.kernels.common.launch import compute_dtype, without_autocast
+from sloth.kernels.common.launch import compute_dtype, triton_op, without_autocast
 from sloth.kernels.common.row_reduction import once
 from sloth.kernels.linear.gemm import as_matrix
 
 
-@triton_op("sloth::adapter_forward", mutates_args={})
+@triton_op("sloth::adapter_forward")
 def _adapter_forward(
     base: Tensor,
     inner: Tensor | None,
@@ -50,7 +49,7 @@ def _adapter_forward(
     return (base.to(wide) + change).to(dtype), t
 
 
-@triton_op("sloth::adapter_backward", mutates_args={})
+@triton_op("sloth::adapter_backward")
 def _adapter_backward(
     g: Tensor,
     inner: Tensor | None,

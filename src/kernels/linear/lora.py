@@ -19,9 +19,8 @@ from itertools import compress
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from sloth.kernels.common.launch import compute_dtype, without_autocast
+from sloth.kernels.common.launch import compute_dtype, triton_op, without_autocast
 from sloth.kernels.common.row_reduction import once
 from sloth.kernels.linear.gemm import as_matrix, sum_of_products
 from sloth.kernels.linear.lora_grad_b import up_gradients
@@ -79,7 +78,7 @@ def _check(x, weight, bias, xl, a, b, scale) -> None:
             torch._check(fits, lambda told=told: f"lora_linear: {told}")
 
 
-@triton_op("sloth::lora_linear_forward", mutates_args={})
+@triton_op("sloth::lora_linear_forward")
 def _lora_linear_forward(
     x: Tensor,
     weight: list[Tensor],
@@ -107,7 +106,7 @@ def _lora_linear_forward(
     return out + down
 
 
-@triton_op("sloth::lora_linear_backward", mutates_args={})
+@triton_op("sloth::lora_linear_backward")
 def _lora_linear_backward(
     g: list[Tensor],
     x: Tensor,

@@ -28,10 +28,9 @@ nan, and its lse; nothing is read out of bounds, and nothing waits for the devic
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compiling, compute_dtype, launch, rows, use_triton
+from sloth.kernels.common.launch import compiling, compute_dtype, launch, rows, triton_op, use_triton
 
 # Tuning. Forward, one program a row: a step of its walk takes FORWARD_UNROLL × FORWARD_LANES columns. With 8 lanes (16 bytes of
 # bf16) to a thread, that is FORWARD_LANES = 256 · FORWARD_WARPS, the reduction over UNROLL stays inside a thread.
@@ -250,7 +249,7 @@ def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mea
 # ---------------------------------------------------------------- operators
 
 
-@triton_op("sloth::cross_entropy_forward", mutates_args={})
+@triton_op("sloth::cross_entropy_forward")
 def _cross_entropy_forward(
     logits: Tensor, target: Tensor, ignore_index: int, reduction: str, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -266,7 +265,7 @@ def _cross_entropy_forward(
     return loss / count if reduction == "mean" else loss, lse, low, count
 
 
-@triton_op("sloth::cross_entropy_backward", mutates_args={})
+@triton_op("sloth::cross_entropy_backward")
 def _cross_entropy_backward(
     dloss: Tensor,
     logits: Tensor,

@@ -11,9 +11,8 @@ Bytes    as in cross_entropy.py: the floor is 3·N·V·itemsize over the copy ra
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from sloth.kernels.common.launch import compute_dtype, use_triton
+from sloth.kernels.common.launch import compute_dtype, triton_op, use_triton
 from sloth.kernels.linear.gemm import as_matrix
 from sloth.kernels.loss import loss_terms
 from sloth.kernels.loss.cross_entropy import forward_aten, forward_triton
@@ -31,7 +30,7 @@ def _check(logits, target, class_weight, reduction, label_smoothing, z_loss) -> 
     torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-@triton_op("sloth::cross_entropy_terms_forward", mutates_args={})
+@triton_op("sloth::cross_entropy_terms_forward")
 def _cross_entropy_terms_forward(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str, softcap: float | None,
     scale: float, label_smoothing: float, z_loss: float,
@@ -50,7 +49,7 @@ def _cross_entropy_terms_forward(
     return loss + z_loss * lse.square().mean() if z_loss else loss, lse, low
 
 
-@triton_op("sloth::cross_entropy_terms_backward", mutates_args={})
+@triton_op("sloth::cross_entropy_terms_backward")
 def _cross_entropy_terms_backward(
     dloss: Tensor, logits: Tensor, target: Tensor, class_weight: Tensor | None, lse: Tensor, lse_low: Tensor, ignore_index: int,
     reduction: str, softcap: float | None, scale: float, label_smoothing: float, z_loss: float,
