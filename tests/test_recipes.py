@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters
 
 from sloth.lazy import tensor as lazy_tensor
 from sloth.rewriter.backend import listening
-from sloth.rewriter.dynamo import varying_sizes
 from sloth.rewriter.explain import explain
 
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3")
@@ -264,7 +263,6 @@ def trained(backend: str, folder: Path, evaluating: bool = False) -> list[float]
 
 def test_trainer_with_autocast_checkpointing_and_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for all lengths from the first step on, all matched, and eager's losses."""
-    monkeypatch.setattr(varying_sizes, "BROKEN_ON_CPU", False)
     for name, value in AOT.items():
         monkeypatch.setenv(name, value)
     torch._dynamo.reset()
@@ -279,7 +277,6 @@ def test_trainer_with_autocast_checkpointing_and_lengths(tmp_path: Path, monkeyp
 
 
 def test_trainer_evaluates_compiled_and_without_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varying_sizes, "BROKEN_ON_CPU", False)
     for name, value in AOT.items():
         monkeypatch.setenv(name, value)
     read: list[torch.Tensor] = []

@@ -26,7 +26,6 @@ from sloth.compat import is_ours
 from sloth.integrations.integration import integration
 
 DIMENSIONS = 2  # batch and length
-BROKEN_ON_CPU = torch.__version__ < "2.12"  # Inductor's C++ for cummax of a batch of any size does not compile
 
 
 def _marking(context: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,8 +35,6 @@ def _marking(context: Callable[..., Any]) -> Callable[..., Any]:
     def automatic_dynamic(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         made = context(e, tx, source, *args, **kwargs)
         if not _is_tokens(e) or not is_ours(tx) or source.guard_source is not GuardSource.LOCAL or not sizes_vary():
-            return made
-        if e.device.type == "cpu" and BROKEN_ON_CPU:
             return made
         return replace(made, dynamic_sizes=[DimDynamic.DUCK if n > 1 else DimDynamic.STATIC for n in e.shape])
 
