@@ -14,6 +14,7 @@ _HOME = {
     "Report": "sloth.rewriter.report",
     "Construct": "sloth.rewriter.match.pattern",
     "PatternError": "sloth.rewriter.match.pattern",
+    "cost": "sloth.rewriter.match.cost",
     "pattern": "sloth.rewriter.match.registry",
     "unregister": "sloth.rewriter.match.registry",
 }

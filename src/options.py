@@ -22,6 +22,7 @@ VARIABLE = "SLOTH_OPTIONS"
 OPTIONS = {
     "sloth.disable": "names of patterns or constructs not to rewrite, comma-separated or a list",
     "sloth.only": "the same, of those to rewrite: no others are",
+    "sloth.always": "the same, of those to rewrite wherever it is legal, though the cost stage says that it does not pay",
     "sloth.limit": "how many rewrites are made in a graph, in its order; halving it finds the one that is to blame",
     "sloth.linear_cross_entropy.budget": "bytes of logits at a time; any number of an entry's operator is set so",
     "sloth.inner_backend": "what compiles the rewritten graph instead of Inductor: the name of any Dynamo backend",
@@ -40,6 +41,7 @@ class Options:
     entries: tuple[Pattern, ...] = ()
     deferrals: tuple[Deferral, ...] = ()
     limit: int | None = None
+    always: frozenset[str] = frozenset()
 
 
 def parse(options: dict[str, Any] | None) -> Options:
@@ -72,6 +74,7 @@ def parse(options: dict[str, Any] | None) -> Options:
         tuple(e for e in patterns() if is_wanted(e, (e.construct, *e.also))),
         tuple(d for d in deferrals() if is_wanted(d, (d.construct,))),
         limit,
+        frozenset(_named("sloth.always", own)),
     )
 
 

@@ -5,6 +5,8 @@ to 0.49 as a dequantisation and a matmul. All reach  linear(x, weight_4bit(…),
 by `dequantize_4bit`, whose result is not kept for the backward pass.
 """
 
+from math import prod
+
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -18,11 +20,12 @@ from sloth.kernels.linear.dequantize_4bit import (
     together,
 )
 from sloth.kernels.linear.lora import lora_linear
-from sloth.patterns.lora import DIMS, lora
+from sloth.patterns.lora import DIMS
 from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.compile.passes import called_together
 from sloth.rewriter.graph.normal_form import rule
 from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.cost import cost
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.notices import log
@@ -85,19 +88,14 @@ def _(match):
     match.require(match.weight.op == "weight_4bit", "its weight is not in 4 bits")
 
 
-def worth_it(match):
+@cost(lora_linear)
+def few_rows(match):
     """A few rows without gradients, as in generation, are better multiplied with the packed weights."""
-    if match.weight.op != "weight_4bit":
-        return
-    rows = 1
-    for size in match.x.meta.shape[:-1]:
-        rows = rows * size
-    training = any(r.meta.requires_grad for r in match.roots)
-    match.require(training or not statically_known_true(rows <= FEW_ROWS), f"{rows} rows without gradients")
-
-
-linear_4bit.check(worth_it)
-lora.check(worth_it)
+    x, weight = (match.tensors.get(name) for name in ("x", "weight"))
+    if x is None or weight is None or weight.op != "weight_4bit" or any(r.meta.requires_grad for r in match.roots):
+        return None
+    rows = prod(x.meta.shape[:-1])
+    return f"{rows} rows without gradients" if statically_known_true(rows <= FEW_ROWS) else None
 
 
 def _warn_of_old_bitsandbytes() -> None:

@@ -84,7 +84,7 @@ def _rewritten(gm: fx.GraphModule, chosen: Any) -> GraphReport:
     before = guards_of(env)
     token = ARGUMENTS.set(chosen.arguments)
     try:
-        report = rewrite(gm, list(chosen.entries), constructs(), chosen.deferrals, chosen.limit)
+        report = rewrite(gm, list(chosen.entries), constructs(), chosen.deferrals, chosen.limit, chosen.always)
     finally:
         ARGUMENTS.reset(token)
     report.guards = guards_of(env)[len(before) :]

@@ -71,7 +71,7 @@ class _Calls(torch.nn.Module):
 
 def _is_matched(variant: Variant, dynamic: bool) -> None:
     torch._dynamo.reset()
-    options = {"sloth.inner_backend": "eager"}
+    options = {"sloth.inner_backend": "eager", "sloth.always": variant.pattern.name}
     with listening() as reports:
         torch.compile(_Calls(variant), backend="sloth", dynamic=dynamic, options=options)(*sample(variant, torch.float32))
     sites = [s for r in reports for s in r.sites if s.construct == variant.pattern.construct.name]

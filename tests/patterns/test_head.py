@@ -278,6 +278,14 @@ def test_what_is_no_head(inputs, outputs, rows, head):
     torch.testing.assert_close(ours, layer(x))
 
 
+@pytest.mark.parametrize("always", ["", "head"])
+def test_few_logits_are_left_where_the_user_wants_it(always):
+    layer, x = Wide(16, V), torch.randn(8, 16, device=DEVICE)
+    ours, sites = run(layer, x, options={**OPTIONS, "sloth.always": always})
+    assert [s.status for s in sites] == [MATCHED] * bool(always) and isinstance(ours, LazyLogits) == bool(always)
+    torch.testing.assert_close(ours + torch.zeros(8, V, device=DEVICE), layer(x))
+
+
 def test_it_can_be_switched_off():
     ours, sites = run(model_of("llama"), input_ids=tokens(), options={**OPTIONS, "sloth.disable": "head"})
     assert not isinstance(ours.logits, LazyLogits) and not sites

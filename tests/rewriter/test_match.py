@@ -32,7 +32,7 @@ from sloth import options
 from sloth.rewriter.graph.value import Shadow, Value
 from sloth.rewriter.match.matcher import Match, Matcher
 from sloth.rewriter.match.registry import patterns
-from sloth.rewriter.plan.apply import choose
+from sloth.rewriter.plan.choice import choose
 
 BF16 = torch.bfloat16
 

@@ -124,3 +124,29 @@ def test_a_source_that_is_written() -> None:
     for depth in (0, 1):
         report = trained(Written(depth), torch.randn(3, 4), torch.randn(3, 4))
         assert twice(report) == ["mutation"], missed(report)
+
+
+def test_a_source_that_a_call_around_computes_inside() -> None:
+    """When the plan is made it is a node; when the body is rewritten, the graph around it holds the sum alone."""
+
+    @torch.library.custom_op("sloth_tests::exp_twice", mutates_args=())
+    def exp_twice(s: Tensor) -> Tensor:
+        return s.exp() + s.exp()
+
+    exp_twice.register_fake(lambda s: torch.empty_like(s))
+    sums = sloth.Construct("sums", "sums", anchor=lambda v: v.op == "add")
+
+    @sloth.pattern(sums, op=exp_twice, dims={"s": "B D"}, name="sums")
+    def _(s):
+        return s.exp() + s.exp()
+
+    class Source(Body):
+        def forward(self, x: Tensor, s: Tensor) -> Tensor:
+            return super().forward(x, s.exp())
+
+    try:
+        torch.manual_seed(0)
+        report = trained(Source(), torch.randn(3, 4), torch.randn(3, 4))
+    finally:
+        sloth.unregister("sums")
+    assert [(s.construct, s.status) for s in report.sites] == [("sums", "matched"), ("twice", "hidden")]

@@ -20,6 +20,7 @@ from sloth.rewriter.backend import listening
 from sloth.rewriter.match.matcher import Refused
 from sloth.rewriter.match.registry import constructs, patterns
 from sloth.rewriter.plan import apply as applying
+from sloth.rewriter.plan import plan as planning
 from sloth.rewriter.report import GraphReport, Report
 
 
@@ -203,7 +204,9 @@ def test_an_exception_leaves_every_graph_as_it_was(stage: str, monkeypatch: pyte
     if stage in ("Rewriter.apply", "second apply"):
         monkeypatch.setattr(applying.Rewriter, "apply", fail if stage == "Rewriter.apply" else second)
     elif stage == "legality.check":
-        monkeypatch.setattr(pipeline.legality, "check", fail)
+        monkeypatch.setattr(planning.legality, "check", fail)
+    elif stage == "Matcher":
+        monkeypatch.setattr(planning, "Matcher", fail)
     else:
         monkeypatch.setattr(pipeline, stage, fail)
 

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sloth.lazy import tensor as lazy_tensor
 from sloth.lazy.functions import lazy
 from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.cost import cost
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import deferral
 
@@ -22,8 +23,13 @@ VOCABULARY, WIDER = 30_000, 4
 
 @deferral(HEAD, make=lazy)
 def head(layer: Value) -> bool:
-    """Logits of a vocabulary that are more than is computed at a time. Where sizes are symbols, they may be."""
+    """Logits of a vocabulary."""
     V, H = layer.args[1].meta.shape
+    return isinstance(V, int) and isinstance(H, int) and V >= VOCABULARY and V > WIDER * H
+
+
+@cost(head)
+def few_logits(layer: Value) -> str | None:
+    """Not more than is computed at a time. Where sizes are symbols, they may be more."""
     size = prod(layer.meta.shape) * layer.meta.dtype.itemsize
-    wide = isinstance(V, int) and isinstance(H, int) and V >= VOCABULARY and V > WIDER * H
-    return wide and not statically_known_true(size <= lazy_tensor.CHUNK)
+    return f"{size} bytes of logits are computed at once" if statically_known_true(size <= lazy_tensor.CHUNK) else None

@@ -55,7 +55,7 @@ def pattern(
 
     def enter(reference: Callable) -> Pattern:
         entry = Pattern(
-            name or reference.__name__, construct, _overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred, also,
+            name or reference.__name__, construct, overload(op), dims, sizes or {}, no_grad, recompute, cheap, deferred, also,
             numbers or {},
         )  # fmt: skip
         if entry.name in _deferrals.keys() | _patterns.keys():
@@ -120,7 +120,7 @@ def constructs() -> list[Construct]:
     return list({e.construct.name: e.construct for e in (*patterns(), *deferrals())}.values())
 
 
-def _overload(op: Any) -> torch._ops.OpOverload:
+def overload(op: Any) -> torch._ops.OpOverload:
     op = getattr(op, "_opoverload", op)
     op = getattr(op, "default", op)
     if not isinstance(op, torch._ops.OpOverload):

@@ -3,75 +3,57 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import networkx as nx
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sloth.rewriter.graph.aliasing import may_write, writers
-from sloth.rewriter.graph.canonical import VIEWS
+from sloth.rewriter.graph.aliasing import may_write
 from sloth.rewriter.graph.lower import View
-from sloth.rewriter.graph.value import Value, literal_key, values_in
+from sloth.rewriter.graph.value import Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
-from sloth.rewriter.plan.legality import call_arguments, is_list, match_arguments, operands_of, takes_many
-from sloth.rewriter.plan.materialize import EMIT, held, written
+from sloth.rewriter.plan.bodies import passed
+from sloth.rewriter.plan.hoist import drop_unread_inputs, hoist
+from sloth.rewriter.plan.lazy_outputs import Deferred
+from sloth.rewriter.plan.legality import call_arguments, operands_of, takes_many
+from sloth.rewriter.plan.materialize import EMIT, written
+from sloth.rewriter.plan.narrow import keep_narrow
+from sloth.rewriter.plan.places import Places, computed
+from sloth.rewriter.plan.plan import GraphPlan, Plan
+from sloth.rewriter.report import Site
 
 
-def choose(matches: list[Match], standing: Iterable[Match] = ()) -> tuple[list[Match], list[tuple[Match, Match]]]:
-    """The largest matches that overlap neither each other nor `standing` ones, in graph order, and the losers, each with the
-    match that took its place.
+def apply(plan: Plan) -> list[Applied]:
+    """Edit the graphs of the plan; what was done in each. What cannot be placed is refused, and `plan` has it so afterwards.
+
+    The plan knows which operands depend on results. Which readers of a result must move, and whether they can, is seen here: it
+    depends on where the calls before were put and on what they moved.
     """
-    taken = {v: m for m in standing for v in _own(m)}
-    accepted, losers = [], []
-    for m in sorted(matches, key=lambda m: (*(-n for n in m.size), m.roots[0].id)):
-        winner = next((taken[v] for v in _own(m) if v in taken), None)
-        if winner is not None:
-            losers.append((m, winner))
-            continue
-        taken.update(dict.fromkeys(_own(m), m))
-        accepted.append(m)
-    _trade(accepted, losers, set(standing))
-    return sorted(accepted, key=lambda m: m.roots[0].id), losers
+    done = [_apply(plan, graph) for graph in plan.graphs]
+    hoist([graph.view for graph in plan.graphs], plan.mode)  # bodies may have asked the graphs around them for more inputs
+    if any(graph.placements for graph in plan.graphs) or any(d.deferred for d in done):
+        drop_unread_inputs([graph.view for graph in plan.graphs])
+        for gm, _ in plan.originals:
+            gm.graph.lint()
+            gm.recompile()
+    return done
 
 
-def _trade(accepted: list[Match], losers: list[tuple[Match, Match]], standing: set[Match]) -> None:
-    """Where a winner keeps out a match of another construct, but a smaller match for its own result would not: those two, if they
-    cover more together. An adapter's sum in front of a norm is the adapter's, not the norm's residual.
-    """
-    by_root: dict[Value, list[Match]] = {}
-    for m, _ in losers:
-        for root in m.roots:
-            by_root.setdefault(root, []).append(m)
-    for loser, winner in list(losers):
-        own = winner.pattern.construct
-        if winner in standing or winner not in accepted or loser in accepted or loser.pattern.construct is own:
-            continue
-        others = {v for m in (*accepted, *standing) if m is not winner for v in _own(m)}
-        smaller = [m for root in winner.roots for m in by_root.get(root, ()) if m.pattern.construct is own]
-        fitting = [m for m in smaller if others.isdisjoint(_own(m)) and not set(_own(m)) & set(_own(loser))]
-        best = max(fitting, key=lambda m: m.size, default=None)
-        if best is not None and others.isdisjoint(_own(loser)) and best.size[0] + loser.size[0] > winner.size[0]:
-            accepted[accepted.index(winner)] = best
-            accepted.append(loser)
-            losers[:] = [(m, w) for m, w in losers if m not in (loser, best)] + [(winner, best)]
+class Applied(NamedTuple):
+    """Of one graph: the outputs that are computed when they are read, and sites of the entries that defer."""
+
+    deferred: list[Deferred]
+    sites: list[Site]
 
 
-def _own(m: Match) -> list[Value]:
-    """What no other match may compute too: anything but views."""
-    return [v for v in m.values if v.op not in VIEWS] or list(m.roots)
-
-
-def together(accepted: list[Match]) -> list[list[Match]]:
-    """Matches that one call can stand for: their operator takes lists, and all its other arguments are the same."""
-    groups: dict[object, list[Match]] = {}
-    for m in accepted:
-        op = m.pattern.op
-        shared = [a for p, a in zip(op._schema.arguments, match_arguments(m), strict=True) if not is_list(p)]
-        key = (op, literal_key(tuple(shared)), m.roots[0].region) if takes_many(op) else m
-        groups.setdefault(key, []).append(m)
-    return list(groups.values())
+def _apply(plan: Plan, graph: GraphPlan) -> Applied:
+    rewriter = Rewriter(graph.view)
+    plan.settle(graph, rewriter.apply)
+    applied = Applied(*graph.lazy.apply(graph.matches))
+    if graph.placements or applied.deferred:
+        rewriter.sweep_rest()
+        keep_narrow(graph.view.gm.graph, graph.view.regions)
+    return applied
 
 
 class Rewriter:
@@ -80,15 +62,17 @@ class Rewriter:
     def __init__(self, view: View):
         self.graph, self.view = view.gm.graph, view
         self.live = _live(self.graph)
-        self.order = {n: i for i, n in enumerate(self.graph.nodes)}
+        self.places = Places(view)
 
     def apply(self, matches: list[Match]) -> fx.Node:
         """Insert one call for these matches as early as its operands allow, redirect their results' users, drop what nobody
         reads any more.
         """
+        if gone := [v for m in matches for v in operands_of(m) if not self.view.shadow.owns(v) and not v.nodes]:
+            raise Refused("hidden", f"operand {gone[0].op} is computed inside one call")  # put into the graph around since
         roots = [r for m in matches for r in m.roots]
-        place = self.place(matches)
-        moved = self.held_back(matches, place)
+        place = self.places.earliest(matches)
+        moved = self.places.held_back(matches, place)
         old = [n for m in matches for v in m.values for n in v.nodes]
         for node in reversed(moved):  # readers of an early result, behind the call now
             place.append(node)
@@ -102,46 +86,13 @@ class Rewriter:
         outputs = self.outputs(call, matches[0], roots)
         self.view.regions |= dict.fromkeys((call, *outputs), roots[0].region)
         for value, output in zip(roots, outputs, strict=True):
-            computed = _computed(value)
-            for node in computed:
+            replaced = computed(value)
+            for node in replaced:
                 node.replace_all_uses_with(output)
-            value.nodes[:] = [output, *(n for n in value.nodes if n not in computed)]
+            value.nodes[:] = [output, *(n for n in value.nodes if n not in replaced)]
         self.sweep({v for m in matches for v in m.values}, old)
-        self.order = {n: i for i, n in enumerate(self.graph.nodes)}
+        self.places = Places(self.view)
         return call
-
-    def place(self, matches: list[Match]) -> fx.Node:
-        """The earliest node behind which all operands exist and the grad mode and autocast are those of the matches."""
-        region = matches[0].roots[0].region
-        node = max((n for m in matches for n in self.sources(m)), key=self.order.__getitem__)
-        while node.next.op == "placeholder" or self.view.regions[node.next] != region:
-            node = node.next
-        return node
-
-    def sources(self, match: Match) -> list[fx.Node]:
-        """The nodes of this graph that its operands are made of, and those that write to their memory."""
-        made_of = [h for v in operands_of(match) if self.view.shadow.owns(v) for h in held(v)]
-        return [n for h in made_of for n in (h.nodes[0], *(writers(h, self.view.writes, self.view.gm) if h.pinned else ()))]
-
-    def held_back(self, matches: list[Match], place: fx.Node) -> list[fx.Node]:
-        """Nodes before `place` that read a result: they must move behind the call. None of them may be an operand (convexity)."""
-        results = [n for m in matches for r in m.roots for n in _computed(r)]
-        if all(self.order[u] > self.order[place] for n in results for u in n.users):
-            return []
-        span = nx.DiGraph((a, n) for n in self.graph.nodes for a in n.all_input_nodes)
-        behind = set().union(*(nx.descendants(span, n) for n in results if n in span)) - set(results)
-        if any(n in behind for m in matches for n in self.sources(m)):
-            raise Refused("convexity", "an operand depends on a result")
-        moved = [n for n in self.graph.nodes if n in behind and self.order[n] <= self.order[place]]
-        region = matches[0].roots[0].region
-        if any(n.is_impure() or self.view.regions[n] != region or _random(n) or self.in_written_memory(n) for n in moved):
-            raise Refused("convexity", "its results are read before all its operands exist")
-        return moved
-
-    def in_written_memory(self, node: fx.Node) -> bool:
-        """Does it read or write memory that somebody writes?"""
-        values = (self.view.env.get(n) for n in (node, *node.all_input_nodes))
-        return any(v.pinned for v in values_in(values))
 
     def operand(self, v: Value) -> fx.Node:
         """The node that holds `v`, or what `v` is made of some, written out.
@@ -183,10 +134,11 @@ class Rewriter:
     def sweep(self, values: set[Value], old: list[fx.Node]) -> None:
         """Remove the nodes of matched values that nobody reads any more, from the last to the first."""
         nodes = {*old, *(v.origin for v in values if v.origin is not None)}
-        for n in sorted(nodes & self.order.keys(), key=self.order.__getitem__, reverse=True):
+        order = self.places.order
+        for n in sorted(nodes & order.keys(), key=order.__getitem__, reverse=True):
             if n.op not in ("placeholder", "get_attr") and not n.users and not n.is_impure():
                 self.graph.erase_node(n)
-                del self.order[n]
+                del order[n]
                 for v in (*values, *values_in((self.view.env.get(n),))):
                     if n in v.nodes:
                         v.nodes.remove(n)
@@ -214,40 +166,3 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
         if n.op == "output" or n.is_impure() or may_write(n) or not live.isdisjoint(n.users):
             live.add(n)
     return live
-
-
-def passed(v: Value, view: View) -> fx.Node:
-    """The node that holds `v` of the graph around this body, or further out: one more input, and argument of the call."""
-    inputs = view.gm.graph.find_nodes(op="placeholder")
-    if known := [n for n in inputs if isinstance(view.env[n], Value) and view.env[n].outer is v]:
-        return known[0]
-    source = v.nodes[0] if view.around.shadow.owns(v) else passed(v, view.around)
-    node = add_input(view, [source] * len(view.calls))
-    value = view.env[node] = view.shadow.add("input", (node.name,), v.meta, view.region, origin=node)
-    value.outer, value.nodes = v, [node]
-    return node
-
-
-def add_input(view: View, given: Sequence[fx.Node]) -> fx.Node:
-    """One more input of a body, the last, and of each of its calls one more argument."""
-    *_, last = view.gm.graph.find_nodes(op="placeholder")
-    with view.gm.graph.inserting_after(last):
-        node = view.gm.graph.placeholder(f"{given[0].name}_passed")
-    node.meta.update({k: m for k, m in given[0].meta.items() if k in ("example_value", "stack_trace")}, passed=True)
-    for call, argument in zip(view.calls, given, strict=True):
-        call.args = (*call.args, argument)
-    view.regions[node] = view.region
-    return node
-
-
-def _computed(v: Value) -> list[fx.Node]:
-    """The nodes that compute `v`. The others only copy one of these (contiguous, clone): views of their memory rely on them."""
-    return [n for n in v.nodes if not any(a in v.nodes for a in n.all_input_nodes)]
-
-
-def _random(n: fx.Node) -> bool:
-    return (
-        isinstance(n.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in n.target.tags
-        or any(word in str(n.target) for word in ("dropout", "rand", "bernoulli", "multinomial"))
-    )

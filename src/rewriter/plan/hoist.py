@@ -22,7 +22,7 @@ from sloth.rewriter.graph.lower import View, shape_env_of
 from sloth.rewriter.graph.record import fakes
 from sloth.rewriter.graph.scratch import trying
 from sloth.rewriter.graph.value import Meta, literal_key, values_in
-from sloth.rewriter.plan.apply import add_input
+from sloth.rewriter.plan.bodies import add_input
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from sloth.rewriter.graph.ambient import OFF, dtype_of
 from sloth.rewriter.graph.canonical import POINTWISE
 from sloth.rewriter.graph.lower import View
 from sloth.rewriter.graph.value import Symbol, Value, same_literal, uncast
+from sloth.rewriter.match.cost import Costs
 from sloth.rewriter.match.matcher import Match
 from sloth.rewriter.match.pattern import Deferral
 from sloth.rewriter.plan.materialize import EMIT, written
@@ -76,47 +78,88 @@ def only_given_out(match: Match, v: Value, view: View) -> bool:
     return given and v.op == "cast" and deferrable(match, v, view)
 
 
-def left_alone(view: View, deferrals: Sequence[Deferral]) -> set[Value]:
-    """What no match is to compute, a layer with its adapter say: a deferral wants it, and nobody but the caller reads it."""
-    if view.path:
-        return set()
-    wanted, found = _wanted(view, [], deferrals), set()
-    given = view.gm.graph.output_node().args[0] if wanted else ()
-    for chain in (_chain(node, view) for node in given if isinstance(node, fx.Node)):
-        if chain and all(view.env[layer.node] in wanted for layer in chain.layers) and not _kept(chain, view):
-            found |= {view.env[n] for n in chain.nodes}
-    return found
+class LazyOutput(NamedTuple):
+    """One to be: which output, of what it is computed, and what makes it (Pattern.deferred, Deferral.make)."""
+
+    index: int
+    chain: Chain
+    make: Callable[..., torch.Tensor]
 
 
-def defer(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> tuple[list[Deferred], list[Site]]:
-    """Let the graph give out the inputs of layers. Also a site for each layer that a deferral wants, adapters aside."""
-    if view.path:
-        return [], []
-    makers = {v: m.pattern.deferred for m in matches if m.pattern.deferred is not None for v in m.values}
-    wanted, sites = _wanted(view, matches, deferrals), {}
-    for v, entry in wanted.items():
-        reader = next(user for n in v.nodes for user in n.users)
-        sites[v] = _site(v, entry, "escape", f"`{reader.name}` in the graph reads it")
-    output = view.gm.graph.output_node()
-    given, found, nodes = list(output.args[0]), [], set()
-    for i, node in enumerate(given):
-        chain = _chain(node, view) if isinstance(node, fx.Node) else None
-        layers = [view.env[layer.node] for layer in chain.layers] if chain else []
-        made = {makers.get(layer) for layer in layers}
-        if layers and all(layer in wanted for layer in layers):
-            why = _kept(chain, view)
-            sites |= {layers[0]: _site(layers[0], wanted[layers[0]], "escape" if why else MATCHED, why)}
-            sites = {v: site for v, site in sites.items() if v not in layers[1:]}
-            made = set() if why else {wanted[layer].make for layer in layers}
-        if len(made) == 1 and None not in made:
-            given[i] = _side_by_side(chain, view)
-            nodes.update((*chain.nodes, *(layer.origin for layer in layers)))
-            found.append(_deferred(i, *made, chain, view))
-    output.args = (tuple(given),)
-    for n in reversed(view.gm.graph.nodes):
-        if n in nodes and not n.users:
-            view.gm.graph.erase_node(n)
-    return found, list(sites.values())
+@dataclass(frozen=True)
+class LazyOutputs:
+    """Those of one view. What is asked before the rewrite is for the plan; what is done, is asked of the rewritten graph: what
+    reads a layer, and what the layer reads, may be an operator's call by then.
+    """
+
+    view: View
+    deferrals: Sequence[Deferral]
+    costs: Costs
+
+    @cached_property
+    def reserved(self) -> set[Value]:
+        """What no match is to compute, a layer with its adapter say: a deferral wants it, and nobody but the caller reads it."""
+        if self.view.path:
+            return set()
+        wanted, found = self.wanted([]), set()
+        given = self.view.gm.graph.output_node().args[0] if wanted else ()
+        for chain in (_chain(node, self.view) for node in given if isinstance(node, fx.Node)):
+            if chain and all(self.view.env[layer.node] in wanted for layer in chain.layers) and not _kept(chain, self.view):
+                found |= {self.view.env[n] for n in chain.nodes}
+        return found
+
+    def found(self, matches: list[Match]) -> tuple[list[LazyOutput], list[Site]]:
+        """The outputs that these matches, and the deferrals, leave to be computed later. Also a site for each layer that a
+        deferral wants, adapters aside.
+        """
+        view, sites, found = self.view, {}, []
+        if view.path:
+            return [], []
+        makers = {v: m.pattern.deferred for m in matches if m.pattern.deferred is not None for v in m.values}
+        wanted = self.wanted(matches)
+        for v, entry in wanted.items():
+            reader = next(user for n in v.nodes for user in n.users)
+            sites[v] = _site(v, entry, "escape", f"`{reader.name}` in the graph reads it")
+        for i, node in enumerate(view.gm.graph.output_node().args[0]):
+            chain = _chain(node, view) if isinstance(node, fx.Node) else None
+            layers = [view.env[layer.node] for layer in chain.layers] if chain else []
+            made = {makers.get(layer) for layer in layers}
+            if layers and all(layer in wanted for layer in layers):
+                why = _kept(chain, view)
+                sites |= {layers[0]: _site(layers[0], wanted[layers[0]], "escape" if why else MATCHED, why)}
+                sites = {v: site for v, site in sites.items() if v not in layers[1:]}
+                made = set() if why else {wanted[layer].make for layer in layers}
+            if len(made) == 1 and None not in made:
+                found.append(LazyOutput(i, chain, *made))
+        return found, list(sites.values())
+
+    def apply(self, matches: list[Match]) -> tuple[list[Deferred], list[Site]]:
+        """Let the graph, in which these matches were made, give out the inputs of layers in place of lazy outputs."""
+        found, sites = self.found(matches)
+        graph, nodes = self.view.gm.graph, set()
+        output = graph.output_node()
+        given, deferred = list(output.args[0]), []
+        for index, chain, make in found:
+            given[index] = _side_by_side(chain, self.view)
+            nodes.update((*chain.nodes, *(layer.origin for layer in (self.view.env[x.node] for x in chain.layers))))
+            deferred.append(_deferred(index, make, chain, self.view))
+        if found:
+            output.args = (tuple(given),)
+        for n in reversed(graph.nodes):
+            if n in nodes and not n.users:
+                graph.erase_node(n)
+        return deferred, sites
+
+    def wanted(self, matches: list[Match]) -> dict[Value, Deferral]:
+        """Layers outside of matches that somebody reads and a deferral wants."""
+        covered = {v for m in matches for v in m.values}
+        values = self.view.shadow.values
+        layers = [v for v in values if v.op == "linear" and v not in covered and any(n.users for n in v.nodes)]
+        return {v: d for d in self.deferrals for v in layers if self.costs.wants(d, v)}
+
+    def lines(self, matches: list[Match]) -> list[str]:
+        """For the print-out of a plan with these matches."""
+        return [f"output {index} is computed when it is read" for index, *_ in self.found(matches)[0]]
 
 
 def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Callable[..., Any]:
@@ -132,13 +175,6 @@ def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Cal
         return tuple(out)
 
     return run if deferred else compiled
-
-
-def _wanted(view: View, matches: list[Match], deferrals: Sequence[Deferral]) -> dict[Value, Deferral]:
-    """Layers outside of matches that somebody reads and a deferral wants."""
-    covered = {v for m in matches for v in m.values}
-    layers = [v for v in view.shadow.values if v.op == "linear" and v not in covered and any(n.users for n in v.nodes)]
-    return {v: d for d in deferrals for v in layers if d.wanted(v)}
 
 
 def _chain(node: fx.Node, view: View) -> Chain | None:
