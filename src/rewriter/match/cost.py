@@ -13,16 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.match.pattern import Deferral, Pattern
-from sloth.rewriter.match.registry import deferrals, overload, patterns
+from sloth.rewriter.match.registry import COSTS, deferrals, overload, patterns
 from sloth.rewriter.notices import warn_once
 
-Function = Callable[[Any], str | None]  # of a match, or of a layer that a deferral wants: why the rewrite does not pay, if so
-_FUNCTIONS: dict[str | torch._ops.OpOverload, Function] = {}  # by an entry's name, or by its operator
+Function = Callable[[Any], str | None]
 
 
 class Cost(NamedTuple):
@@ -47,7 +44,7 @@ def cost(of: Any) -> Callable[[Function], Function]:
     key = of if isinstance(of, str) else of.name if isinstance(of, Pattern | Deferral) else overload(of)
 
     def enter(fn: Function) -> Function:
-        _FUNCTIONS[key] = fn
+        COSTS[key] = fn
         return fn
 
     return enter
@@ -75,7 +72,7 @@ class Costs:
 
     def why_not(self, entry: Pattern | Deferral, asked: Any) -> str | None:
         """What the function of the entry, or of its operator, says."""
-        function = _FUNCTIONS.get(entry.name) or _FUNCTIONS.get(getattr(entry, "op", ""))
+        function = COSTS.get(entry.name) or COSTS.get(getattr(entry, "op", ""))
         try:
             return function(asked) if function is not None else None
         except Exception as e:  # a bug of one function costs its entry's rewrites, not the graph
