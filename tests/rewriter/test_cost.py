@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "COSTS", dict(costs.COSTS))
+def forget() -> Iterator[None]:
+    known = dict(costs.COSTS)
+    yield
+    costs.COSTS.clear()
+    costs.COSTS.update(known)
 
 
 def small(match) -> str | None:
@@ -106,6 +110,11 @@ def test_a_bug_costs_the_entry_and_is_told(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING, "sloth"):
         assert statuses(run()) == [("error", "the cost of rms_norm raises ZeroDivisionError: a bug")]
     assert "a bug" in caplog.text
+
+
+def test_it_may_say_so_as_a_check_does() -> None:
+    sloth.cost("rms_norm")(lambda match: match.require(match.eps > 1, "a small eps"))
+    assert statuses(run()) == [("unprofitable", "a small eps")]
 
 
 def test_unknown_names_are_errors() -> None:

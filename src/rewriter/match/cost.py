@@ -65,16 +65,22 @@ class Costs:
 
     def wants(self, entry: Deferral, layer: Value) -> bool:
         """Does the entry want the layer, and does it pay to leave it?"""
+        return entry.wanted(layer) and not self.left(entry, layer)
+
+    def left(self, entry: Deferral, layer: Value) -> str:
+        """Why a layer that the entry wants is computed all the same."""
         try:
-            return entry.wanted(layer) and (self.is_always(entry) or not self.why_not(entry, layer))
-        except Refused:
-            return False
+            return "" if self.is_always(entry) else self.why_not(entry, layer) or ""
+        except Refused as why:
+            return str(why)
 
     def why_not(self, entry: Pattern | Deferral, asked: Any) -> str | None:
         """What the function of the entry, or of its operator, says."""
         function = COSTS.get(entry.name) or COSTS.get(getattr(entry, "op", ""))
         try:
             return function(asked) if function is not None else None
+        except Refused as why:  # match.require
+            return str(why)
         except Exception as e:  # a bug of one function costs its entry's rewrites, not the graph
             why = f"{type(e).__name__}: {e}".split("\n")[0]
             warn_once(f"entry {entry.name!r} is not used where its cost raises: {why}")
