@@ -132,6 +132,10 @@ class Report:
         opaque = sorted({why for g in self.graphs for why in g.opaque.values()}) if self.unread else ()
         for kind, n in self.unread.items():
             yield Text(f"{n} {kind} not looked into: {'; '.join(opaque)}", style="yellow")
+        seen = Counter(s.construct for s in self.sites)
+        for name, count in self.constructs.items():
+            if unseen := count["expected"] - seen[name]:
+                yield Text(f"{unseen} {self.titles.get(name, name)} of the modules called: no code looks like it", style="yellow")
         for why in (*(g.untouched for g in self.graphs if g.untouched), *self.breaks):
             yield Text(f"  {why}", style="yellow")
 

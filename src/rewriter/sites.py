@@ -7,16 +7,19 @@ reached it from above, the largest part of a pattern that does match around it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import fx
 
+from sloth.rewriter.graph.canonical import COMMUTATIVE
 from sloth.rewriter.graph.lower import BODIES, View
-from sloth.rewriter.graph.value import Value
-from sloth.rewriter.match.matcher import Match, Matcher, Refused, Unifier
-from sloth.rewriter.match.pattern import Construct, Variant
+from sloth.rewriter.graph.value import Value, uncast
+from sloth.rewriter.match.matcher import Difference, Match, Matcher, NearMiss, Refused, Unifier
+from sloth.rewriter.match.pattern import Construct, Graph, Variant
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.report import MATCHED, Site, source
 
@@ -25,6 +28,7 @@ LAYERS = {
     torch.nn.functional.scaled_dot_product_attention: "attention(s)",
     "flex_attention": "attention(s)",
 }
+ALIKE = 0.7  # of the operations of a reference that no anchor sees
 Refusals = list[tuple[Match, Refused]]
 
 
@@ -66,7 +70,53 @@ def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Ref
         for anchors in groups.values():
             for i in range(0, len(anchors), construct.per_site):
                 sites.append(_missed(anchors[i], construct, matcher, refused))
+        sites += _unseen(view, construct, matcher, covered, refused)
     return sites
+
+
+def _unseen(view: View, construct: Construct, matcher: Matcher, covered: set[Value], refused: Refusals) -> Iterator[Site]:
+    """One site for each place that a reference matches, or nearly, and no anchor sees: of those that overlap, the largest."""
+    variants = {v: g for graphs in matcher.by_root.values() for v, g in graphs if v.pattern.construct is construct}
+    if construct.anchor is not Construct.anchor and not any(v.is_seen for v in variants):
+        return  # the anchor asks for more than references say: a weight in 4 bits
+    near = [n for n in matcher.near if n.variant in variants]
+    near += [n for v, graph in variants.items() if not v.is_seen for n in _alike(v, graph, view)]
+    found = [(m.values, partial(_refused, m, why)) for m, why in refused if m.variant in variants]
+    found += [(n.values, partial(_different, n.variant, n.difference)) for n in near]
+    taken = set(covered)
+    for values, site in sorted(found, key=lambda one: -len(one[0])):
+        if not taken.isdisjoint(values) or not all(map(view.shadow.owns, values)):
+            continue
+        if not any(_anchors(construct, v) for v in values):
+            taken |= values
+            told = site(*source(max(values, key=lambda v: v.id).origin))
+            yield replace(told, reason=f"{told.reason} (no anchor of {construct.name} sees this place)")
+
+
+def _alike(variant: Variant, graph: Graph, view: View) -> Iterator[NearMiss]:
+    """Places where most operations of a reference stand as they should, wherever the others differ."""
+    operations = sum(v.op not in ("input", "cast") for v in graph.values)
+    for g in view.shadow.values:
+        if g.op == graph.main.op:
+            values, difference = _agreement(graph.main, g)
+            if len(values) >= ALIKE * operations and difference is not None:
+                yield NearMiss(variant, values, difference)
+
+
+def _agreement(p: Value, g: Value) -> tuple[frozenset[Value], Difference | None]:
+    """What of the graph agrees with the pattern below `p`, casts aside, and the first operation that does not."""
+    p, g = uncast(p), uncast(g) if uncast(p).op != "input" else g
+    if p.op == "input":
+        return frozenset(), None
+    if p.op != g.op or len(p.args) != len(g.args):
+        return frozenset(), Difference(0, p.op, g, "structure")
+    orders = [g.args, g.args[::-1]] if p.op in COMMUTATIVE else [g.args]
+    found = []
+    for args in orders:
+        below = [_agreement(a, b) for a, b in zip(p.args, args, strict=True) if isinstance(a, Value) and isinstance(b, Value)]
+        values = frozenset({g}).union(*(values for values, _ in below))
+        found.append((values, next((d for _, d in below if d is not None), None)))
+    return max(found, key=lambda one: len(one[0]))
 
 
 def layers_in(node: fx.Node, gm: fx.GraphModule) -> Counter[str]:
@@ -91,17 +141,24 @@ def _missed(anchor: Value, construct: Construct, matcher: Matcher, refused: Refu
     file, line = source(anchor.origin)
     own = [(m, r) for m, r in refused if m.pattern.construct is construct and anchor in m.values]
     if own:
-        match, refusal = max(own, key=lambda mr: (mr[1].status == "limit", mr[0].size))  # without the limit it is matched
-        return Site(construct.name, str(match.variant), refusal.status, file, line, str(refusal))
+        return _refused(*max(own, key=lambda mr: (mr[1].status == "limit", mr[0].size)), file, line)  # without a limit: matched
     if (miss := matcher.misses.get((construct.name, anchor))) is not None:
-        variant, d = miss
-        found = f", found {_show(d.found)}" if d.found is not None else ""
-        return Site(construct.name, str(variant), d.status, *_place(d.found, file, line), f"expected {d.expected}{found}")
+        return _different(*miss, file, line)
     if not any(v.pattern.construct is construct for variants in matcher.by_root.values() for v, _ in variants):
         refusal = Refused("disabled", "no entry of the construct is in use: see sloth.disable and sloth.only")
         return Site(construct.name, "", refusal.status, file, line, str(refusal))
     variant, reason = nearest(anchor, construct, matcher)
     return Site(construct.name, variant, "structure", file, line, reason)
+
+
+def _refused(match: Match, refusal: Refused, file: str, line: int) -> Site:
+    return Site(match.pattern.construct.name, str(match.variant), refusal.status, file, line, str(refusal))
+
+
+def _different(variant: Variant, d: Difference, file: str, line: int) -> Site:
+    found = f", found {_show(d.found)}" if d.found is not None else ""
+    where = _place(d.found, file, line)
+    return Site(variant.pattern.construct.name, str(variant), d.status, *where, f"expected {d.expected}{found}")
 
 
 def nearest(anchor: Value, construct: Construct, matcher: Matcher) -> tuple[str, str]:
@@ -115,7 +172,11 @@ def nearest(anchor: Value, construct: Construct, matcher: Matcher) -> tuple[str,
             if len(list(_parts(part))) <= best[0]:
                 continue
             for g in around:
-                bound = next(islice(Unifier(False, graph.sentinels).unify(part, g, {}), 1), None) if g.op == part.op else None
+                bound = (
+                    next(islice(Unifier(False, graph.sentinels, graph.computed).unify(part, g, {}), 1), None)
+                    if g.op == part.op
+                    else None
+                )
                 if bound is not None and anchor in bound.values():
                     after = ", ".join(sorted({u.op for u in g.users})) or "nothing"
                     follows = ", ".join(sorted({u.op for u in part.users})) or "a result"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "_FUNCTIONS", dict(costs._FUNCTIONS))
+def forget() -> Iterator[None]:
+    known = dict(costs.COSTS)
+    yield
+    costs.COSTS.clear()
+    costs.COSTS.update(known)
 
 
 def small(match) -> str | None:
@@ -58,6 +62,14 @@ def test_what_a_user_registers_takes_the_place_of_what_was_there() -> None:
     sloth.cost("rms_norm")(small)
     sloth.cost("rms_norm")(lambda match: None)
     assert statuses(run()) == [("matched", "")]
+
+
+def test_it_is_forgotten_with_its_entry() -> None:
+    mine = sloth.Construct("mine", "mine")
+    sloth.pattern(mine, op=operator_of("rms_norm"), dims={"x": "B S D"}, name="mine", weight=None)(lambda x, *, eps: x + eps)
+    sloth.cost("mine")(small)
+    sloth.unregister("mine")
+    assert "mine" not in costs.COSTS
 
 
 def test_an_entrys_counts_more_than_its_operators() -> None:
@@ -100,6 +112,11 @@ def test_a_bug_costs_the_entry_and_is_told(caplog: pytest.LogCaptureFixture) -> 
     assert "a bug" in caplog.text
 
 
+def test_it_may_say_so_as_a_check_does() -> None:
+    sloth.cost("rms_norm")(lambda match: match.require(match.eps > 1, "a small eps"))
+    assert statuses(run()) == [("unprofitable", "a small eps")]
+
+
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(ValueError, match="there is no entry 'rmsnorm'; there are "):
         sloth.cost("rmsnorm")
@@ -111,4 +128,4 @@ def test_unknown_names_are_errors() -> None:
 
 def test_costs_that_sloth_registers_are_of_its_entries() -> None:
     known = {e.name for e in (*patterns(), *deferrals())} | {p.op for p in patterns()}
-    assert costs._FUNCTIONS and costs._FUNCTIONS.keys() <= known
+    assert costs.COSTS and costs.COSTS.keys() <= known

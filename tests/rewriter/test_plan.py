@@ -154,6 +154,15 @@ def test_the_limit_acts_on_the_plan(limit: int) -> None:
     with_graph(Stack(2), X, look)
 
 
+def test_logits_that_are_computed_at_once_are_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_tensor, "CHUNK", 1 << 30)
+
+    def look(gm: fx.GraphModule) -> None:
+        assert f"head refused, unprofitable: {2 * 4 * V * 4} bytes of logits are computed at once" in str(made(gm))
+
+    with_graph(Head(), X, look)
+
+
 def test_an_operand_that_depends_on_a_result_is_seen_in_the_plan() -> None:
     """What the pair took the place of has it back before anything is edited."""
 

@@ -13,16 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.match.pattern import Deferral, Pattern
-from sloth.rewriter.match.registry import deferrals, overload, patterns
+from sloth.rewriter.match.registry import COSTS, deferrals, overload, patterns
 from sloth.rewriter.notices import warn_once
 
-Function = Callable[[Any], str | None]  # of a match, or of a layer that a deferral wants: why the rewrite does not pay, if so
-_FUNCTIONS: dict[str | torch._ops.OpOverload, Function] = {}  # by an entry's name, or by its operator
+Function = Callable[[Any], str | None]
 
 
 class Cost(NamedTuple):
@@ -47,7 +44,7 @@ def cost(of: Any) -> Callable[[Function], Function]:
     key = of if isinstance(of, str) else of.name if isinstance(of, Pattern | Deferral) else overload(of)
 
     def enter(fn: Function) -> Function:
-        _FUNCTIONS[key] = fn
+        COSTS[key] = fn
         return fn
 
     return enter
@@ -68,16 +65,22 @@ class Costs:
 
     def wants(self, entry: Deferral, layer: Value) -> bool:
         """Does the entry want the layer, and does it pay to leave it?"""
+        return entry.wanted(layer) and not self.left(entry, layer)
+
+    def left(self, entry: Deferral, layer: Value) -> str:
+        """Why a layer that the entry wants is computed all the same."""
         try:
-            return entry.wanted(layer) and (self.is_always(entry) or not self.why_not(entry, layer))
-        except Refused:
-            return False
+            return "" if self.is_always(entry) else self.why_not(entry, layer) or ""
+        except Refused as why:
+            return str(why)
 
     def why_not(self, entry: Pattern | Deferral, asked: Any) -> str | None:
         """What the function of the entry, or of its operator, says."""
-        function = _FUNCTIONS.get(entry.name) or _FUNCTIONS.get(getattr(entry, "op", ""))
+        function = COSTS.get(entry.name) or COSTS.get(getattr(entry, "op", ""))
         try:
             return function(asked) if function is not None else None
+        except Refused as why:  # match.require
+            return str(why)
         except Exception as e:  # a bug of one function costs its entry's rewrites, not the graph
             why = f"{type(e).__name__}: {e}".split("\n")[0]
             warn_once(f"entry {entry.name!r} is not used where its cost raises: {why}")

@@ -24,6 +24,7 @@ from sloth.rewriter.graph.value import Meta, Symbol, Value, literal_key, same_li
 from sloth.rewriter.match.pattern import Graph, Pattern, Variant
 from sloth.rewriter.notices import warn_once
 
+NEARLY = 0.8  # of a reference's values and numbers, for a miss that is told though no anchor sees it
 Bindings = dict[Any, Any]  # pattern Value → graph Value, and name of a number → number
 
 
@@ -42,6 +43,14 @@ class Difference(NamedTuple):
     expected: str
     found: Value | None
     status: str
+
+
+class NearMiss(NamedTuple):
+    """What a reference would compute, if it were not for this difference."""
+
+    variant: Variant
+    values: frozenset[Value]
+    difference: Difference
 
 
 @dataclass(eq=False)
@@ -83,6 +92,7 @@ class Unifier:
 
     exact: bool
     sentinels: dict[Any, str] = field(default_factory=dict)
+    computed: frozenset[Any] = frozenset()
     best: Difference | None = None
     best_bindings: Bindings = field(default_factory=dict)
 
@@ -141,6 +151,9 @@ class Unifier:
                 yield {**b, name: g}
             else:
                 self.differ(b, f"the number {name}", at, "constant")
+        elif _hashable(p) and p in self.computed and isinstance(g, (int, float, *Symbol)):  # of numbers: the second look has it
+            name = self.number(-p)
+            yield b if name is None or name in b else {**b, name: -g}
         elif isinstance(g, torch.SymFloat) and isinstance(p, float):  # a constant of the model that dynamic=True made an input
             if g.node.has_hint() and g.node.hint == p and (not self.exact or _constant(g) == p):
                 yield b
@@ -203,6 +216,7 @@ class Matcher:
                     self.by_root[root.args[0].op].append((variant, graph))
         # (construct, value) → the attempt that got furthest through this value
         self.misses: dict[tuple[str, Value], tuple[Variant, Difference]] = {}
+        self.near: list[NearMiss] = []  # what the first look took for a match
 
     def matches(self, values: list[Value]) -> Iterator[Match]:
         """The largest match of each entry at each value."""
@@ -216,15 +230,18 @@ class Matcher:
 
     def at(self, variant: Variant, graph: Graph, g: Value) -> Match | None:
         """The variant with its main result at `g`, or None, and the reason remembered."""
-        unifier = Unifier(False, graph.sentinels)
+        unifier = Unifier(False, graph.sentinels, graph.computed)
         attempts = (b for b0 in unifier.unify(graph.main, g, {}) for b in self.other_roots(unifier, graph, 0, b0))
         for b in islice(attempts, 32):
             match, difference = self.second_look(variant, graph, b)
             if match is not None:
                 return match
             self.remember(variant, difference, b)
+            self.near.append(NearMiss(variant, _computed(graph, b), difference))
         if unifier.best is not None and unifier.best.depth > 2:
             self.remember(variant, unifier.best, unifier.best_bindings)
+            if unifier.best.depth >= NEARLY * (len(graph.values) + len(variant.numbers)):
+                self.near.append(NearMiss(variant, _computed(graph, unifier.best_bindings), unifier.best))
         return None
 
     def remember(self, variant: Variant, difference: Difference, b: Bindings) -> None:
@@ -258,8 +275,9 @@ class Matcher:
         tensors = {name: b[p] for name, p in graph.inputs.items() if p in b}
         numbers = {n: _constant(b[n]) for n in variant.numbers if n in b}
         roots = tuple(b[r] for r in graph.roots)
-        if len(tensors) < len(graph.inputs) or len(numbers) < len(variant.numbers):
-            return None, Difference(len(b), "a reference that uses all its parameters", roots[0], "structure")
+        if unbound := [n for n in (*graph.inputs, *variant.numbers) if n not in tensors and n not in numbers]:
+            used = f"a reference in which {', '.join(unbound)} stands by itself, not only in what is computed of it"
+            return None, Difference(len(b), used, roots[0], "structure")
         metas = [v.meta for v in tensors.values()]
         match = difference = None
         autocast = roots[0].region.autocast
@@ -306,6 +324,12 @@ def _candidates(root: Value, b: Bindings, near: Value) -> list[Value]:
         level = step | level if p.op == "cast" else step
     bound = {v for v in b.values() if isinstance(v, Value)}
     return sorted(level - bound, key=lambda v: abs(v.id - near.id))
+
+
+def _computed(graph: Graph, b: Bindings) -> frozenset[Value]:
+    """What the pattern's operations are bound to."""
+    leaves = {b[p] for p in graph.inputs.values() if p in b}
+    return frozenset(v for v in b.values() if isinstance(v, Value)) - leaves
 
 
 def _constant(number: Any) -> Any:

@@ -20,8 +20,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from string import ascii_letters
 from typing import Any
 
@@ -61,16 +61,35 @@ class Construct:
 
 @dataclass(frozen=True)
 class Graph:
-    """A traced reference: its inputs and results in normal form, and which literals stand for which numbers."""
+    """A traced reference: its inputs and results in normal form, which literals stand for which numbers, and which are computed
+    of such (`-limit`).
+    """
 
     inputs: dict[str, Value]
     roots: tuple[Value, ...]
     sentinels: dict[Any, str]
+    computed: frozenset[Any] = frozenset()
 
     @property
     def main(self) -> Value:
         """The result that the others are found from: the one computed last."""
         return max(self.roots, key=lambda r: r.id)
+
+    @property
+    def values(self) -> list[Value]:
+        """All that it computes, and its inputs."""
+        seen: dict[Value, None] = {}
+        todo = [*self.roots]
+        while todo:
+            if (v := todo.pop(0)) not in seen:
+                seen[v] = None
+                todo += v.inputs
+        return list(seen)
+
+    @property
+    def literals(self) -> set[Any]:
+        """The numbers in it."""
+        return {a for v in self.values for a in _flat(v.args) if isinstance(a, int | float) and not isinstance(a, bool)}
 
 
 @dataclass(eq=False)
@@ -91,7 +110,14 @@ class Variant:
         made = any(map(callable, self.options.values()))  # of bindings, which then need not be arguments themselves
         bound = () if made else (*self.tensors, *(n for n, kind in self.numbers.items() if kind is not torch.dtype))
         if unknown := [n for n in (*bound, *self.options) if n not in names]:
-            raise PatternError(f"pattern {self}: {op} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+            hint = ""
+            if number := next((n for n in unknown if n in self.numbers), ""):
+                hint = (
+                    f". If {number} follows from another number, write so in the reference (-limit). If a check relates the two,"
+                    " give what the operator takes as a function of the match: limit=lambda match: match.limit"
+                )
+            has = f"it has {', '.join(sorted(names))}"
+            raise PatternError(f"pattern {self}: {op} has no argument {', '.join(unknown)}; {has}{hint}")
         self._loose: Graph | None = None
 
     def __str__(self) -> str:
@@ -118,8 +144,22 @@ class Variant:
         if self._loose is None:
             sentinels = _sentinels(self.numbers)
             with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=()), _one_thread():  # whatever is ambient
-                self._loose = self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, None, sentinels)
+                self._loose = self._example(sentinels)
+                if any(map(_is_odd, self._loose.literals - sentinels.keys())):  # what another example has otherwise is computed
+                    fixed = self._example(_sentinels(self.numbers, 1)).literals | sentinels.keys()
+                    self._loose = replace(self._loose, computed=frozenset(filter(_is_odd, self._loose.literals - fixed)))
         return self._loose
+
+    @cached_property
+    def is_seen(self) -> bool:
+        """Does an anchor of the construct mark a value of the reference?"""
+        try:
+            return any(map(self.pattern.construct.anchor, (v for v in self.loose().values if v.op != "input")))
+        except Exception:  # a bug of the anchor is told where it is asked about models
+            return True
+
+    def _example(self, sentinels: dict[Any, str]) -> Graph:
+        return self.graph(self.sample_metas(), {n: v for v, n in sentinels.items()}, None, sentinels)
 
     def graph(
         self, metas: list[Meta], numbers: dict[str, Any], mode: FakeTensorMode | None, sentinels: dict | None = None
@@ -190,11 +230,27 @@ def _one_thread() -> Iterator[None]:
 KINDS = {int: (int, "int"), torch.dtype: (torch.dtype, "torch.dtype")}  # of keyword-only parameters, by annotation; others: float
 
 
-def _sentinels(parameters: dict[str, type]) -> dict[Any, str]:
+def _sentinels(parameters: dict[str, type], example: int = 0) -> dict[Any, str]:
     """A constant for each parameter that no reference writes itself. What is cast to the last dtype is not computed with."""
     dtypes = iter((torch.float64, torch.float16, torch.float8_e5m2))
-    make = {float: lambda i: 0.0173 + 0.0011 * i, int: lambda i: 90017 + i, torch.dtype: lambda i: next(dtypes)}
+    start = 0.0173 + 0.0204 * example
+    make = {float: lambda i: start + 0.0011 * i, int: lambda i: 90017 - 6996 * example + i, torch.dtype: lambda i: next(dtypes)}
     return {make[kind](i): name for i, (name, kind) in enumerate(parameters.items())}
+
+
+def _is_odd(number: float) -> bool:
+    """Is it none that references hold by themselves: sizes, halves, no bound?"""
+    if isinstance(number, int):
+        return 1000 < abs(number) < 1 << 62
+    return number * 1024 % 1 != 0 and abs(number) != float("inf")
+
+
+def _flat(args: Any) -> Iterator[Any]:
+    for a in args:
+        if isinstance(a, tuple | list):
+            yield from _flat(a)
+        else:
+            yield a
 
 
 def _parameters(fn: Callable) -> tuple[list[str], dict[str, type]]:

@@ -15,6 +15,8 @@ from sloth.rewriter.notices import log
 GROUP, OWN = "sloth_patterns", "sloth.patterns"  # entry points of packages with patterns; sloth's own come first
 _patterns: dict[str, Pattern] = {}
 _deferrals: dict[str, Deferral] = {}
+# By an entry's name or an operator: of a match, or a layer that a deferral wants, why the rewrite does not pay, if so (cost.py).
+COSTS: dict[str | torch._ops.OpOverload, Callable[[Any], str | None]] = {}
 _loaded = False
 
 
@@ -85,8 +87,9 @@ def deferral(
 
 
 def unregister(name: str) -> None:
-    """Forget an entry. KeyError where there is none of this name."""
+    """Forget an entry, and what was registered for its name. KeyError where there is none of this name."""
     del _patterns[name]
+    COSTS.pop(name, None)
 
 
 def patterns() -> list[Pattern]:

@@ -153,13 +153,18 @@ class LazyOutputs:
     def wanted(self, matches: list[Match]) -> dict[Value, Deferral]:
         """Layers outside of matches that somebody reads and a deferral wants."""
         covered = {v for m in matches for v in m.values}
-        values = self.view.shadow.values
-        layers = [v for v in values if v.op == "linear" and v not in covered and any(n.users for n in v.nodes)]
-        return {v: d for d in self.deferrals for v in layers if self.costs.wants(d, v)}
+        return {v: d for d in self.deferrals for v in self.layers if v not in covered and self.costs.wants(d, v)}
+
+    @property
+    def layers(self) -> list[Value]:
+        """Those that somebody reads."""
+        return [v for v in self.view.shadow.values if v.op == "linear" and any(n.users for n in v.nodes)]
 
     def lines(self, matches: list[Match]) -> list[str]:
         """For the print-out of a plan with these matches."""
-        return [f"output {index} is computed when it is read" for index, *_ in self.found(matches)[0]]
+        lines = [f"output {index} is computed when it is read" for index, *_ in self.found(matches)[0]]
+        wanted = [(d, v) for d in self.deferrals for v in self.layers if d.wanted(v)]
+        return lines + [f"{d.name} refused, unprofitable: {why}" for d, v in wanted if (why := self.costs.left(d, v))]
 
 
 def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Callable[..., Any]:
