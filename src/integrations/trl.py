@@ -65,9 +65,9 @@ def _cut_before_body(utils: ModuleType) -> Callable[..., None]:
         parameter = next(model.parameters(), None)
         if parameter is not None and utils._use_triton(parameter.device):
             forward = model.forward.__func__
-            model.forward = MethodType(torch._dynamo.disable(forward, recursive=False, reason=BEHIND), model)
+            model.forward = MethodType(torch.compiler.disable(forward, recursive=False, reason=BEHIND), model)
             if not hasattr(function.forward, "_torchdynamo_disable"):
-                function.forward = staticmethod(torch._dynamo.disable(function.forward, reason=BEHIND))
+                function.forward = staticmethod(torch.compiler.disable(function.forward, reason=BEHIND))
 
     return add_head
 

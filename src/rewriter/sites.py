@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from torch import fx
 
+from sloth.compat.dispatch import HigherOrderOperator
 from sloth.rewriter.graph.lower import BODIES, View
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.matcher import Match, Matcher, Refused, Unifier
@@ -71,7 +72,7 @@ def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Ref
 
 def layers_in(node: fx.Node, gm: fx.GraphModule) -> Counter[str]:
     """Layers that are out of sight in this opaque node of `gm`, by their kind."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, HigherOrderOperator):
         return Counter([LAYERS[node.target]] if node.target in LAYERS else [])
     if node.target.name() in LAYERS:
         return Counter([LAYERS[node.target.name()]])

@@ -70,7 +70,7 @@ class _Calls(torch.nn.Module):
 
 
 def _is_matched(variant: Variant, dynamic: bool) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     options = {"sloth.inner_backend": "eager"}
     with listening() as reports:
         torch.compile(_Calls(variant), backend="sloth", dynamic=dynamic, options=options)(*sample(variant, torch.float32))

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from sloth.compat.dispatch import FakeTensor, FakeTensorMode
 from sloth.rewriter.match.pattern import Variant
 from sloth.testing.samples import numbers, outputs, sample
 
@@ -22,7 +22,7 @@ def captured(variant: Variant, dtype: torch.dtype) -> fx.GraphModule:
         found.append((gm, inputs))
         return gm.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     tensors = sample(variant, dtype)
     torch.compile(lambda *t: variant.reference(*t, **numbers(variant, dtype)), backend=keep, dynamic=False)(*tensors)
     ((gm, inputs),) = found

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from sloth.compat.dispatch import set_grad_enabled
+
 SIMILAR = [  # functions that one could be written for another
     [operator.add, operator.sub, operator.mul, operator.truediv],
     [torch.rsqrt, torch.sqrt, torch.exp],
@@ -120,9 +122,9 @@ def _effects(n: fx.Node) -> Iterator[Edit]:
 
     def without_gradient(g: fx.Graph, m: fx.Node) -> None:
         with g.inserting_before(m):
-            g.call_function(torch._C._set_grad_enabled, (False,))
+            g.call_function(set_grad_enabled, (False,))
         with g.inserting_after(m):
-            g.call_function(torch._C._set_grad_enabled, (True,))
+            g.call_function(set_grad_enabled, (True,))
 
     yield "written in place", written
     if n.op != "placeholder":
@@ -157,7 +159,7 @@ def mutants(gm: fx.GraphModule) -> Iterator[tuple[str, Callable[[], fx.GraphModu
 def _edited(gm: fx.GraphModule, n: fx.Node, edit: Callable[[fx.Graph, fx.Node], None]) -> fx.GraphModule:
     gm = copy.deepcopy(gm)
     edit(gm.graph, next(m for m in gm.graph.nodes if m.name == n.name))
-    gm.graph.eliminate_dead_code(lambda m: m.is_impure() or m.target == "mul_" or m.target is torch._C._set_grad_enabled)
+    gm.graph.eliminate_dead_code(lambda m: m.is_impure() or m.target == "mul_" or m.target is set_grad_enabled)
     gm.graph.lint()
     gm.recompile()
     return gm

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from sloth.compat.dispatch import FakeTensorMode
 from sloth.rewriter.graph.value import Meta
 from sloth.rewriter.match.matcher import Match
 from sloth.rewriter.match.pattern import Pattern, Variant

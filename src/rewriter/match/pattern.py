@@ -26,8 +26,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.compat.dispatch import FakeTensorMode, OpOverload
 from sloth.rewriter.graph.normal_form import Normal
 from sloth.rewriter.graph.record import trace
 from sloth.rewriter.graph.value import Meta, Shadow, Value
@@ -134,7 +134,7 @@ class Pattern:
 
     name: str
     construct: Construct
-    op: torch._ops.OpOverload
+    op: OpOverload
     dims: dict[str, str]
     sizes: dict[str, int] = field(default_factory=dict)
     no_grad: tuple[str, ...] = ()

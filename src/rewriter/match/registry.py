@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sloth.compat.dispatch import OpOverload
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.pattern import Construct, Deferral, Pattern, PatternError
 from sloth.rewriter.notices import log
@@ -120,9 +121,9 @@ def constructs() -> list[Construct]:
     return list({e.construct.name: e.construct for e in (*patterns(), *deferrals())}.values())
 
 
-def _overload(op: Any) -> torch._ops.OpOverload:
+def _overload(op: Any) -> OpOverload:
     op = getattr(op, "_opoverload", op)
     op = getattr(op, "default", op)
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         raise PatternError(f"op must be an operator of torch.library, not {type(op).__name__}")
     return op

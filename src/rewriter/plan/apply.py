@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sloth.compat.dispatch import OpOverload
 from sloth.rewriter.graph.aliasing import may_write, writers
 from sloth.rewriter.graph.canonical import VIEWS
 from sloth.rewriter.graph.lower import View
@@ -247,7 +248,7 @@ def _computed(v: Value) -> list[fx.Node]:
 
 def _random(n: fx.Node) -> bool:
     return (
-        isinstance(n.target, torch._ops.OpOverload)
+        isinstance(n.target, OpOverload)
         and torch.Tag.nondeterministic_seeded in n.target.tags
         or any(word in str(n.target) for word in ("dropout", "rand", "bernoulli", "multinomial"))
     )
