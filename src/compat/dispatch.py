@@ -30,7 +30,7 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # a tensor that holds others: DTensor, torchao's
 with suppress(ImportError):
-    from torch.utils._sympy.symbol import SymT, symbol_is_type  # which symbols are sizes
+    from torch.utils._sympy.symbol import SymT, symbol_is_type  # which symbols are floats, which sizes
 
 # ---------------------------------------------------------------- modes, as nodes of a graph switch them
 

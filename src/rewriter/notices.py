@@ -47,11 +47,11 @@ def warn_of_versions() -> None:
 
 def warn_of_recompilations(compile_id: Any) -> None:
     """Where the graph that is compiled is the last one that Dynamo allows for its code."""
-    from sloth.compat.dynamo import config  # not before: patterns import this module, and Dynamo takes a second to import
+    from sloth.compat import dynamo  # not before: patterns import this module, and Dynamo takes a second to import
 
     number = getattr(compile_id, "frame_compile_id", None)
-    limit = getattr(config, "recompile_limit", None)
-    if number is not None and number + 1 == limit:
+    limit = getattr(getattr(dynamo, "config", None), "recompile_limit", None)
+    if number is not None and limit is not None and number + 1 == limit:
         warn_once(
             f"the same code is compiled a last time (recompile_limit is {limit}): after that Dynamo runs it without a compiler."
             " TORCH_LOGS=recompiles prints what changes from call to call; torch._dynamo.config.recompile_limit allows more"
