@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 
-import networkx as nx
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
@@ -129,8 +128,7 @@ class Rewriter:
         results = [n for m in matches for r in m.roots for n in _computed(r)]
         if all(self.order[u] > self.order[place] for n in results for u in n.users):
             return []
-        span = nx.DiGraph((a, n) for n in self.graph.nodes for a in n.all_input_nodes)
-        behind = set().union(*(nx.descendants(span, n) for n in results if n in span)) - set(results)
+        behind = _behind(results) - set(results)
         if any(n in behind for m in matches for n in self.sources(m)):
             raise Refused("convexity", "an operand depends on a result")
         moved = [n for n in self.graph.nodes if n in behind and self.order[n] <= self.order[place]]
@@ -244,6 +242,17 @@ def add_input(view: View, given: Sequence[fx.Node]) -> fx.Node:
 def _computed(v: Value) -> list[fx.Node]:
     """The nodes that compute `v`. The others only copy one of these (contiguous, clone): views of their memory rely on them."""
     return [n for n in v.nodes if not any(a in v.nodes for a in n.all_input_nodes)]
+
+
+def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
+    """All that depends on one of them."""
+    found: set[fx.Node] = set()
+    open_ = list(nodes)
+    while open_:
+        new = open_.pop().users.keys() - found
+        found |= new
+        open_ += new
+    return found
 
 
 def _random(n: fx.Node) -> bool:
