@@ -1,6 +1,7 @@
 # make demo   fine-tune a small model with sloth, and compare with eager and Inductor
 # make demo-qlora   the same model in 4 bits, adapters trained through TRL, and compared with eager
-# make test   lint, format check and the test suite
+# make test   lint, format check, types of the public API, and the test suite
+# make lint   these alone
 # make nightly  tests that take minutes each
 # make sweep  the slow sweep over the model zoo
 # Both share one environment, .venv, which is brought up to date when pyproject.toml, TORCH, TRITON or TRANSFORMERS changes.
@@ -21,11 +22,11 @@ BIN := $(VENV)/bin
 # The name of the stamp holds a checksum of what is asked for: another choice is another stamp.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH) $(TRITON) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help demo demo-qlora test nightly sweep clean
+.PHONY: help demo demo-qlora lint test nightly sweep clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | demo-qlora | test | nightly | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
+	@echo "make demo | demo-qlora | lint | test | nightly | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
 
 $(STAMP): pyproject.toml
 	@echo "== environment: $(VENV), $(TORCH)"
@@ -45,10 +46,14 @@ demo-qlora: $(STAMP)
 	@echo "== demo: examples/qlora.py"
 	@$(BIN)/python examples/qlora.py $(QLORA)
 
-test: $(STAMP)
+lint: $(STAMP)
 	@echo "== lint"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@mkdir -p $(VENV)/typed && ln -sfn ../../src $(VENV)/typed/sloth
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+test: lint
 	@echo "== tests"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 

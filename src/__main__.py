@@ -80,7 +80,7 @@ def explain(
 
     try:
         parse(None)  # what the environment says
-        net = build(model)
+        net: Any = build(model)
     except ValueError as e:  # ModelError is one
         print(f"sloth explain: {e}", file=sys.stderr)
         raise typer.Exit(2) from e

@@ -19,7 +19,7 @@ with suppress(ImportError):
 # ---------------------------------------------------------------- equal layers are traced once; a module's floats are constants
 
 with suppress(ImportError):
-    from torch._guards import Guard, GuardSource, Source
+    from torch._guards import Guard, GuardSource
 with suppress(ImportError):
     from torch._dynamo.guards import install_guard
 with suppress(ImportError):
@@ -29,13 +29,16 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch._dynamo.pgo import FrameStateSizeEntry, process_automatic_dynamic  # "this float changes"
 with suppress(ImportError):
-    from torch._dynamo.source import ChainedSource, LocalSource, TypeSource  # where Dynamo found a value
+    from torch._guards import ChainedSource, Source  # where Dynamo found a value
+    from torch._dynamo.source import LocalSource, TypeSource
 with suppress(ImportError):
     from torch._dynamo.utils import get_fake_value  # of a node, from those of its operands
 with suppress(ImportError):
-    from torch._dynamo.variables import ConstantVariable, LazyVariableTracker, ListVariable, SymNodeVariable, TensorVariable
+    from torch._dynamo.variables import ConstantVariable, LazyVariableTracker, ListVariable, TensorVariable
 with suppress(ImportError):
     from torch._dynamo.variables import TupleVariable, UnspecializedNNModuleVariable
+with suppress(ImportError):
+    from torch._dynamo.variables.tensor import SymNodeVariable
 with suppress(ImportError):
     from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
 with suppress(ImportError):

@@ -12,7 +12,8 @@ try:
 except ImportError:
     raw_stream = None
 try:
-    from triton.runtime.interpreter import InterpretedFunction  # what @triton.jit gives under TRITON_INTERPRET=1
+    # what @triton.jit gives under TRITON_INTERPRET=1
+    from triton.runtime.interpreter import InterpretedFunction  # pyright: ignore[reportAssignmentType]
 except ImportError:
 
     class InterpretedFunction:

@@ -4,7 +4,7 @@ torch that nobody tried a model trains without sloth, and is told so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -19,7 +19,7 @@ except Exception as missing:
 
     def sloth(
         gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
-    ) -> Callable[..., Any]:
+    ) -> Any:
         """Inductor, with the options that are its own."""
         from sloth.compat.inductor import InductorOptions
 

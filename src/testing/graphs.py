@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from sloth.compat.dispatch import FakeTensor, FakeTensorMode
 from sloth.rewriter.match.pattern import Variant
@@ -67,6 +68,6 @@ def doubled(gm: fx.GraphModule) -> fx.GraphModule:
         if n.op == "call_method" and n.target in ("float", "half"):
             n.target = "double"
         change = lambda a: torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a  # noqa: E731
-        n.args, n.kwargs = fx.node.map_aggregate(n.args, change), fx.node.map_aggregate(n.kwargs, change)
+        n.args, n.kwargs = map_aggregate(n.args, change), map_aggregate(n.kwargs, change)
     gm.recompile()
     return gm

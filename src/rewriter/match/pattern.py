@@ -192,6 +192,8 @@ def _parameters(fn: Callable) -> tuple[list[str], dict[str, type]]:
 
 
 @cache
-def _sizes(spec: str) -> list[sympy.Expr]:
-    """ "B S 2*I" as symbolic sizes (a trailing dtype is not a size)."""
-    return [sympy.sympify(s, locals={c: sympy.Symbol(c) for c in ascii_letters}) for s in spec.split() if s != "int64"]
+def _sizes(spec: str) -> list[Any]:
+    """ "B S 2*I" as sympy's expressions (a trailing dtype is not a size)."""
+    letters = {c: sympy.Symbol(c) for c in ascii_letters}
+    sizes = [s for s in spec.split() if s != "int64"]
+    return [sympy.sympify(s, locals=letters) for s in sizes]  # pyright: ignore[reportCallIssue]  (it takes text)
