@@ -1,29 +1,32 @@
 # make demo   fine-tune a small model with sloth, and compare with eager and Inductor
 # make demo-qlora   the same model in 4 bits, adapters trained through TRL, and compared with eager
-# make test   lint, format check and the test suite
+# make test   lint, format check, types of the public API, and the test suite
+# make lint   these alone
 # make nightly  tests that take minutes each
 # make sweep  the slow sweep over the model zoo
-# Both share one environment, .venv, which is brought up to date when pyproject.toml, TORCH or TRITON changes.
+# Both share one environment, .venv, which is brought up to date when pyproject.toml, TORCH, TRITON or TRANSFORMERS changes.
 
 PYTHON ?= python3
 # Installed first and by itself, so that the build which this machine's pip offers (CPU, CUDA, ROCm) is the one taken.
 TORCH ?= torch==2.13.0
 # The CPU builds of torch name no Triton, and the newest need not suit them: take the one that the CUDA builds ask for.
 TRITON ?= $(if $(findstring ==2.13,$(TORCH)),triton==3.7.1,$(if $(findstring ==2.11,$(TORCH)),triton==3.6.0,triton))
+# TRANSFORMERS=transformers==5.17.0: the oldest that is tested.
+TRANSFORMERS ?= transformers
 # The demo's own folder is replaced each time; `python examples/finetune.py` never replaces one unasked.
 DEMO ?= --out runs/demo --force
 QLORA ?= --out runs/qlora --force
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The name of the stamp holds a checksum of TORCH and TRITON: another choice is another stamp.
-STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
+# The name of the stamp holds a checksum of what is asked for: another choice is another stamp.
+STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH) $(TRITON) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help demo demo-qlora test nightly sweep clean
+.PHONY: help demo demo-qlora lint test nightly sweep clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | demo-qlora | test | nightly | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
+	@echo "make demo | demo-qlora | lint | test | nightly | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
 
 $(STAMP): pyproject.toml
 	@echo "== environment: $(VENV), $(TORCH)"
@@ -32,7 +35,7 @@ $(STAMP): pyproject.toml
 	@rm -f $(VENV)/.installed-*
 	@$(BIN)/python -m pip install -q '$(TORCH)'
 	@echo "== environment: sloth and what it needs"
-	@$(BIN)/python -m pip install -q '$(TRITON)' -e '.[test,train]'
+	@$(BIN)/python -m pip install -q '$(TRITON)' '$(TRANSFORMERS)' -e '.[test,train]'
 	@touch $@
 
 demo: $(STAMP)
@@ -43,10 +46,14 @@ demo-qlora: $(STAMP)
 	@echo "== demo: examples/qlora.py"
 	@$(BIN)/python examples/qlora.py $(QLORA)
 
-test: $(STAMP)
+lint: $(STAMP)
 	@echo "== lint"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@mkdir -p $(VENV)/typed && ln -sfn ../../src $(VENV)/typed/sloth
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+test: lint
 	@echo "== tests"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -7,7 +7,13 @@ Everything is imported when first used: `import sloth` alone is free.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sloth.rewriter.explain import explain
+    from sloth.rewriter.match.pattern import Construct, PatternError
+    from sloth.rewriter.match.registry import pattern, unregister
+    from sloth.rewriter.report import Report
 
 _HOME = {
     "explain": "sloth.rewriter.explain",
@@ -19,7 +25,7 @@ _HOME = {
     "unregister": "sloth.rewriter.match.registry",
 }
 __version__ = "0.2.0"
-__all__ = ["__version__", *_HOME]
+__all__ = ["Construct", "PatternError", "Report", "__version__", "cost", "explain", "pattern", "unregister"]
 
 
 def __getattr__(name: str) -> Any:

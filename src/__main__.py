@@ -10,7 +10,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as e:
+    raise SystemExit(f"python -m sloth needs {e.name}: pip install 'sloth-compile[cli]'") from e
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +36,12 @@ def main(
     ] = False,
 ) -> None:
     pass
+
+
+def _lacks(command: str, e: ModuleNotFoundError) -> typer.Exit:
+    """A package that the command needs is not installed."""
+    print(f"sloth {command} needs {e.name}: pip install 'sloth-compile[hf]'", file=sys.stderr)
+    return typer.Exit(2)
 
 
 class Precision(StrEnum):
@@ -71,10 +80,12 @@ def explain(
 
     try:
         parse(None)  # what the environment says
-        net = build(model)
+        net: Any = build(model)
     except ValueError as e:  # ModelError is one
         print(f"sloth explain: {e}", file=sys.stderr)
         raise typer.Exit(2) from e
+    except ModuleNotFoundError as e:
+        raise _lacks("explain", e) from e
     if checkpointing:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.ones(batch, seq, dtype=torch.int64)
@@ -142,6 +153,8 @@ def warm(
     except ValueError as e:  # WarmError and ModelError are
         print(f"sloth warm: {e}", file=sys.stderr)
         raise typer.Exit(2) from e
+    except ModuleNotFoundError as e:
+        raise _lacks("warm", e) from e
 
 
 @app.command()

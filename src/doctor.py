@@ -84,7 +84,7 @@ def _compiled() -> Iterator[str]:
         from sloth.rewriter.backend import listening
 
         wanted = torch.autograd.grad(norm(x, w).sin().sum(), (x, w))
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with listening() as reports:
             got = torch.autograd.grad(torch.compile(norm, backend="sloth")(x, w).sin().sum(), (x, w))
         torch.testing.assert_close(got, wanted)

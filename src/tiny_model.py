@@ -78,7 +78,7 @@ def full(model: str, quantization: Any = None, dtype: torch.dtype | None = None)
         with torch.device(device):
             made = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return made if quantization is None else _in_4_bits(made, quantization, device)
-    except ModelError:
+    except (ModelError, ModuleNotFoundError):
         raise
     except Exception as e:
         raise ModelError(f"{model} cannot be built: {type(e).__name__}: {e}".split("\n")[0]) from e

@@ -218,7 +218,7 @@ def _unpack(binaries: dict[str, bytes], folder: Path) -> None:
 
 def _triton_folders() -> list[Path]:
     """Triton's own cache, and the one that Inductor gives it."""
-    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from sloth.compat.inductor import triton_cache_dir
 
     try:
         from triton import knobs

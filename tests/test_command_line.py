@@ -21,6 +21,7 @@ CLONE = Path(__file__).parent.parent
 def test_version_and_public_names() -> None:
     assert CliRunner().invoke(app, ["--version"]).stdout.strip() == f"sloth {sloth.__version__}"
     assert {"explain", "pattern", "Report", "__version__"} <= set(dir(sloth)) and (CLONE / "src" / "py.typed").exists()
+    assert {*sloth._HOME, "__version__"} == set(sloth.__all__) and all(hasattr(sloth, name) for name in sloth.__all__)
 
 
 def test_a_clone_in_the_folder_is_the_package(tmp_path: Path) -> None:

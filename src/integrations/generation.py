@@ -11,8 +11,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from torch._dynamo.eval_frame import innermost_backend
-
+from sloth.compat.dynamo import innermost_backend
 from sloth.integrations.integration import integration
 
 

@@ -5,6 +5,8 @@
 
 The function is called with the module now, or right behind its import; nothing is imported for it. What it raises is logged and
 costs this integration alone: no import and no run of somebody else's fails for it. `integrations()` lists them all.
+A module of integrations that cannot be imported, because another torch lacks a name that it needs, costs those of that module:
+it is loaded with `load`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
 from sloth.integrations.import_hook import when_imported
@@ -52,6 +55,17 @@ def integration(module: str, *, touches: str, why: str) -> Callable[[Callable[[M
         return install
 
     return enter
+
+
+def load(*modules: str) -> None:
+    """Import these modules of integrations. Of one that cannot be, that is logged and listed."""
+    for name in modules:
+        try:
+            import_module(name)
+        except ImportError as e:
+            missing = Integration(name, "all of it", "what this module is for", lambda _: None, f"off: {type(e).__name__}: {e}")
+            _known[name, missing.touches] = missing
+            log.warning("sloth: %s is %s", name, missing.state)
 
 
 def integrations() -> list[Integration]:

@@ -13,9 +13,7 @@ from functools import wraps
 from types import CodeType, ModuleType
 from typing import Any
 
-from torch._dynamo.variables.misc import GetAttrVariable, SuperVariable
-
-from sloth.compat import is_ours
+from sloth.compat.dynamo import GetAttrVariable, SuperVariable, is_ours
 from sloth.integrations.integration import integration
 from sloth.integrations.transformers import leave_out
 

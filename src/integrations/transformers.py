@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.variables import TensorVariable
 
-from sloth.compat import is_ours
+from sloth.compat.dynamo import is_ours
 from sloth.integrations.integration import integration
 
 _hooks: set[CodeType] = set()  # functions whose call of it is left out
@@ -62,7 +61,7 @@ def teach_dynamo(transformers: ModuleType) -> None:
 def _skipping(trace: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo's `trace` of x.requires_grad_(), but for graphs of sloth and calls of those hooks."""
 
-    def method_requires_grad_(self: TensorVariable, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    def method_requires_grad_(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_ours(tx) or tx.f_code not in _hooks or self.source:
             return trace(self, tx, *args, **kwargs)
         node = self.as_proxy().node
@@ -92,7 +91,9 @@ def _skip_warnings(_: ModuleType) -> None:
     compilation where this set of its configuration holds a function.
     """
     if torch.__version__ >= (2, 13):
-        torch._dynamo.config.ignore_logging_functions.add(logging.Logger.warning_once)
+        from sloth.compat.dynamo import config
+
+        config.ignore_logging_functions.add(logging.Logger.warning_once)
 
 
 def left_to_require(gm: fx.GraphModule) -> list[int]:

@@ -62,9 +62,9 @@ def _cut_before_body(utils: ModuleType, model: Any) -> None:
     if parameter is None or not utils._use_triton(parameter.device):
         return
     forward = model.forward.__func__
-    model.forward = MethodType(torch._dynamo.disable(forward, recursive=False, reason=BEHIND), model)
+    model.forward = MethodType(torch.compiler.disable(forward, recursive=False, reason=BEHIND), model)
     if not hasattr(head.forward, "_torchdynamo_disable"):
-        head.forward = staticmethod(torch._dynamo.disable(head.forward, reason=BEHIND))
+        head.forward = staticmethod(torch.compiler.disable(head.forward, reason=BEHIND))
 
 
 def _models_with(add: Callable[..., None]) -> list[Any]:

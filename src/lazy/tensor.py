@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
 
+from sloth.compat.dispatch import DisableTorchFunctionSubclass, current_graph_task_id, make_wrapper_subclass, pytree
 from sloth.kernels.common.launch import compute_dtype, without_autocast
 from sloth.kernels.linear.gemm import add_product, as_matrix, product
 from sloth.lazy.head import Head, Layer, Remade, Step, gate_of, versions
@@ -92,11 +92,11 @@ class LazyLogits(Tensor):
         return repr(read(self))
 
     @classmethod
-    @torch._dynamo.disable  # compiled code that is given such a tensor breaks its graph where it uses it
+    @torch.compiler.disable  # compiled code that is given such a tensor breaks its graph where it uses it
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
         if func in STAYS_LAZY and isinstance(first, LazyLogits) and is_lazy(first):
@@ -105,16 +105,16 @@ class LazyLogits(Tensor):
                 return _noted(found, func, args, kwargs)
         if func in KIND and not isinstance(first, LazyLogits):
             like = lambda t: t.new_empty(0)  # noqa: E731
-            return func(*tree_map_only(LazyLogits, like, args), **tree_map_only(LazyLogits, like, kwargs))
+            return func(*pytree.tree_map_only(LazyLogits, like, args), **pytree.tree_map_only(LazyLogits, like, kwargs))
         if _writes(func) and isinstance(first, LazyLogits):
             _share(first)
-        return func(*tree_map_only(LazyLogits, read, args), **tree_map_only(LazyLogits, read, kwargs))
+        return func(*pytree.tree_map_only(LazyLogits, read, args), **pytree.tree_map_only(LazyLogits, read, kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Below autograd, which has seen this tensor as it is: only the values are wanted."""
         values = lambda t: read(t).detach()  # noqa: E731
-        return func(*tree_map_only(LazyLogits, values, args), **tree_map_only(LazyLogits, values, kwargs or {}))
+        return func(*pytree.tree_map_only(LazyLogits, values, args), **pytree.tree_map_only(LazyLogits, values, kwargs or {}))
 
 
 def lazy(
@@ -143,7 +143,7 @@ def made(rows: Rows, steps: tuple[Step, ...], plain: bool, like: Tensor, grad: b
 
 def _wrapper(like: Tensor, hidden: Tensor) -> LazyLogits:
     size = (*hidden.shape[:-1], like.shape[-1])
-    return Tensor._make_wrapper_subclass(LazyLogits, size, dtype=like.dtype, device=hidden.device)
+    return make_wrapper_subclass(LazyLogits, size, dtype=like.dtype, device=hidden.device)
 
 
 def read(logits: Any) -> Any:
@@ -218,7 +218,7 @@ def _is_view(x: LazyLogits) -> bool:
 def _of_origin(x: LazyLogits, parent: Tensor | None = None) -> Tensor:
     """What the function that made it gives for the logits themselves."""
     func, (origin, *args), kwargs, i = x.origin
-    found = func(read(origin) if parent is None else parent, *tree_map_only(LazyLogits, read, args), **kwargs)
+    found = func(read(origin) if parent is None else parent, *pytree.tree_map_only(LazyLogits, read, args), **kwargs)
     return found if i is None else found[i]
 
 
@@ -239,7 +239,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple:
         (hidden,) = ctx.saved_tensors
         ctx.head.check(hidden, ctx.version)
-        terms, need = ctx.terms.pop(torch._C._current_graph_task_id(), ()), ctx.needs_input_grad[3:]
+        terms, need = ctx.terms.pop(current_graph_task_id(), ()), ctx.needs_input_grad[3:]
         if len(terms) == 1 and terms[0].made is not None:
             found = terms[0].made
         else:
@@ -252,7 +252,7 @@ def waits(terms: dict[int, list[Term]], term: Term) -> Tensor | None:
     given = [g for g in term.grads if g is not None]
     if not given:
         return None
-    terms.setdefault(torch._C._current_graph_task_id(), []).append(term)
+    terms.setdefault(current_graph_task_id(), []).append(term)
     return given[0].new_zeros(())
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import CompileContext
 
-from sloth.integrations import generation, llamafactory, peft, trainer, trl  # noqa: F401  (other packages are met as they are)
+from sloth.compat.dispatch import CompileContext
+from sloth.integrations.integration import load
 from sloth.integrations.transformers import left_to_require, requiring
 from sloth.options import parse
 from sloth.rewriter.compile.inductor import captures, compile_with, compiler, start_workers
 from sloth.rewriter.compile.plain_inputs import plain_inputs
 from sloth.rewriter.compile.regions import compile_in_parts
-from sloth.rewriter.dynamo import called_modules, collector, graph_breaks, module_floats, repeated_layers, varying_sizes  # noqa: F401  (they teach Dynamo)
+from sloth.rewriter.dynamo import called_modules
 from sloth.rewriter.graph.lower import shape_env_of
 from sloth.rewriter.graph.scratch import guards_of
 from sloth.rewriter.match.pattern import ARGUMENTS
@@ -28,6 +28,9 @@ from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.plan.lazy_outputs import returning
 from sloth.rewriter.report import GraphReport
 
+load(*(f"sloth.integrations.{name}" for name in ("generation", "llamafactory", "peft", "trainer", "trl")))  # met as they are
+TAUGHT = ("collector", "graph_breaks", "module_floats", "repeated_layers", "varying_sizes")
+load(*(f"sloth.rewriter.dynamo.{name}" for name in TAUGHT))
 patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know
 NODES_A_SECOND = 15  # that Inductor compiles, both passes: 12 to 18, tiny models on two cores as 8B ones on a GPU's host
 _listeners: list[list[GraphReport]] = []
@@ -97,9 +100,9 @@ def _rewritten(gm: fx.GraphModule, chosen: Any) -> GraphReport:
 
 
 def _reset() -> None:
-    """torch._dynamo.reset() calls this: forget CUDA graphs (mode="reduce-overhead")."""
+    """torch.compiler.reset() calls this: forget CUDA graphs (mode="reduce-overhead")."""
     if torch.cuda.is_available():
-        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+        from sloth.compat.inductor import reset_cudagraph_trees
 
         reset_cudagraph_trees()
 

@@ -11,8 +11,8 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
+from sloth.compat.dynamo import config, counters
 from sloth.rewriter.backend import listening, sloth
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import constructs
@@ -37,7 +37,7 @@ def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
     with _unchanged(module), torch.enable_grad():
         report.expected = _expected(module, batch, constructs())
         before = Counter(counters["graph_break"])
-        unlimited = torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+        unlimited = config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
         with listening() as graphs, unlimited:
             torch.compile(module, backend=_trace_only())(**batch)
         report.graphs = graphs

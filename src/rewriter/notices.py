@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-
-import torch
+from typing import Any
 
 from sloth.compat import is_tested, window
 
@@ -46,11 +45,13 @@ def warn_of_versions() -> None:
             )
 
 
-def warn_of_recompilations(compile_id: torch._guards.CompileId | None) -> None:
+def warn_of_recompilations(compile_id: Any) -> None:
     """Where the graph that is compiled is the last one that Dynamo allows for its code."""
+    from sloth.compat import dynamo  # not before: patterns import this module, and Dynamo takes a second to import
+
     number = getattr(compile_id, "frame_compile_id", None)
-    limit = torch._dynamo.config.recompile_limit
-    if number is not None and number + 1 == limit:
+    limit = getattr(getattr(dynamo, "config", None), "recompile_limit", None)
+    if number is not None and limit is not None and number + 1 == limit:
         warn_once(
             f"the same code is compiled a last time (recompile_limit is {limit}): after that Dynamo runs it without a compiler."
             " TORCH_LOGS=recompiles prints what changes from call to call; torch._dynamo.config.recompile_limit allows more"

@@ -15,6 +15,7 @@ from itertools import islice
 import torch
 from torch import fx
 
+from sloth.compat.dispatch import HigherOrderOperator
 from sloth.rewriter.graph.canonical import COMMUTATIVE
 from sloth.rewriter.graph.lower import BODIES, View
 from sloth.rewriter.graph.value import Value, uncast
@@ -121,7 +122,7 @@ def _agreement(p: Value, g: Value) -> tuple[frozenset[Value], Difference | None]
 
 def layers_in(node: fx.Node, gm: fx.GraphModule) -> Counter[str]:
     """Layers that are out of sight in this opaque node of `gm`, by their kind."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, HigherOrderOperator):
         return Counter([LAYERS[node.target]] if node.target in LAYERS else [])
     if node.target.name() in LAYERS:
         return Counter([LAYERS[node.target.name()]])

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_aggregate
 
+from sloth.compat.dispatch import FakeTensor, FakeTensorMode
 from sloth.rewriter.match.pattern import Variant
 from sloth.testing.samples import numbers, outputs, sample
 
@@ -22,7 +23,7 @@ def captured(variant: Variant, dtype: torch.dtype) -> fx.GraphModule:
         found.append((gm, inputs))
         return gm.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     tensors = sample(variant, dtype)
     torch.compile(lambda *t: variant.reference(*t, **numbers(variant, dtype)), backend=keep, dynamic=False)(*tensors)
     ((gm, inputs),) = found
@@ -67,6 +68,6 @@ def doubled(gm: fx.GraphModule) -> fx.GraphModule:
         if n.op == "call_method" and n.target in ("float", "half"):
             n.target = "double"
         change = lambda a: torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a  # noqa: E731
-        n.args, n.kwargs = fx.node.map_aggregate(n.args, change), fx.node.map_aggregate(n.kwargs, change)
+        n.args, n.kwargs = map_aggregate(n.args, change), map_aggregate(n.kwargs, change)
     gm.recompile()
     return gm

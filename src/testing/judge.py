@@ -6,6 +6,8 @@ exact, eager code casts with `wide` where the original says `.float()`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a GPU machine the same tests run the real kernels
@@ -136,7 +138,7 @@ def compare(
     return ours
 
 
-def make(shape, dtype, layout="contiguous", seed=0, *, scale=1.0, mean=0.0, device=DEVICE) -> torch.Tensor:
+def make(shape, dtype, layout="contiguous", seed=0, *, scale=1.0, mean=0.0, device: Any = DEVICE) -> torch.Tensor:
     """A random normal tensor of this shape in this layout. `again(salt)` of it is another one."""
     made = _make(tuple(shape), dtype, layout, torch.Generator().manual_seed(seed), scale, mean, device)
     made.again = lambda salt: make(shape, dtype, layout, seed + salt, scale=scale, mean=mean, device=device)

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import map_aggregate
+
+from sloth.compat.dispatch import set_grad_enabled
 
 SIMILAR = [  # functions that one could be written for another
     [operator.add, operator.sub, operator.mul, operator.truediv],
@@ -21,7 +24,7 @@ SIMILAR = [  # functions that one could be written for another
 ]
 WORDS = {"tanh": "none", "mean": "sum", "sum": "mean"}
 DTYPES = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}
-Edit = tuple[str, Callable[[fx.Graph, fx.Node], None]]
+Edit = tuple[str, Callable[[fx.Graph, fx.Node], Any]]
 
 
 def altered(a: Any) -> Iterator[Any]:
@@ -87,11 +90,11 @@ def _absences(n: fx.Node) -> Iterator[Edit]:
 
 
 def _later(g: fx.Graph, m: fx.Node) -> None:
-    users = list(m.users)
-    m.replace_all_uses_with(m.args[0])
+    users, before, method = list(m.users), m.all_input_nodes[0], str(m.target)
+    m.replace_all_uses_with(before)
     for u in users:
         if u.op != "output":
-            _behind(g, u, lambda u=u: g.call_method(m.target, (u, *m.args[1:]), m.kwargs))
+            _behind(g, u, lambda u=u: g.call_method(method, (u, *m.args[1:]), m.kwargs))
 
 
 EXTRA: dict[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
@@ -112,7 +115,12 @@ def _additions(n: fx.Node) -> Iterator[Edit]:
 
 def _effects(n: fx.Node) -> Iterator[Edit]:
     """The value is also a result, is written in place, is computed without gradients, or is read by a step that shifts it."""
-    yield "result too", lambda g, m: g.output_node().update_arg(0, (*g.output_node().args[0], m))
+
+    def returned(g: fx.Graph, m: fx.Node) -> None:
+        results: Any = g.output_node().args[0]
+        g.output_node().update_arg(0, (*results, m))
+
+    yield "result too", returned
 
     def written(g: fx.Graph, m: fx.Node) -> None:
         with g.inserting_after(m):
@@ -120,9 +128,9 @@ def _effects(n: fx.Node) -> Iterator[Edit]:
 
     def without_gradient(g: fx.Graph, m: fx.Node) -> None:
         with g.inserting_before(m):
-            g.call_function(torch._C._set_grad_enabled, (False,))
+            g.call_function(set_grad_enabled, (False,))
         with g.inserting_after(m):
-            g.call_function(torch._C._set_grad_enabled, (True,))
+            g.call_function(set_grad_enabled, (True,))
 
     yield "written in place", written
     if n.op != "placeholder":
@@ -157,7 +165,7 @@ def mutants(gm: fx.GraphModule) -> Iterator[tuple[str, Callable[[], fx.GraphModu
 def _edited(gm: fx.GraphModule, n: fx.Node, edit: Callable[[fx.Graph, fx.Node], None]) -> fx.GraphModule:
     gm = copy.deepcopy(gm)
     edit(gm.graph, next(m for m in gm.graph.nodes if m.name == n.name))
-    gm.graph.eliminate_dead_code(lambda m: m.is_impure() or m.target == "mul_" or m.target is torch._C._set_grad_enabled)
+    gm.graph.eliminate_dead_code(lambda m: m.is_impure() or m.target == "mul_" or m.target is set_grad_enabled)
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -166,7 +174,7 @@ def _edited(gm: fx.GraphModule, n: fx.Node, edit: Callable[[fx.Graph, fx.Node], 
 def _moved(a: Any, graph: fx.Graph) -> Any:
     """Nodes of the original as those of the copy."""
     names = {n.name: n for n in graph.nodes}
-    return fx.node.map_aggregate(a, lambda x: names[x.name] if isinstance(x, fx.Node) else x)
+    return map_aggregate(a, lambda x: names[x.name] if isinstance(x, fx.Node) else x)
 
 
 def _behind(g: fx.Graph, m: fx.Node, write: Callable[[], fx.Node]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from sloth.compat.dispatch import FakeTensorMode
 from sloth.rewriter.graph.value import Meta
 from sloth.rewriter.match.matcher import Match
 from sloth.rewriter.match.pattern import Pattern, Variant
@@ -88,7 +88,7 @@ def made_match(variant: Variant, tensors: list[torch.Tensor], draw: int = 0) -> 
 def accepts(match: Match) -> bool:
     """Would the rewriter take the entry's operator for these operands?"""
     try:
-        legality.results(match, legality.Ground(None, FakeTensorMode()))
+        legality.results(match, legality.Ground(None, FakeTensorMode()))  # pyright: ignore[reportArgumentType]  (it asks for no view)
         for condition in match.pattern.checks:
             condition(match)
     except legality.Refused:

@@ -7,12 +7,11 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-__all__ = ["InterpretedFunction", "TensorDescriptor", "tl", "triton"]
+__all__ = ["TensorDescriptor", "tl", "triton"]
 
 try:
     import triton
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError as e:
     if (e.name or "").split(".")[0] != "triton":
@@ -34,9 +33,6 @@ except ModuleNotFoundError as e:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return _Kernel(args[0]) if len(args) == 1 and callable(args[0]) and not kwargs else self
-
-    class InterpretedFunction:
-        """No kernel is one."""
 
     class TensorDescriptor:
         """No operand is one."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.library import wrap_triton
 
-from sloth.compat import kernels_unread, static_launcher
+from sloth.compat.dispatch import detect_fake_mode
+from sloth.compat.triton import InterpretedFunction, kernels_unread, raw_stream, static_launcher
 from sloth.kernels.common.device import device_of
-from sloth.kernels.common.language import InterpretedFunction, TensorDescriptor
+from sloth.kernels.common.language import TensorDescriptor
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -72,11 +72,11 @@ def _launcher_of(compiled: Any, device: int, constants: list) -> Launcher:
     static = static_launcher(compiled, device)
     if static is None:
         return lambda grid, operands, numbers: compiled[grid + (1,) * (3 - len(grid))](*operands, *numbers, *constants)
-    run, constant, stream_of = static.run, set(static.full_constexprs), torch._C._cuda_getCurrentRawStream
+    run, constant = static.run, set(static.full_constexprs)
 
     def launch(grid: tuple[int, ...], operands: list, numbers: list[int]) -> None:
         given = [a for i, a in enumerate((*operands, *numbers)) if i not in constant]  # a size of 1 is one
-        run(*grid, *(1,) * (3 - len(grid)), stream_of(device), *given)
+        run(*grid, *(1,) * (3 - len(grid)), raw_stream(device), *given)
 
     return launch
 

@@ -12,15 +12,15 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-import torch
-
+from sloth.compat import inductor
+from sloth.compat.dispatch import OpOverload
 from sloth.integrations.integration import integration
 
-_DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-_enter: list[Callable[[torch._ops.OpOverload], None]] = []  # once Inductor is imported
+_DIRECT: dict[OpOverload, Callable[..., Any]] = {}
+_enter: list[Callable[[OpOverload], None]] = []  # once Inductor is imported
 
 
-def called_directly(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+def called_directly(op: OpOverload, function: Callable[..., Any]) -> None:
     """Let graphs that Inductor compiled call `function`, which takes the arguments of `op` and returns what it returns."""
     _DIRECT[op] = function
     for enter in _enter:
@@ -33,18 +33,17 @@ def called_directly(op: torch._ops.OpOverload, function: Callable[..., Any]) -> 
     why="sloth's operators are called without the dispatcher",
 )
 def _call_directly(module: ModuleType) -> None:
-    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
-    from torch._inductor.virtualized import V
+    codegen, custom, virtualized = inductor.CUSTOM_EXTERN_KERNEL_CODEGEN, inductor.CustomCodegen, inductor.V
 
     def write(name: str, node: Any, writeline: Callable[[str], None]) -> None:
         """The call of an operator as Inductor writes it, by another name."""
         node.python_kernel_name = name
-        V.graph.wrapper_code.generate_fallback_kernel(node)
+        virtualized.graph.wrapper_code.generate_fallback_kernel(node)
 
-    def enter(op: torch._ops.OpOverload) -> None:
+    def enter(op: OpOverload) -> None:
         name = str(op).replace(".", "_")
         setattr(module.extern_kernels, name, _DIRECT[op])
-        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = CustomCodegen(python=partial(write, f"extern_kernels.{name}"))
+        codegen[f"torch.ops.{op}"] = custom(python=partial(write, f"extern_kernels.{name}"))
 
     for op in _DIRECT:
         enter(op)

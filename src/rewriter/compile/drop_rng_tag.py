@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+
+from sloth.compat.dispatch import OpOverload
 
 _ATTENTION = (
     "_scaled_dot_product_cudnn_attention",

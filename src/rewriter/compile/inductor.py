@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.registry import lookup_backend
 
 import sloth
+from sloth.compat.dispatch import enter_autocast, exit_autocast
+from sloth.compat.inductor import InductorOptions, config
 from sloth.integrations.integration import integration
 from sloth.rewriter.compile.drop_rng_tag import not_random
 from sloth.rewriter.compile.passes import Pass, in_one_call, kept, made_again, written_over
@@ -28,29 +29,31 @@ PREFERRED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
 # Kernels that we write are launched as Inductor's own: by torch, not by C code that gcc compiles for each of them, and the next
 # process loads them from its cache instead of compiling them again. Workers that compile are told by their environment.
 STATIC, STATIC_VARIABLE = "static_launch_user_defined_triton_kernels", "TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS"
-AUTOCAST = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
+AUTOCAST = tuple(f"{f.__module__}.{f.__qualname__}" for f in (enter_autocast, exit_autocast))
 
 
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        config, late = torch._inductor.config, (made_again, in_one_call, written_over)
+        late = (made_again, in_one_call, written_over)
         passes = {"joint_custom_pre_pass": (kept, not_random), "post_grad_custom_post_pass": late}
         theirs = {at: options.get(at) or getattr(config, at) for at in passes}
         ours = {at: Pass(sources_digest(), *passes[at], behind=theirs[at]) for at in passes}
         preferred = {name: value for name, value in PREFERRED.items() if hasattr(config, name)}
         if _may_launch():
             preferred[STATIC] = True
-        return partial(_inductor, torch._TorchCompileInductorWrapper(mode, preferred | options | ours, None).config)
+        return partial(_inductor, InductorOptions(mode, preferred | options | ours, None).config)
     if mode or options:
         raise ValueError(f"mode and options are Inductor's, and sloth.inner_backend is {name!r}")
+    from sloth.compat.dynamo import lookup_backend
+
     return lookup_backend(name)
 
 
 def captures(mode: str | None, options: dict[str, Any]) -> bool:
     """Will Inductor capture CUDA graphs? They hold the addresses of all that they read."""
-    config = torch._TorchCompileInductorWrapper(mode, options, None).config
-    return config.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+    chosen = InductorOptions(mode, options, None).config
+    return chosen.get("triton.cudagraphs", config.triton.cudagraphs)
 
 
 def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -59,12 +62,12 @@ def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: 
         return inner(gm, example_inputs)
 
 
-def _inductor(config: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _inductor(chosen: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Inductor, which is told to compile backward passes as forward ones: it does so later, in the first call of `backward()`."""
     with _launched_by_torch():
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
+        from sloth.compat.inductor import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
 
-        return compile_fx(gm, example_inputs, inner_compile=_ours({})(compile_fx_inner), config_patches=config)
+        return compile_fx(gm, example_inputs, inner_compile=_ours({})(compile_fx_inner), config_patches=chosen)
 
 
 def start_workers(gm: fx.GraphModule) -> None:
@@ -75,8 +78,7 @@ def start_workers(gm: fx.GraphModule) -> None:
     if not any(isinstance(x, torch.Tensor) and x.is_cuda for x in examples):
         return
     with _launched_by_torch():
-        from torch._inductor.async_compile import AsyncCompile
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        from sloth.compat.inductor import AsyncCompile, cache_dir
 
         if not Path(cache_dir(), "fxgraph").exists():
             AsyncCompile.use_process_pool()
@@ -97,7 +99,7 @@ def _launched_by_torch() -> Iterator[None]:
 
 def _may_launch() -> bool:
     """On CUDA, unless the user's environment says something else."""
-    return torch.version.cuda is not None and STATIC_VARIABLE not in os.environ and hasattr(torch._inductor.config, STATIC)
+    return torch.version.cuda is not None and STATIC_VARIABLE not in os.environ and hasattr(config, STATIC)
 
 
 @contextmanager
@@ -109,10 +111,10 @@ def _ours(known: dict) -> Iterator[None]:
     none, is what this thread has.
     """
     tag, own = torch.compiler.config.cache_key_tag, f"sloth-{sources_digest()}-{dtypes()}"
-    cacheable = torch._inductor.config.unsafe_marked_cacheable_functions | dict.fromkeys(AUTOCAST, "in the key")
+    cacheable = config.unsafe_marked_cacheable_functions | dict.fromkeys(AUTOCAST, "in the key")
     with (
         torch.compiler.config.patch(cache_key_tag=tag if tag.endswith(own) else tag + own),
-        torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable),
+        config.patch(unsafe_marked_cacheable_functions=cacheable),
         _analysed_once(known),
     ):
         yield

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.partitioners import must_recompute
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.fx_utils import get_node_storage
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sloth.compat.dispatch import OpOverload
+from sloth.compat.inductor import (
+    CustomGraphPass,
+)
+from sloth.rewriter.notices import warn_once
 from sloth.rewriter.plan.materialize import OWN
 
 _OVER: dict[object, dict[str, str]] = {}
@@ -38,12 +39,10 @@ def writes_over(kernel: object, **operands: str) -> None:
     _OVER[kernel] = operands
 
 
-_TOGETHER: dict[torch._ops.OpOverload, tuple[torch._ops.OpOverload, int, Callable[[list[tuple]], tuple | None]]] = {}
+_TOGETHER: dict[OpOverload, tuple[OpOverload, int, Callable[[list[tuple]], tuple | None]]] = {}
 
 
-def called_together(
-    op: torch._ops.OpOverload, many: torch._ops.OpOverload, most: int, arguments: Callable[[list[tuple]], tuple | None]
-) -> None:
+def called_together(op: OpOverload, many: OpOverload, most: int, arguments: Callable[[list[tuple]], tuple | None]) -> None:
     """Let up to `most` calls of `op` that stand in a row, none of which reads another, be one of `many`, which returns a list.
     `arguments` makes its arguments of theirs, or None where they do not fit together.
     """
@@ -60,7 +59,10 @@ class Pass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         for function in self.functions:
-            function(graph)
+            try:
+                function(graph)
+            except ImportError as e:  # of what it needs of torch: the first that each of them does
+                warn_once(f"{function.__name__} ({__name__}) is off: {e}")
         if self.behind is not None:
             self.behind(graph)
 
@@ -103,7 +105,7 @@ def in_one_call(graph: fx.Graph) -> None:
             _replace(graph, row, many, given)
 
 
-def _replace(graph: fx.Graph, row: list[fx.Node], many: torch._ops.OpOverload, given: tuple) -> None:
+def _replace(graph: fx.Graph, row: list[fx.Node], many: OpOverload, given: tuple) -> None:
     """These calls by the results of one, which stands where the last of them does: its operands are there."""
     with graph.inserting_after(row[-1]):
         call = graph.call_function(many, given)
@@ -121,6 +123,8 @@ def written_over(graph: fx.Graph) -> None:
     """Of ATen operations, forward or backward, before Inductor decides which results lie where: if it finds that an operand is
     read later after all, it copies it.
     """
+    from sloth.compat.inductor import get_node_storage, kernel_side_table, triton_kernel_wrapper_functional
+
     order = {n: i for i, n in enumerate(graph.nodes)}
     storages: dict[int | None, list[fx.Node]] = {}
     for n in order:
@@ -146,6 +150,8 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def kept(graph: fx.Graph) -> None:
     """Of both passes, before they are divided: what leaves a checkpointed part is not computed again."""
+    from sloth.compat.inductor import must_recompute
+
     needed: set[fx.Node] = set()  # of what follows checkpointed parts, what has a part in its own backward pass
     for n in reversed(graph.nodes):
         if "ac_graph_id" not in n.meta and _is(n, "forward") and any(u in needed or _is(u, "backward") for u in n.users):

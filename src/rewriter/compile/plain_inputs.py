@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from sloth.compat.dispatch import DisableTorchFunctionSubclass, disabled_torch_function
+
 
 def plain_inputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The same with frozen tensors of such subclasses passed as what they are: tensors that share their memory."""
 
     def run(*args: Any) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():  # or they are asked in Python whether they are frozen
+        with DisableTorchFunctionSubclass():  # or they are asked in Python whether they are frozen
             given = [a.as_subclass(torch.Tensor) if _is_dressed(type(a)) and not a.requires_grad else a for a in args]
         return compiled(*given)
 
@@ -30,4 +32,4 @@ def _is_dressed(kind: type) -> bool:
     """Has it a `__torch_function__`, and is no wrapper of other tensors, of which compilers know?"""
     if not issubclass(kind, torch.Tensor) or kind is torch.Tensor or hasattr(kind, "__tensor_flatten__"):
         return False
-    return kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    return kind.__torch_function__ is not disabled_torch_function

@@ -21,11 +21,16 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sloth.compat.dispatch import (
+    FakeTensorMode,
+    TracingContext,
+    enter_autocast,
+    exit_autocast,
+    is_traceable_wrapper_subclass,
+    set_grad_enabled,
+    tracing,
+)
 from sloth.rewriter.compile.structural_key import Bodies, body_of, call_key, graph_key, tensor_key
 from sloth.rewriter.graph.aliasing import may_be_written, may_write, storages, tensors
 from sloth.rewriter.graph.value import Symbol
@@ -58,7 +63,7 @@ class Part:
         for n in (*self.entered, *self.calls):
             env[n] = graph.node_copy(n, env.__getitem__)
         for block in reversed(self.left):
-            graph.call_function(_exit_autocast, (env[block],))
+            graph.call_function(exit_autocast, (env[block],))
         graph.output(tuple(env[n] for n in self.outputs))
         return graph
 
@@ -199,13 +204,13 @@ def _allowed(calls: list[fx.Node]) -> list[bool] | None:
     for n in calls:
         allowed.append(blocks == 0 and grad == ambient)
         name = getattr(n.target, "__name__", "")
-        if n.target in (_enter_autocast, _exit_autocast):
+        if n.target in (enter_autocast, exit_autocast):
             continue
         if name.startswith("_enter_") or name.endswith("_increment_nesting"):
             blocks += 1
         elif name.startswith("_exit_") or name.endswith("_decrement_nesting"):
             blocks -= 1
-        elif n.target is torch._C._set_grad_enabled:
+        elif n.target is set_grad_enabled:
             grad = n.args[0]
         elif n.op == "call_function" and n.is_impure() and not may_write(n):
             return None
@@ -214,16 +219,16 @@ def _allowed(calls: list[fx.Node]) -> list[bool] | None:
 
 def _crosses(n: fx.Node) -> bool:
     """May what it gives be handed from part to part? Attributes and blocks of autocast each part has by itself."""
-    return n.op != "get_attr" and n.target is not _enter_autocast
+    return n.op != "get_attr" and n.target is not enter_autocast
 
 
 def _open_blocks(calls: Iterable[fx.Node], entered: list[fx.Node]) -> list[fx.Node]:
     """The blocks of autocast that are open behind these calls, where those of `entered` are before them."""
     blocks = list(entered)
     for n in calls:
-        if n.target is _enter_autocast:
+        if n.target is enter_autocast:
             blocks.append(n)
-        elif n.target is _exit_autocast:
+        elif n.target is exit_autocast:
             blocks.remove(n.args[0])
     return blocks
 

@@ -13,10 +13,9 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from torch._dynamo.variables import UnspecializedNNModuleVariable
 from torch.nn import Module
 
-from sloth.compat import is_ours
+from sloth.compat.dynamo import is_ours
 from sloth.integrations.integration import integration
 from sloth.rewriter.match.pattern import Construct
 
@@ -34,7 +33,7 @@ def _counting(trace: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo's `trace` of a module's call."""
 
     @wraps(trace)
-    def call_function(self: UnspecializedNNModuleVariable, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def call_function(self: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if is_ours(tx):
             called_in(tx).append(self.value)
         return trace(self, tx, args, kwargs)

@@ -13,9 +13,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from torch._dynamo.callback import callback_handler
-
-from sloth.compat import is_ours
+from sloth.compat.dynamo import callback_handler, is_ours
 from sloth.integrations.integration import integration
 
 NEVER = 10**6  # passes over the middle-aged, after which the old are due

@@ -7,7 +7,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from sloth.compat import is_ours
+from sloth.compat.dynamo import is_ours
 from sloth.integrations.integration import integration
 from sloth.integrations.trl import BEHIND
 from sloth.rewriter.notices import tell_once, warn_once, was_told

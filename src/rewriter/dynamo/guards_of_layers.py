@@ -8,11 +8,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch._dynamo.guards import _get_closure_vars
-from torch._dynamo.source import TypeSource
-from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.builder import VariableBuilder
-from torch._guards import Guard, Source
+
+from sloth.compat.dynamo import Guard, Source, TypeSource, VariableBuilder, VariableTracker, closure_vars
 
 
 class NotAlike(Exception):
@@ -38,7 +35,7 @@ class Place:
         self.old, self.new, self.tx = old, new, tx
         self.known: dict[Source, Source | None] = {}
         self.scope = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}
-        self.helpers, self.values = dict(_get_closure_vars()), {}
+        self.helpers, self.values = dict(closure_vars()), {}
 
     def moved(self, source: Source) -> Source:
         """The same of the later layer."""

@@ -17,14 +17,17 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.pgo import FrameStateSizeEntry, process_automatic_dynamic
-from torch._dynamo.source import ChainedSource, LocalSource
-from torch._dynamo.variables import ConstantVariable
-from torch._dynamo.variables.builder import VariableBuilder
-
-from sloth.compat import is_ours
+from sloth.compat.dynamo import (
+    ChainedSource,
+    ConstantVariable,
+    FrameStateSizeEntry,
+    GuardBuilder,
+    LocalSource,
+    VariableBuilder,
+    config,
+    is_ours,
+    process_automatic_dynamic,
+)
 from sloth.integrations.integration import integration
 
 ITEM = re.compile(r"\['?\d+'?\]")  # of a list of layers
@@ -66,7 +69,7 @@ def _keeping(wrap: Callable[..., Any]) -> Callable[..., Any]:
 def _of_its_module(builder: VariableBuilder) -> _Floats | None:
     """What is known of the floats of the object that is compiled; None where this one is not held by a module in it."""
     source = builder.source
-    if not torch._dynamo.config.assume_static_by_default or not source.guard_source.is_unspecialized_nn_module():
+    if not config.assume_static_by_default or not source.guard_source.is_unspecialized_nn_module():
         return None  # dynamic=True asks for symbols
     while isinstance(source, ChainedSource):
         source = source.base

@@ -27,24 +27,26 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.guards import install_guard
-from torch._dynamo.utils import get_fake_value
-from torch._dynamo.variables import (
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from sloth.compat.dispatch import HigherOrderOperator, TracingContext, pytree
+from sloth.compat.dynamo import (
     ConstantVariable,
+    Guard,
     LazyVariableTracker,
     ListVariable,
+    Source,
     SymNodeVariable,
     TensorVariable,
     TupleVariable,
     UnspecializedNNModuleVariable,
+    ValueMutationNew,
+    VariableTracker,
+    get_fake_value,
+    install_guard,
+    is_ours,
+    wrap_fx_proxy,
 )
-from torch._dynamo.variables.base import ValueMutationNew, VariableTracker
-from torch._dynamo.variables.builder import wrap_fx_proxy
-from torch._guards import Guard, Source, TracingContext
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
-
-from sloth.compat import is_ours
 from sloth.integrations.integration import integration
 from sloth.rewriter.dynamo.called_modules import called_in
 from sloth.rewriter.dynamo.guards_of_layers import NotAlike, Place, core, tensor_kind, without_implied
@@ -208,7 +210,7 @@ def _template(
             raise NotAlike(f"it holds {n.format_node()}")
         if isinstance(n.meta.get("example_value"), torch.SymFloat) or any(map(free_unbacked_symbols, _examples(n))):
             raise NotAlike(f"it holds a number that is known when it runs: {n}")
-        higher = isinstance(n.target, torch._ops.HigherOrderOperator)
+        higher = isinstance(n.target, HigherOrderOperator)
         if higher and not _memory(n).isdisjoint(m for a in n.all_input_nodes for m in _memory(a)):
             raise NotAlike(f"{n} gives out what it was given")
     if not nodes:
@@ -286,7 +288,7 @@ def _copied(template: Template, env: dict[fx.Node, fx.Node], layer: Any, tx: Any
         if n.op == "get_attr":
             new.meta.update({k: v for k, v in n.meta.items() if k == "example_value"})
             continue
-        value = _anew(n, tx) if isinstance(n.target, torch._ops.HigherOrderOperator) else get_fake_value(new, tx)
+        value = _anew(n, tx) if isinstance(n.target, HigherOrderOperator) else get_fake_value(new, tx)
         if n in wanted:
             variables[n] = wrap_fx_proxy(tx, fx.Proxy(new, tx.output.current_tracer), example_value=value)
         else:

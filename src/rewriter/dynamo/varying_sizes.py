@@ -18,11 +18,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._guards import GuardSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sloth.compat import is_ours
+from sloth.compat.dispatch import is_traceable_wrapper_subclass
+from sloth.compat.dynamo import GuardSource, config, is_ours
 from sloth.integrations.integration import integration
 
 DIMENSIONS = 2  # batch and length
@@ -50,7 +49,6 @@ def _is_tokens(e: Any) -> bool:
 def sizes_vary() -> bool:
     """Does a trainer feed the model, and is it left to Dynamo which sizes are symbols?"""
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    config = torch._dynamo.config
     return bool(state and state._shared_state) and config.assume_static_by_default and config.automatic_dynamic_shapes
 
 

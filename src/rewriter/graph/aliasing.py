@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sloth.compat.dispatch import HigherOrderOperator, OpOverload
 from sloth.rewriter.graph.canonical import ALIASES
 from sloth.rewriter.graph.value import Value
 
@@ -58,9 +59,9 @@ def _places(v: Value, gm: fx.GraphModule) -> set[int]:
 def may_write(node: fx.Node) -> bool:
     """May this call, which the shadow does not look into, write to its operands?"""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target._schema.is_mutable
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return "mutation" in target.name()
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS or name.startswith("__i")
@@ -72,10 +73,10 @@ def may_be_written(node: fx.Node) -> list[fx.Node]:
     """The operands that this call may write to."""
     if not may_write(node):
         return []
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
         written = [given.get(a.name) for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    elif isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "call_module":
+    elif isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
         return node.all_input_nodes
     else:
         written = [*node.args[:1], node.kwargs.get("out")]

@@ -16,12 +16,18 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
+from sloth.compat.dispatch import (
+    FakeTensorMode,
+    HigherOrderOperator,
+    TracingContext,
+    enter_autocast,
+    enter_inference_mode,
+    exit_autocast,
+    exit_inference_mode,
+    set_grad_enabled,
+)
 from sloth.rewriter.graph.aliasing import may_write, root, storages, tensors
 from sloth.rewriter.graph.ambient import Autocast, current, under
 from sloth.rewriter.graph.autograd_functions import is_derivative
@@ -165,22 +171,22 @@ class _Builder:
             return None
         if node.op in ("placeholder", "get_attr"):
             return self.leaf(node, example)
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is set_grad_enabled:
             self.normal.region = self.normal.region._replace(grad=node.args[0])
-        elif node.target is _enter_autocast:
+        elif node.target is enter_autocast:
             self.enter_autocast(node)
-        elif node.target is _exit_autocast:
+        elif node.target is exit_autocast:
             self.leave_autocast()
-        elif node.target is _enter_inference_mode:
+        elif node.target is enter_inference_mode:
             self.inference.append(self.normal.region.grad)
             self.normal.region = self.normal.region._replace(grad=self.normal.region.grad and not node.args[0])
-        elif node.target is _exit_inference_mode:
+        elif node.target is exit_inference_mode:
             self.normal.region = self.normal.region._replace(grad=self.inference.pop())
         elif name.endswith("_increment_nesting"):
             self.normal.region = self.normal.region._replace(transforms=self.normal.region.transforms + 1)
         elif name.endswith("_decrement_nesting"):
             self.normal.region = self.normal.region._replace(transforms=self.normal.region.transforms - 1)
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif isinstance(node.target, HigherOrderOperator):
             if node.target.name() == "autograd_function_apply" and (found := self.function(node)) is not None:
                 return found
             self.enter_bodies(node)
@@ -311,7 +317,7 @@ class _Builder:
             if node.op == "output":
                 told = fx.node.map_aggregate(output, builder._value)
                 return None if builder.view.opaque or builder.normal.mutated else told
-            if node.target is not torch._C._set_grad_enabled:  # the function's gradient is its backward, not its forward's
+            if node.target is not set_grad_enabled:  # the function's gradient is its backward, not its forward's
                 builder.view.env[node] = next(given) if node.op == "placeholder" else builder.lower(node)
         return None
 

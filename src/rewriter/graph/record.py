@@ -12,11 +12,16 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.schema_check_mode import SchemaCheckMode
-from torch.utils import _pytree as pytree
 
+from sloth.compat.dispatch import (
+    DispatchKey,
+    FakeTensorMode,
+    OpOverload,
+    SchemaCheckMode,
+    enable_python_dispatcher,
+    has_kernel,
+    pytree,
+)
 from sloth.rewriter.graph.scratch import into
 from sloth.rewriter.graph.value import Meta, same_literal
 
@@ -31,7 +36,7 @@ class Ref(NamedTuple):
 class Step(NamedTuple):
     """One ATen call: arguments hold Refs for tensors; `metas` describes its tensor results in order."""
 
-    op: torch._ops.OpOverload
+    op: OpOverload
     args: tuple
     kwargs: dict
     metas: tuple[Meta | None, ...]
@@ -47,7 +52,7 @@ class _Recorder(SchemaCheckMode):
 
     def __init__(self, inputs: Sequence[torch.Tensor]):
         super().__init__()
-        self._dispatch_key = torch._C.DispatchKey.PreDispatch
+        self._dispatch_key = DispatchKey.PreDispatch
         self.steps: list[Step] = []
         self.alive: list[Any] = [*inputs]  # ids must not be used twice
         self.refs = {id(t): Ref(-1, i) for i, t in enumerate(inputs)}
@@ -110,11 +115,11 @@ class _Recorder(SchemaCheckMode):
         return out
 
 
-def _mixed(func: torch._ops.OpOverload, args: Any, device: torch.device) -> bool:
+def _mixed(func: OpOverload, args: Any, device: torch.device) -> bool:
     """Are there operands of different dtypes that autocast makes the same? Fake tensors take them as they are."""
     dtypes = {t.dtype for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor) and t.is_floating_point()}
     key = f"Autocast{device.type.upper()}"
-    return len(dtypes) > 1 and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+    return len(dtypes) > 1 and has_kernel(func.name(), key)
 
 
 def _layout(t: torch.Tensor) -> tuple:
@@ -138,7 +143,7 @@ def trace(fn: Callable[..., Any], metas: Sequence[Meta], mode: FakeTensorMode | 
     return Trace(recorder.steps, pytree.tree_map(recorder.ref, out))
 
 
-def op_name(op: torch._ops.OpOverload) -> str:
+def op_name(op: OpOverload) -> str:
     """`aten.mul.Tensor` → "mul"; operators of others keep their namespace."""
     packet = op._schema.name
     return packet.removeprefix("aten::")

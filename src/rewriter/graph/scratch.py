@@ -15,11 +15,10 @@ from typing import Any
 import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from sloth.compat.dispatch import FakeTensorMode, SymT, enable_python_dispatcher, symbol_is_type
 
 ORDINARY = (16, 104, 4096, 10**7)
 

@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.compat.dispatch import FakeTensorMode
 from sloth.rewriter.graph.ambient import OFF, Autocast, dtype_of, under
 from sloth.rewriter.graph.canonical import COMMUTATIVE, VIEWS
 from sloth.rewriter.graph.scratch import comparing_nothing

@@ -27,8 +27,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.compat.dispatch import FakeTensorMode, OpOverload
 from sloth.rewriter.graph.normal_form import Normal
 from sloth.rewriter.graph.record import trace
 from sloth.rewriter.graph.value import Meta, Shadow, Value
@@ -179,7 +179,7 @@ class Pattern:
 
     name: str
     construct: Construct
-    op: torch._ops.OpOverload
+    op: OpOverload
     dims: dict[str, str]
     sizes: dict[str, int] = field(default_factory=dict)
     no_grad: tuple[str, ...] = ()
@@ -264,6 +264,8 @@ def _parameters(fn: Callable) -> tuple[list[str], dict[str, type]]:
 
 
 @cache
-def _sizes(spec: str) -> list[sympy.Expr]:
-    """ "B S 2*I" as symbolic sizes (a trailing dtype is not a size)."""
-    return [sympy.sympify(s, locals={c: sympy.Symbol(c) for c in ascii_letters}) for s in spec.split() if s != "int64"]
+def _sizes(spec: str) -> list[Any]:
+    """ "B S 2*I" as sympy's expressions (a trailing dtype is not a size)."""
+    letters = {c: sympy.Symbol(c) for c in ascii_letters}
+    sizes = [s for s in spec.split() if s != "int64"]
+    return [sympy.sympify(s, locals=letters) for s in sizes]  # pyright: ignore[reportCallIssue]  (it takes text)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sloth.compat.dispatch import OpOverload
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.pattern import Construct, Deferral, Pattern, PatternError
 from sloth.rewriter.notices import log
@@ -16,7 +17,7 @@ GROUP, OWN = "sloth_patterns", "sloth.patterns"  # entry points of packages with
 _patterns: dict[str, Pattern] = {}
 _deferrals: dict[str, Deferral] = {}
 # By an entry's name or an operator: of a match, or a layer that a deferral wants, why the rewrite does not pay, if so (cost.py).
-COSTS: dict[str | torch._ops.OpOverload, Callable[[Any], str | None]] = {}
+COSTS: dict[str | OpOverload, Callable[[Any], str | None]] = {}
 _loaded = False
 
 
@@ -123,9 +124,9 @@ def constructs() -> list[Construct]:
     return list({e.construct.name: e.construct for e in (*patterns(), *deferrals())}.values())
 
 
-def overload(op: Any) -> torch._ops.OpOverload:
+def overload(op: Any) -> OpOverload:
     op = getattr(op, "_opoverload", op)
     op = getattr(op, "default", op)
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         raise PatternError(f"op must be an operator of torch.library, not {type(op).__name__}")
     return op

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.compat.dispatch import FakeTensorMode, OpOverload
 from sloth.rewriter.graph.lower import View, shape_env_of
 from sloth.rewriter.graph.record import fakes
 from sloth.rewriter.graph.scratch import trying
@@ -27,15 +27,15 @@ from sloth.rewriter.plan.bodies import add_input
 
 @dataclass(frozen=True)
 class _Shared:
-    by: torch._ops.OpOverload
+    by: OpOverload
     argument: str
     when: Callable[[fx.Node], bool]
 
 
-_SHARED: dict[torch._ops.OpOverload, _Shared] = {}
+_SHARED: dict[OpOverload, _Shared] = {}
 
 
-def shares(op: torch._ops.OpOverload, by: torch._ops.OpOverload, argument: str, when: Callable[[fx.Node], bool]) -> None:
+def shares(op: OpOverload, by: OpOverload, argument: str, when: Callable[[fx.Node], bool]) -> None:
     """`op` computes the list that `by` gives of the arguments of the same names, unless it is given as `argument`. Calls of `op`
     for which `when` is false are left as they are.
     """
@@ -89,7 +89,7 @@ def _drop_unused(view: View, nodes: list[fx.Node]) -> None:
                 _drop_unused(caller, [outer])
 
 
-def _parts(by: torch._ops.OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
+def _parts(by: OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
     """Nodes of this graph that hold what `by` gives of these: computed here, or further out where all of them come from."""
     if any(v.pinned for n in _nodes(given) for v in values_in((view.env.get(n),))):
         return None  # memory that somebody writes is read where it was
@@ -114,7 +114,7 @@ def _from_outside(given: tuple, view: View) -> bool:
     return view.around is not None and all(n.op == "placeholder" for n in _nodes(given))
 
 
-def _passed(by: torch._ops.OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
+def _passed(by: OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
     """Inputs of a body for what its callers compute: for each call of what it is given."""
     inputs = view.gm.graph.find_nodes(op="placeholder")
     found = []
@@ -129,7 +129,7 @@ def _passed(by: torch._ops.OpOverload, given: tuple, view: View, made: dict, scr
     return [add_input(view, each) for each in zip(*found, strict=True)]
 
 
-def _computed(by: torch._ops.OpOverload, given: tuple, view: View, scratch: FakeTensorMode) -> list[fx.Node] | None:
+def _computed(by: OpOverload, given: tuple, view: View, scratch: FakeTensorMode) -> list[fx.Node] | None:
     """A call of `by` behind the last of its operands, and its results."""
     graph, order = view.gm.graph, {n: i for i, n in enumerate(view.gm.graph.nodes)}
     examples = _examples(by, given, view, scratch)
@@ -150,7 +150,7 @@ def _computed(by: torch._ops.OpOverload, given: tuple, view: View, scratch: Fake
     return nodes
 
 
-def _examples(by: torch._ops.OpOverload, given: tuple, view: View, scratch: FakeTensorMode) -> list[torch.Tensor] | None:
+def _examples(by: OpOverload, given: tuple, view: View, scratch: FakeTensorMode) -> list[torch.Tensor] | None:
     """What the results look like; None where that depends on how sizes compare."""
     nodes = _nodes(given)
     known = [n.meta.get("example_value") for n in nodes]

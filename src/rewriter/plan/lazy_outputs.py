@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sloth.compat.dispatch import is_traceable_wrapper_subclass
 from sloth.lazy.weights import Remade
 from sloth.rewriter.graph.ambient import OFF, dtype_of
 from sloth.rewriter.graph.canonical import POINTWISE

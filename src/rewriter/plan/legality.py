@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._library.custom_ops import _maybe_get_opdef
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
+from sloth.compat.dispatch import FakeTensorMode, OpOverload, has_kernel, opdef_of, pytree
 from sloth.rewriter.graph.aliasing import root, storages, writers
 from sloth.rewriter.graph.ambient import under
 from sloth.rewriter.graph.canonical import ALIASES, POINTWISE, VIEWS
@@ -155,15 +153,15 @@ def results(match: Match, graph: Ground) -> None:
 RULES: tuple[Callable[[Match, Ground], None], ...] = (memory, regions, operands, gradients, escapes, conditions, results)
 
 
-def has_backward(op: torch._ops.OpOverload) -> bool:
+def has_backward(op: OpOverload) -> bool:
     """Is there an autograd formula for `op`, or is it composed of operators that have one?"""
-    if (definition := _maybe_get_opdef(op)) is not None:  # custom_op and triton_op: an autograd kernel that may only raise
+    if (definition := opdef_of(op)) is not None:  # custom_op and triton_op: an autograd kernel that may only raise
         return definition._backward_fn is not None
-    key, has = op.name(), torch._C._dispatch_has_kernel_for_dispatch_key
+    key, has = op.name(), has_kernel
     return any(has(key, k) for k in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"))
 
 
-def takes_many(op: torch._ops.OpOverload) -> bool:
+def takes_many(op: OpOverload) -> bool:
     """Does one call of it stand for several matches? Then it gives a list of results, and takes lists: an element for each."""
     return str(op._schema.returns[0].type) == "List[Tensor]"
 

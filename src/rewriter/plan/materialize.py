@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from sloth.compat.dispatch import OpOverload
 from sloth.rewriter.graph.canonical import INT_MAX
 from sloth.rewriter.graph.value import Symbol, Value
 
 # By canonical operation: how it is written. `emit` adds to it.
-EMIT: dict[str, torch._ops.OpOverload] = {
+EMIT: dict[str, OpOverload] = {
     "cast": torch.ops.aten.to.dtype,
     "view": torch.ops.aten.reshape.default,
     "expand": torch.ops.aten.expand.default,
@@ -20,10 +21,10 @@ EMIT: dict[str, torch._ops.OpOverload] = {
     "detach": torch.ops.aten.detach.default,
     "mul": torch.ops.aten.mul.Tensor,
 }
-OWN: set[torch._ops.OpOverload] = set()  # operators that were added
+OWN: set[OpOverload] = set()  # operators that were added
 
 
-def emit(op: str, operator: torch._ops.OpOverload) -> None:
+def emit(op: str, operator: OpOverload) -> None:
     """Let rewrites write the canonical operation `op` as `operator`, called with its arguments in their order. Its result is not
     kept for the backward pass (`made_again` in compile/passes.py).
     """

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from sloth.compat.dispatch import OpOverload
 from sloth.rewriter.graph.aliasing import tensors
 from sloth.rewriter.graph.ambient import dtype_of
 from sloth.rewriter.graph.value import Region
@@ -40,17 +41,17 @@ class _Kind:
     told: bool
 
 
-_KINDS: dict[torch._ops.OpOverload, _Kind] = {}
+_KINDS: dict[OpOverload, _Kind] = {}
 _CASTS: dict[Callable, tuple[str, ...]] = {}
-_ADDS: dict[torch._ops.OpOverload, tuple[str, str]] = {}
+_ADDS: dict[OpOverload, tuple[str, str]] = {}
 
 
-def rounds_once(op: torch._ops.OpOverload, result: int | None = None, streams: tuple[str, ...] = (), sums: bool = False) -> None:
+def rounds_once(op: OpOverload, result: int | None = None, streams: tuple[str, ...] = (), sums: bool = False) -> None:
     """The operator computes in fp32 at least and rounds each result (or this one of several) once, to its argument `dtype`."""
     _KINDS[op] = _Kind(result, streams, sums, True)
 
 
-def computes_wide(op: torch._ops.OpOverload, streams: tuple[str, ...]) -> None:
+def computes_wide(op: OpOverload, streams: tuple[str, ...]) -> None:
     """The operator reads these tensors, all of one dtype, as fp32 and rounds its results once to that dtype."""
     _KINDS[op] = _Kind(None, streams, False, False)
 
@@ -60,7 +61,7 @@ def casts_in_autocast(op: Callable, operands: tuple[str, ...]) -> None:
     _CASTS[op] = operands
 
 
-def adds(op: torch._ops.OpOverload, terms: tuple[str, str]) -> None:
+def adds(op: OpOverload, terms: tuple[str, str]) -> None:
     """The operator adds these two tensors up, in the wider dtype of the two."""
     _ADDS[op] = terms
 
@@ -176,7 +177,7 @@ def _argument(n: fx.Node, name: str) -> fx.Node:
 
 def _reads_as(n: fx.Node, x: fx.Node, names: tuple[str, ...]) -> bool:
     """Does the call read `x` as one of these arguments, and as nothing else? Of a function, they are its first."""
-    operator_ = isinstance(n.target, torch._ops.OpOverload)
+    operator_ = isinstance(n.target, OpOverload)
     known = [a.name for a in n.target._schema.arguments] if operator_ else [*names, *map(str, range(len(n.args)))]
     given = dict(n.kwargs) | dict(zip(known, n.args, strict=False))
     read = [name for name, value in given.items() if value is x]

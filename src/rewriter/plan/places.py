@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from sloth.compat.dispatch import OpOverload
 from sloth.rewriter.graph.aliasing import writers
 from sloth.rewriter.graph.lower import View
 from sloth.rewriter.graph.value import Value, values_in
@@ -73,7 +74,7 @@ def computed(v: Value) -> list[fx.Node]:
 
 def _random(n: fx.Node) -> bool:
     return (
-        isinstance(n.target, torch._ops.OpOverload)
+        isinstance(n.target, OpOverload)
         and torch.Tag.nondeterministic_seeded in n.target.tags
         or any(word in str(n.target) for word in ("dropout", "rand", "bernoulli", "multinomial"))
     )

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sloth.compat.dispatch import FakeTensorMode
 from sloth.rewriter.graph.lower import View, shape_env_of
 from sloth.rewriter.graph.scratch import scratch_mode
 from sloth.rewriter.match.cost import Cost, Costs

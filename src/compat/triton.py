@@ -1,0 +1,58 @@
+"""Private names around Triton's kernels: torch's launcher of them, and Triton's interpreter. Where one is gone, or Triton is not
+installed, kernels are launched as Triton launches them, and none is interpreted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+try:
+    from torch._C import _cuda_getCurrentRawStream as raw_stream  # of a CUDA device; builds for CPUs have none
+except ImportError:
+    raw_stream = None
+try:
+    # what @triton.jit gives under TRITON_INTERPRET=1
+    from triton.runtime.interpreter import InterpretedFunction  # pyright: ignore[reportAssignmentType]
+except ImportError:
+
+    class InterpretedFunction:
+        """No kernel is one."""
+
+
+@contextmanager
+def kernels_unread() -> Iterator[None]:
+    """Meanwhile `torch.library.triton_op` does not read the sources of a function, and of all that it calls, to find the kernels
+    in them: 25 ms for each operator.
+    """
+    import torch._library.triton as module
+
+    name = "get_inner_triton_kernels"
+    known = getattr(module, name, None)
+    if known is not None:
+        setattr(module, name, lambda fn: [])
+    try:
+        yield
+    finally:
+        if known is not None:
+            setattr(module, name, known)
+
+
+def static_launcher(compiled: Any, device: int) -> Any:
+    """torch's launcher of a compiled Triton kernel, loaded to this CUDA device; None where it does not take the kernel."""
+    if raw_stream is None or "cubin" not in getattr(compiled, "asm", ()):
+        return None
+    try:
+        from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel  # since 2.11
+
+        with NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            compiled._cubin_path = file.name
+            static = StaticallyLaunchedCudaKernel(compiled)
+            static.load_kernel(device)
+        return static if hasattr(static, "full_constexprs") else None
+    except (ImportError, AttributeError, KeyError, NotImplementedError):  # tensor descriptors, another layout of torch's
+        return None
