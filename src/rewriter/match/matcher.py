@@ -151,7 +151,7 @@ class Unifier:
                 yield {**b, name: g}
             else:
                 self.differ(b, f"the number {name}", at, "constant")
-        elif p in self.computed and isinstance(g, (int, float, *Symbol)):  # of numbers: the second look has it
+        elif _hashable(p) and p in self.computed and isinstance(g, (int, float, *Symbol)):  # of numbers: the second look has it
             name = self.number(-p)
             yield b if name is None or name in b else {**b, name: -g}
         elif isinstance(g, torch.SymFloat) and isinstance(p, float):  # a constant of the model that dynamic=True made an input
