@@ -135,7 +135,10 @@ class Report:
         seen = Counter(s.construct for s in self.sites)
         for name, count in self.constructs.items():
             if unseen := count["expected"] - seen[name]:
-                yield Text(f"{unseen} {self.titles.get(name, name)} of the modules called: no code looks like it", style="yellow")
+                yield Text(
+                    f"{unseen} {self.titles.get(name, name)} of the modules called: no code in these graphs looks like it",
+                    style="yellow",
+                )
         for why in (*(g.untouched for g in self.graphs if g.untouched), *self.breaks):
             yield Text(f"  {why}", style="yellow")
 

@@ -78,7 +78,7 @@ def _is_matched(variant: Variant, dynamic: bool) -> None:
     missed = [f"{s.status}: {s.reason}" for s in sites if s.status != "matched"]
     if variant.numbers and any(s.status == "check" for s in sites):
         missed.append(
-            f"with {numbers(variant)}; give values that go together: numbers= of sloth.pattern, the first of each first"
+            f"with {numbers(variant)}; give values that go together as numbers= of sloth.pattern"
         )
     untouched = [r.untouched for r in reports if r.untouched]
     how = "dynamic" if dynamic else "static"

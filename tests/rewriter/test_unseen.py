@@ -14,7 +14,7 @@ from toys import Call, checked
 
 import sloth
 from sloth.rewriter.match.registry import patterns, unregister
-from sloth.rewriter.report import Site
+from sloth.rewriter.report import GraphReport, Report, Site
 from sloth.testing import check_pattern
 
 GATED_MLP = next(p.construct for p in patterns() if p.name == "gated_mlp")
@@ -92,6 +92,7 @@ def test_a_number_may_be_computed_of_another() -> None:
     entry = entered()
     assert not entry.variants[0].is_seen
     assert [(s.variant, s.status) for s in sites(model())] == [("clamped[default]", "matched")]
+    check_pattern(entry)
 
 
 COMPUTED: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -213,6 +214,16 @@ def test_other_code_is_no_near_miss() -> None:
     assert not sites(Call(lambda m, x: torch.sigmoid(x * m.w) * (x + 1)))
     assert not sites(Call(lambda m, x: x.clamp(-2.0, 2.0) + 1))
     assert not [s for s in sites(Call(lambda m, x: F.silu(x * m.w) * (x * m.v))) if s.status != "matched"]
+
+
+def test_what_modules_have_and_no_code_looks_like_is_told() -> None:
+    """And only that: what was seen has a line of its own."""
+    site = Site("rope", "", "structure", reason="another")
+    report = Report(
+        [GraphReport([site])], expected={"gated_mlp": 2, "rope": 1}, titles={"gated_mlp": "gated MLP", "rope": "RoPE"}
+    )
+    assert "2 gated MLP of the modules called: no code in these graphs looks like it" in str(report)
+    assert "RoPE of the modules called" not in str(report)
 
 
 def test_anchors_of_sloths_own_constructs_see_their_references() -> None:
