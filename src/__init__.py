@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sloth.rewriter.explain import explain
+    from sloth.rewriter.match.cost import cost
     from sloth.rewriter.match.pattern import Construct, PatternError
     from sloth.rewriter.match.registry import pattern, unregister
     from sloth.rewriter.report import Report

@@ -408,11 +408,13 @@ def _() -> None:
 @uses("inductor.CUSTOM_EXTERN_KERNEL_CODEGEN", "inductor.CustomCodegen", "inductor.V")
 def _() -> None:
     """How the call of an operator is written into Inductor's code, by its name there."""
+    written: list[str] = []
+    name = f"twice_{id(written)}"
     lib = torch.library.Library("sloth_compat_written", "FRAGMENT")
-    lib.define("twice(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    lib.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
-    torch.library.register_fake("sloth_compat_written::twice", torch.empty_like, lib=lib)
-    op, written = torch.ops.sloth_compat_written.twice.default, []
+    lib.define(f"{name}(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    lib.impl(name, lambda x: 2 * x, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sloth_compat_written::{name}", torch.empty_like, lib=lib)
+    op = getattr(torch.ops.sloth_compat_written, name).default
 
     def write(node: Any, writeline: Any) -> None:
         written.append(node.python_kernel_name)
@@ -421,7 +423,7 @@ def _() -> None:
 
     inductor.CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"] = inductor.CustomCodegen(python=write)
     try:
-        out = torch.compile(lambda x: op(x) + 1, options={"force_disable_caches": True})(torch.ones(3))
+        out = torch.compile(lambda x: op(x) + 1)(torch.ones(3))
     finally:
         del inductor.CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"]
     assert written == [f"torch.ops.{op}"] and out.tolist() == [4.0] * 3
