@@ -99,6 +99,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("architecture, kind, inside, checkpointing", PAIRS, ids=lambda v: str(v))
+@pytest.mark.covered(1)
 def test_every_recipe_matches_all(architecture: str, kind: str, inside: bool, checkpointing: str) -> None:
     model = build(architecture, kind)
     if checkpointing != "none":
@@ -112,7 +113,13 @@ def test_every_recipe_matches_all(architecture: str, kind: str, inside: bool, ch
     )
 
 
-@pytest.mark.parametrize("lora", [{"lora_bias": True}, {"use_dora": True, "lora_alpha": 8}], ids=["bias", "dora of scale 1"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param({"lora_bias": True}, id="bias"),
+        pytest.param({"use_dora": True, "lora_alpha": 8}, id="dora of scale 1", marks=pytest.mark.nightly),
+    ],
+)
 def test_adapters_of_other_kinds(lora: dict[str, Any]) -> None:
     model = build("llama", "lora", **lora)
     assert sites(model)["lora"] == "21/21"
@@ -185,6 +192,7 @@ def step(model: nn.Module, call: Any, batch: dict[str, torch.Tensor]) -> list[to
     return [loss.detach(), *(p.grad.detach().clone() for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.nightly
 def test_what_is_kept_narrow_is_no_further_from_the_truth_than_eager() -> None:
     """QLoRA after preparation: weights of norms and embeddings in fp32, so that eager widens what each layer gives."""
     model = build("llama", "qlora")
@@ -278,6 +286,7 @@ def test_trainer_with_autocast_checkpointing_and_lengths(tmp_path: Path, monkeyp
     assert ours == pytest.approx(trained("", tmp_path / "eager"), abs=2e-3)
 
 
+@pytest.mark.nightly
 def test_trainer_evaluates_compiled_and_without_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varying_sizes, "BROKEN_ON_CPU", False)
     for name, value in AOT.items():
@@ -294,7 +303,7 @@ def test_trainer_evaluates_compiled_and_without_logits(tmp_path: Path, monkeypat
     assert len(ours) == 3 and ours == pytest.approx(trained("", tmp_path / "eager", evaluating=True), abs=2e-3)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.nightly), "static"])
 def test_generating_between_steps_makes_no_graphs(cache: str) -> None:
     model = build("llama", "full")
     ids = torch.tensor([[5, 6, 7]])

@@ -29,6 +29,7 @@ IN_BF16 = ["llama", "gemma3_text", "deepseek_v3"]  # the others in the sweep
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ],
 )
+@pytest.mark.covered(1)
 def test_masks(arch, dtype):
     rows = masks(arch, dtype)
     assert rows.keys() == set(KINDS)

@@ -66,6 +66,7 @@ def trained(tmp_path, tokenizer, **compiling) -> list[float]:
     return [h["loss"] for h in trainer.state.log_history if "loss" in h]
 
 
+@pytest.mark.nightly
 def test_the_body_is_one_graph(on_a_gpu, tmp_path, tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(notices, "_said", set())
     eager = trained(tmp_path, tokenizer)

@@ -90,6 +90,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize("arch, how", MODELS)
+@pytest.mark.covered(1)
 def test_models(arch, how):
     """Every layer's q and k norms go with its RoPE, also in checkpoints and under autocast, where norms and tables are fp32."""
     model = zoo.tiny_model(arch)

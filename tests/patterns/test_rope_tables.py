@@ -24,6 +24,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("arch, scaled, checkpointed", CASES)
+@pytest.mark.covered(1)
 def test_once_for_all_layers(arch, scaled, checkpointed):
     """One cosine and one sine in the forward pass; the backward pass may keep them or compute them again, once. What layers make
     of them each (slices, repetitions) is shared as well, also by checkpointed ones.

@@ -52,6 +52,7 @@ MODELS = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("given", ["padded", "packed"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.covered(1)
 def test_once_for_all_layers_with_the_same_mask(name, given, checkpointing):
     config, kinds = MODELS[name]
     model = Auto.from_config(config, attn_implementation="sdpa").train()
