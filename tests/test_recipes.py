@@ -336,6 +336,7 @@ def test_hooks_do_not_pile_up() -> None:
     assert len(model.get_input_embeddings()._forward_hooks) == 1
 
 
+@pytest.mark.nightly
 def test_explain_twice_tells_the_same() -> None:
     model = build("llama", "lora")
     assert explain(model, batch_of()).constructs == explain(model, batch_of()).constructs

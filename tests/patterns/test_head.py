@@ -75,7 +75,11 @@ def next_token_loss(logits, ids):
     return -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean()
 
 
-CASES = [*((name, "static") for name in MODELS), *(("llama", how) for how in ("dynamic", "autocast", "checkpoint"))]
+CASES = [
+    *((name, "static") for name in MODELS),
+    *(("llama", how) for how in ("autocast", "checkpoint")),
+    pytest.param("llama", "dynamic", marks=pytest.mark.nightly),
+]
 
 
 @pytest.mark.parametrize(("name", "how"), [*CASES, ("gemma2", "autocast")])

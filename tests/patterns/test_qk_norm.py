@@ -82,15 +82,16 @@ MODELS = [
     ("qwen3", "checkpointed"),
     ("qwen3", "autocast"),
     ("gemma3_text", "plain"),
-    ("gemma4_text", "plain"),
+    pytest.param("gemma4_text", "plain", marks=pytest.mark.nightly),
     pytest.param(
-        "glm4_moe+qknorm", "plain", marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="its experts break the graph")
+        "glm4_moe+qknorm",
+        "plain",
+        marks=[pytest.mark.nightly, pytest.mark.skipif(torch.__version__ < "2.13", reason="its experts break the graph")],
     ),
 ]
 
 
 @pytest.mark.parametrize("arch, how", MODELS)
-@pytest.mark.covered(1)
 def test_models(arch, how):
     """Every layer's q and k norms go with its RoPE, also in checkpoints and under autocast, where norms and tables are fp32."""
     model = zoo.tiny_model(arch)

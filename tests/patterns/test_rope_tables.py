@@ -17,14 +17,14 @@ SCALED = {
     "longrope": LONG,
 }
 CASES = [
-    *(("llama", name, name != "linear") for name in ("llama3", "yarn", "linear", "dynamic")),
+    *(pytest.param("llama", name, name != "linear", marks=pytest.mark.nightly) for name in ("llama3", "yarn", "dynamic")),
+    ("llama", "linear", False),
     ("phi3", "longrope", True),
     ("glm", None, True),  # its layers make the tables of halves of them
 ]
 
 
 @pytest.mark.parametrize("arch, scaled, checkpointed", CASES)
-@pytest.mark.covered(1)
 def test_once_for_all_layers(arch, scaled, checkpointed):
     """One cosine and one sine in the forward pass; the backward pass may keep them or compute them again, once. What layers make
     of them each (slices, repetitions) is shared as well, also by checkpointed ones.
