@@ -1,7 +1,8 @@
 """Faults that the suite must catch: each is planted in a copy of the tree, and the test that fails first is noted.
 
-    python -m tests.faults                all of them, half an hour; writes the table of docs/testing.md
-    python -m tests.faults --only 3 17    some of them, told but not written
+    python -m tests.faults                all of them; each writes its row of the table of docs/testing.md
+    python -m tests.faults --only 3 17    some of them
+    python -m tests.faults --missing      those that have no row
     python -m tests.faults --everything   where the tests named beside a fault pass, all of the default tier too
     python -m tests.faults --list
 
@@ -34,7 +35,7 @@ class Fault(NamedTuple):
     file: str  # of src/
     old: str  # stands once in the file
     new: str
-    likely: str  # tests that run first, of tests/
+    likely: str  # files of tests/, and perhaps the words of those that run first
 
 
 KERNELS, FORM, LEGALITY, PATTERNS, LAZY, PLAN, REGIONS = (
@@ -46,67 +47,67 @@ FAULTS = [
     Fault(
         KERNELS, "RMSNorm's gradient: the mean over the padded row",
         "kernels/rms_norm.py", "(tl.sum(dy * x, 1, keep_dims=True) / D)",
-        "(tl.sum(dy * x, 1, keep_dims=True) / BLOCK)", "kernels/test_rms_norm.py",
+        "(tl.sum(dy * x, 1, keep_dims=True) / BLOCK)", "kernels/test_rms_norm.py -k degenerate",
     ),
     Fault(
-        KERNELS, "RMSNorm of the sum before it is rounded",
+        KERNELS, "RMSNorm of x alone where a residual was added",
         "kernels/rms_norm.py", "x = h.to(tl.float32)  #",
-        "x = x + tl.load(res_ptr + row * res_stride + col, mask, 0.0)  #", "kernels/test_rms_norm.py",
+        "h = h.to(tl.float32)  #", "kernels/test_rms_norm.py -k triton",
     ),
     Fault(
         KERNELS, "the residual's gradient is left out, in ATen alone",
         "kernels/rms_norm.py", "(dx if dh is None else dx + dh.to(dtype)).to(x.dtype)",
-        "dx.to(x.dtype)", "kernels/test_rms_norm.py",
+        "dx.to(x.dtype)", "kernels/test_rms_norm.py -k gradcheck",
     ),
     Fault(
         KERNELS, "LayerNorm's gradient without the mean of dy",
         "kernels/layer_norm.py", "(dy - tl.sum(dy, 1, keep_dims=True) / D - x",
-        "(dy - x", "kernels/test_layer_norm.py",
+        "(dy - x", "kernels/test_layer_norm.py -k many_rows",
     ),
     Fault(
         KERNELS, "RoPE's backward reads sin where the forward does",
         "kernels/rope.py", "sin_at + (other if TRANSPOSE else col)",
-        "sin_at + col", "kernels/test_rope.py",
+        "sin_at + col", "kernels/test_rope.py -k large",
     ),
     Fault(
         KERNELS, "the derivative of GELU's tanh form lacks a factor 3, in ATen alone",
         "kernels/gated_act.py", "* 2 * k * (1 + 3 * 0.044715",
-        "* 2 * k * (1 + 0.044715", "kernels/test_gated_act.py",
+        "* 2 * k * (1 + 0.044715", "kernels/test_gated_act.py -k gradcheck",
     ),
     Fault(
         KERNELS, "ignored labels have a gradient, in ATen alone",
         "kernels/loss/cross_entropy.py", "torch.where(target_N1 != ignore_index, (G * slope) * dz, 0.0)",
-        "((G * slope) * dz)", "kernels/test_cross_entropy.py",
+        "((G * slope) * dz)", "kernels/test_cross_entropy.py -k ignored_rows",
     ),
     Fault(
         KERNELS, "attention takes tiles for whole that are not",
         "kernels/attention/interval_kernels.py", "(whole_to + 1 - whole) // BLOCK",
-        "(whole_to + BLOCK - whole) // BLOCK", "kernels/test_interval_attention.py kernels/test_interval_scores.py",
+        "(whole_to + BLOCK - whole) // BLOCK", "kernels/test_interval_attention.py -k masks",
     ),
     Fault(
         KERNELS, "scales of double-quantised blocks are those of the first program",
         "kernels/linear/dequantize_4bit.py", "(start + block) // NESTED_BLOCK",
-        "block // NESTED_BLOCK", "kernels/test_dequantize_4bit.py",
+        "block // NESTED_BLOCK", "kernels/test_dequantize_4bit.py -k many_blocks",
     ),
     Fault(
         KERNELS, "LoRA: gradients of frozen A are computed and taken for others'",
         "kernels/linear/lora.py", "shared = [i for i in together if need[i]]",
-        "shared = list(together)", "kernels/test_lora_linear.py",
+        "shared = list(together)", "kernels/test_lora_linear.py -k vain",
     ),
     Fault(
         KERNELS, "DoRA: the magnitude's gradient without the adapter's scale",
         "kernels/linear/adapter.py", "l = (t @ b.t()).to(wide) * scale",
-        "l = (t @ b.t()).to(wide)", "kernels/test_adapter.py",
+        "l = (t @ b.t()).to(wide)", "kernels/test_adapter.py -k gradcheck",
     ),
     Fault(
         KERNELS, "a kernel that the interpreter runs and no GPU's compiler takes",
         "kernels/attention/interval_kernels.py", "    else:  # or Triton looks at both returns\n        return 0.0",
-        "    return 0.0", "kernels/test_compile_targets.py",
+        "    return 0.0", "kernels/test_compile_targets.py -k test_compiles",
     ),
     Fault(
         KERNELS, "a second derivative is zero instead of refused",
         "kernels/common/row_reduction.py", 'raise RuntimeError("sloth\'s operators can be differentiated once, not twice")',
-        "return None", "kernels/test_rms_norm.py kernels/test_lora_linear.py",
+        "return None", "kernels/test_rms_norm.py -k refused",
     ),
     Fault(
         FORM, "float16 is taken to hold all of bfloat16",
@@ -314,21 +315,31 @@ def row(fault: Fault, found: Caught) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--only", nargs="*", type=int, default=[])
+    parser.add_argument("--only", nargs="*", type=int, help="those of these numbers, in this order")
+    parser.add_argument("--missing", action="store_true", help="those that have no row yet")
     parser.add_argument("--everything", action="store_true", help="where the likely tests pass, run the whole default tier")
     given = parser.parse_args()
-    rows = ["| kind | fault | caught by | tier |", "|---|---|---|---|"]
-    for i, fault in enumerate(FAULTS):
+    for i in range(len(FAULTS)) if given.only is None else given.only:
+        fault = FAULTS[i]
         if given.list:
             print(f"{i:3} {fault.kind}: {fault.what} ({fault.file})")
-        elif not given.only or i in given.only:
+        elif not given.missing or fault.what not in rows():
             found = caught(fault, given.everything)
-            rows.append(row(fault, found))
-            print(f"{i:3} {found.seconds:5.0f} s {rows[-1]}", flush=True)
-    if not given.only and not given.list:
-        page = PAGE.read_text()
-        before, after = page.index(BEGIN) + len(BEGIN), page.index(END)
-        PAGE.write_text(page[:before] + "\n".join(rows) + "\n" + page[after:])
+            write(rows() | {fault.what: row(fault, found)})
+            print(f"{i:3} {found.seconds:5.0f} s {row(fault, found)}", flush=True)
+
+
+def rows() -> dict[str, str]:
+    """The rows of the page, by what the fault is."""
+    table = PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    return {line.split(" | ")[1]: line for line in table.splitlines()[2:]}
+
+
+def write(known: dict[str, str]) -> None:
+    page = PAGE.read_text()
+    table = ["| kind | fault | caught by | tier |", "|---|---|---|---|", *(known[f.what] for f in FAULTS if f.what in known)]
+    before, after = page.index(BEGIN) + len(BEGIN), page.index(END)
+    PAGE.write_text(page[:before] + "\n".join(table) + "\n" + page[after:])
 
 
 if __name__ == "__main__":
