@@ -275,6 +275,7 @@ def test_gradcheck(interleaved, D):
     torch.autograd.gradcheck(lambda *t: ours(*t, cos, sin, 1.0, interleaved), tensors)
 
 
+@pytest.mark.nightly
 def test_opcheck():
     *tensors, cos, sin = sample(torch.bfloat16, R=6)
     tensors = [t.requires_grad_() for t in tensors]
@@ -292,7 +293,8 @@ def test_autocast_changes_nothing():
     assert all(map(torch.equal, inside, ours(*tensors)))
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.nightly
 def test_inductor(dynamic):
     def attention(x, w, wq, wk, cos, sin):
         B, S, _ = x.shape

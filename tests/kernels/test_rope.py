@@ -247,6 +247,7 @@ def test_gradcheck(interleaved, D):
     torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin, interleaved), (q, k))
 
 
+@pytest.mark.nightly
 def test_opcheck():
     q, k = (heads((2, n, 3, 8), torch.bfloat16, "model", n).requires_grad_() for n in (4, 2))
     cos, sin = make((1, 3, 6), torch.float32, seed=5), make((1, 3, 6), torch.float32, seed=6)

@@ -207,7 +207,7 @@ def test_dora(kind):
     assert compiled.variants == {"adapter[dora]": 4} | ({"linear_4bit[linear]": 4} if kind == "nf4" else {})
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.nightly), "nf4"])
 def test_dora_where_torchao_is_imported(kind, monkeypatch):
     """As transformers does where it is installed."""
 
