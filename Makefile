@@ -1,8 +1,9 @@
 # make demo   fine-tune a small model with sloth, and compare with eager and Inductor
 # make demo-qlora   the same model in 4 bits, adapters trained through TRL, and compared with eager
 # make test   lint, format check, types of the public API, and the test suite
-# make lint   these alone
-# make nightly  tests that take minutes each
+# make lint   the first three alone
+# make nightly  what the default tier leaves out: slow tests, further combinations and examples, all compile targets
+# make faults  plant faults, and write down which test catches each
 # make sweep  the slow sweep over the model zoo
 # Both share one environment, .venv, which is brought up to date when pyproject.toml, TORCH, TRITON or TRANSFORMERS changes.
 
@@ -22,11 +23,11 @@ BIN := $(VENV)/bin
 # The name of the stamp holds a checksum of what is asked for: another choice is another stamp.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH) $(TRITON) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help demo demo-qlora lint test nightly sweep clean
+.PHONY: help demo demo-qlora lint test nightly faults sweep clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | demo-qlora | lint | test | nightly | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
+	@echo "make demo | demo-qlora | lint | test | nightly | faults | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
 
 $(STAMP): pyproject.toml
 	@echo "== environment: $(VENV), $(TORCH)"
@@ -59,7 +60,12 @@ test: lint
 
 nightly: $(STAMP)
 	@echo "== nightly"
-	@$(BIN)/python -m pytest -m nightly
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m nightly
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'hypothesis and not nightly and not sweep' --hypothesis-profile nightly
+
+faults: $(STAMP)
+	@echo "== faults"
+	@$(BIN)/python -m tests.faults
 
 sweep: $(STAMP)
 	@echo "== sweep"

@@ -4,6 +4,7 @@ On two GPUs through NCCL, otherwise on the CPU through gloo."""
 
 import os
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -101,5 +102,6 @@ def work(rank: int, file: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.nightly
 def test_gradients_of_two_processes(tmp_path):
     mp.spawn(work, args=(str(tmp_path / "meeting"),), nprocs=2)

@@ -149,6 +149,7 @@ def with_kernel(monkeypatch):
 
 @pytest.mark.parametrize("loss", TRLS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.covered(1)
 def test_as_exact_as_the_kernel_of_trl(loss, dtype, with_kernel):
     """Which is given rows of lazy logits, and real ones as they are."""
     tensors = [make((B, S, H), dtype, seed=1), make((V, H), dtype, seed=2, scale=H**-0.5)]

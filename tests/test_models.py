@@ -101,7 +101,7 @@ def test_low_precision_is_no_further_from_fp64_than_eager(arch, dtype):
     assert abs(loss - theirs_loss) < 2e-2
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("gemma2", marks=pytest.mark.nightly)])
 def test_with_gradient_checkpointing(arch):
     model = tiny_model(arch)
     batch = tiny_batch(model, arch)
@@ -112,6 +112,7 @@ def test_with_gradient_checkpointing(arch):
     assert matched(sloth.explain(model, batch)) == SITES[arch]
 
 
+@pytest.mark.nightly
 def test_with_dynamic_shapes():
     """Lengths of which only the first two are compiled for; equal layers are compiled once here too."""
     model = tiny_model("llama", num_hidden_layers=5)
@@ -138,7 +139,7 @@ def test_with_tied_embeddings():
     assert_bit_close(under_sloth(model, batch), step(model, model, batch), 4e-6)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("gpt_neox", marks=pytest.mark.nightly)])
 def test_under_autocast(arch):
     """bf16 matmuls over fp32 weights: no further from fp64 than eager under autocast."""
     model = tiny_model(arch)
@@ -177,6 +178,7 @@ def test_evaluation_and_generation():
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).equal(expected)
 
 
+@pytest.mark.nightly
 def test_with_inductor():
     model = tiny_model("llama")
     batch = tiny_batch(model, "llama")

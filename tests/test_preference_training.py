@@ -73,6 +73,7 @@ TRAINERS = {  # trainer, its configuration and more of that, columns of the data
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.nightly
 def test_same_curve(name, tokenizer, tmp_path, monkeypatch):
     trainer, config, more, columns, heads, own = TRAINERS[name]
     monkeypatch.setattr(inductor, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))

@@ -249,13 +249,17 @@ def test_optimizers(base: Path) -> None:
 
 @pytest.mark.parametrize(
     ("reentrant", "more"),
-    [(None, {"gradient_accumulation_steps": 2, "optim": "adamw_torch_fused"}), (True, {"optim": "paged_adamw_8bit"})],
+    [
+        (None, {"gradient_accumulation_steps": 2, "optim": "adamw_torch_fused"}),
+        pytest.param(True, {"optim": "paged_adamw_8bit"}, marks=pytest.mark.nightly),
+    ],
     ids=["accumulated", "reentrant"],
 )
 def test_trainer(base: Path, tmp_path: Path, reentrant: bool | None, more: dict[str, Any]) -> None:
     check(base, reentrant, lambda model, backend: with_trainer(model, backend, reentrant, tmp_path, **more))
 
 
+@pytest.mark.nightly
 def test_trainer_by_regions(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate compiles repeated layers once, by themselves, and head and norm beside them."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
@@ -263,6 +267,7 @@ def test_trainer_by_regions(base: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert len([report for report in reports if report.sites]) == 2
 
 
+@pytest.mark.nightly
 def test_trl(base: Path, finished: Path, tmp_path: Path) -> None:
     """TRL casts adapters to bf16, and its head and loss are its own. The example checkpoints and accumulates beside."""
     from transformers import AutoTokenizer

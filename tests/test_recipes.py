@@ -98,6 +98,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("architecture, kind, inside, checkpointing", PAIRS, ids=lambda v: str(v))
+@pytest.mark.covered(1)
 def test_every_recipe_matches_all(architecture: str, kind: str, inside: bool, checkpointing: str) -> None:
     model = build(architecture, kind)
     if checkpointing != "none":
@@ -111,7 +112,13 @@ def test_every_recipe_matches_all(architecture: str, kind: str, inside: bool, ch
     )
 
 
-@pytest.mark.parametrize("lora", [{"lora_bias": True}, {"use_dora": True, "lora_alpha": 8}], ids=["bias", "dora of scale 1"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param({"lora_bias": True}, id="bias"),
+        pytest.param({"use_dora": True, "lora_alpha": 8}, id="dora of scale 1", marks=pytest.mark.nightly),
+    ],
+)
 def test_adapters_of_other_kinds(lora: dict[str, Any]) -> None:
     model = build("llama", "lora", **lora)
     assert sites(model)["lora"] == "21/21"
@@ -184,6 +191,7 @@ def step(model: nn.Module, call: Any, batch: dict[str, torch.Tensor]) -> list[to
     return [loss.detach(), *(p.grad.detach().clone() for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.nightly
 def test_what_is_kept_narrow_is_no_further_from_the_truth_than_eager() -> None:
     """QLoRA after preparation: weights of norms and embeddings in fp32, so that eager widens what each layer gives."""
     model = build("llama", "qlora")
@@ -276,6 +284,7 @@ def test_trainer_with_autocast_checkpointing_and_lengths(tmp_path: Path, monkeyp
     assert ours == pytest.approx(trained("", tmp_path / "eager"), abs=2e-3)
 
 
+@pytest.mark.nightly
 def test_trainer_evaluates_compiled_and_without_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in AOT.items():
         monkeypatch.setenv(name, value)
@@ -291,7 +300,7 @@ def test_trainer_evaluates_compiled_and_without_logits(tmp_path: Path, monkeypat
     assert len(ours) == 3 and ours == pytest.approx(trained("", tmp_path / "eager", evaluating=True), abs=2e-3)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.nightly), "static"])
 def test_generating_between_steps_makes_no_graphs(cache: str) -> None:
     model = build("llama", "full")
     ids = torch.tensor([[5, 6, 7]])
@@ -324,6 +333,7 @@ def test_hooks_do_not_pile_up() -> None:
     assert len(model.get_input_embeddings()._forward_hooks) == 1
 
 
+@pytest.mark.nightly
 def test_explain_twice_tells_the_same() -> None:
     model = build("llama", "lora")
     assert explain(model, batch_of()).constructs == explain(model, batch_of()).constructs

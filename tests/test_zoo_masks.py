@@ -18,17 +18,24 @@ LEFT_ALONE = (  # why the mask of a site may be left as it is
 )
 
 
+LIKE_OTHERS = ["llama4_text", "cohere2", "llama", "deepseek_v3"]  # in fp32 they are of the nightly tier
 IN_BF16 = ["llama", "gemma3_text", "deepseek_v3"]  # the others in the sweep
+
+
+def tier(arch, dtype):
+    later = [pytest.mark.nightly] * (dtype == "fp32" and arch in LIKE_OTHERS)
+    return later + [pytest.mark.sweep] * (dtype == "bf16" and arch not in IN_BF16)
 
 
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [
-        pytest.param(arch, dtype, id=f"{arch}-{name}", marks=[pytest.mark.sweep] * (name == "bf16" and arch not in IN_BF16))
+        pytest.param(arch, dtype, id=f"{arch}-{name}", marks=tier(arch, name))
         for arch in QUICK
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ],
 )
+@pytest.mark.covered(1)
 def test_masks(arch, dtype):
     rows = masks(arch, dtype)
     assert rows.keys() == set(KINDS)

@@ -69,6 +69,7 @@ def trained(tmp_path, tokenizer, made=lambda: None, **compiling) -> list[float]:
     return [h["loss"] for h in trainer.state.log_history if "loss" in h]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("imported", ["before", "after the trainer is made"])
 def test_the_body_is_one_graph(imported, on_a_gpu, tmp_path, tokenizer, caplog, monkeypatch):
     """By the backend's name alone, sloth is imported when the model is compiled: the trainer has added the head by then."""

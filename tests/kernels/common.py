@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from sloth.testing.judge import (  # noqa: F401  (what the tests of kernels import from here)
@@ -52,12 +52,7 @@ def _repair_interpreter() -> None:
 
 _repair_interpreter()
 
-cases = settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+cases = settings()  # 10 examples; 30 in `make nightly`: conftest.py
 
 
 # ---------------------------------------------------------------- strategies

@@ -12,14 +12,19 @@ constexprs  {argument: value} of the constant ones
 A fourth element, {"num_warps": 8}, is optional. "shared" in it: the KiB of shared memory that it says it takes on sm_90; "only":
 the pairs of target and dtype that it is for; "sweep": the targets for which it takes so long that only the sweep compiles it.
 
-    python tests/kernels/compile_targets.py [--sweep]         one JSON line for each compilation
+    python tests/kernels/compile_targets.py default|nightly|sweep         one JSON line for each compilation
+
+The default tier compiles all kernels for one target, and one kernel for the others. What compiled once is noted beside Triton's
+cache, by a digest of all that decides about it, and not compiled again.
 """
 
+import hashlib
 import importlib
 import json
 import multiprocessing
 import pkgutil
 import sys
+from pathlib import Path
 
 TARGETS = {
     "sm_75": ("cuda", 75, 32),
@@ -29,6 +34,9 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 DTYPES = {"sm_75": ("fp16", "fp32"), "sm_80": ("bf16", "fp16"), "sm_90": ("bf16", "fp16", "fp32")}  # others: bf16
+FIRST = "sm_90"  # the target of the default tier
+SMOKE = "sloth.kernels.rms_norm", 0  # what that compiles for the others: each backend and each target is there and works
+TIERS = ("default", "nightly", "sweep")
 
 
 def modules() -> list[str]:
@@ -39,8 +47,15 @@ def modules() -> list[str]:
     return [name for name in names if getattr(importlib.import_module(name), "COMPILE", None)]
 
 
-def jobs(sweep: bool) -> list[tuple[str, int, str, str]]:
-    """(module, index in its COMPILE, target, dtype): what the sweep has to itself, or all else"""
+def tier(name: str, index: int, target: str) -> str:
+    """The first tier that compiles this kernel for this target."""
+    if target in dict(*importlib.import_module(name).COMPILE[index][3:]).get("sweep", ()):
+        return "sweep"
+    return "default" if target == FIRST or (name, index) == SMOKE else "nightly"
+
+
+def jobs(wanted: str) -> list[tuple[str, int, str, str]]:
+    """(module, index in its COMPILE, target, dtype) of one tier."""
     return [
         (name, i, target, dtype)
         for name in modules()
@@ -48,9 +63,19 @@ def jobs(sweep: bool) -> list[tuple[str, int, str, str]]:
         for target in TARGETS
         for dtype in DTYPES.get(target, ("bf16",))
         if (target, dtype) in dict(*entry[3:]).get("only", [(target, dtype)])
-        if sweep == (target in dict(*entry[3:]).get("sweep", ()))
+        if wanted == tier(name, i, target)
         if dtype == "bf16" or "*bf16" in entry[1].values() or dtype == DTYPES[target][0]
     ]
+
+
+def note_of(kernel, *how) -> Path:
+    """The file that says that this kernel compiled: one for its source, that of what it calls, the rest of the job, the versions
+    of Triton and of this file.
+    """
+    import triton
+
+    told = [kernel.cache_key, *map(repr, how), triton.__version__, Path(__file__).read_text()]
+    return Path(triton.knobs.cache.dir, "sloth-compiled", hashlib.sha256("\0".join(told).encode()).hexdigest())
 
 
 def compile_one(job: tuple[str, int, str, str]) -> dict:
@@ -71,6 +96,8 @@ def compile_one(job: tuple[str, int, str, str]) -> dict:
     options = {name: value for name, value in options.items() if name not in ("only", "sweep")}
     # Loads in flight take shared memory where pointers and strides are multiples of 16, as those of models are.
     aligned = [i for i, arg in enumerate(kernel.arg_names) if "*" in signature[arg] or "_" in arg and signature[arg] == "i32"]
+    if (note := note_of(kernel, signature, constexprs, options, told, aligned, target)).exists():
+        return report
     try:
         source = ASTSource(
             fn=kernel,
@@ -85,13 +112,15 @@ def compile_one(job: tuple[str, int, str, str]) -> dict:
             assert "fma.rn.f32" not in compiled.asm.get("ptx", ""), "a product and a sum were contracted"
         taken = compiled.metadata.shared
         assert not told or target != "sm_90" or taken // 1024 <= told, f"{taken} bytes of shared memory, not {told} KiB"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
     except Exception as error:  # reported to the test
         report["error"] = f"{type(error).__name__}: {error}"[:2000]
     return report
 
 
 if __name__ == "__main__":
-    todo = jobs("--sweep" in sys.argv)
+    todo = jobs(sys.argv[1])
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for line in pool.imap_unordered(compile_one, todo, chunksize=2):
             print(json.dumps(line))

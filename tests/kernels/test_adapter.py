@@ -214,7 +214,7 @@ def test_opcheck(dora, adapters):
     torch.library.opcheck(forward, (*given, 2.0, torch.bfloat16))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_inductor(dynamic):
     def model(*tensors):
         return (operator(2.0)(*tensors) * 3).square().mean()

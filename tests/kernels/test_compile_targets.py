@@ -14,36 +14,28 @@ import pytest
 
 import sloth.kernels
 
-pytestmark = pytest.mark.timeout(1800)  # three minutes of two cores, which other tests want too; then Triton's cache has it
+pytestmark = pytest.mark.timeout(1800)  # all of them are three minutes of two cores, which other tests want too
 
 
-def compiled(*options: str) -> list[dict]:
+def compiled(tier: str) -> list[dict]:
     """The reports of all compilations, made in an interpreter where Triton compiles."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, compile_targets.__file__, *options], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, compile_targets.__file__, tier], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def assert_compiled(reports: list[dict]) -> None:
+MARKS = {"nightly": [pytest.mark.nightly], "sweep": [pytest.mark.sweep]}
+
+
+@pytest.mark.parametrize("tier", [pytest.param(tier, marks=MARKS.get(tier, [])) for tier in compile_targets.TIERS])
+def test_compiles(tier):
+    reports = compiled(tier)
     failed = [r for r in reports if r["error"]]
     told = (f"{r['module']}[{r['index']}] {r['kernel']} {r['target']} {r['dtype']}: {r['error']}" for r in failed)
     assert reports and not failed, "\n".join(told)
-
-
-@pytest.fixture(scope="module")
-def reports():
-    return compiled()
-
-
-@pytest.mark.parametrize("target", compile_targets.TARGETS)
-def test_compiles(reports, target):
-    assert_compiled([r for r in reports if r["target"] == target])
-
-
-@pytest.mark.sweep
-def test_compiles_what_takes_long():
-    assert_compiled(compiled("--sweep"))
+    if tier == "default":
+        assert {r["target"] for r in reports} == compile_targets.TARGETS.keys()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from common import DEVICE, LAYOUTS, assert_no_worse, cases, compare, dtypes, make, wide
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorder import Recorder, interpret, saved
 
@@ -63,7 +63,7 @@ def test_operator(problem):
     check(problem)
 
 
-@settings(cases, max_examples=20)
+@cases
 @given(problems(st.sampled_from([torch.float32, torch.float16])))
 def test_kernels(problem):
     """As above, with the Triton kernels on every device (bf16 only on GPUs: the interpreter cannot round to it)."""
@@ -256,7 +256,7 @@ def test_autocast_changes_nothing():
     assert torch.equal(inside, cross_entropy(logits, target)[0])
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_inductor(dynamic):
     def head(x, w, target):
         return cross_entropy(x @ w, target, softcap=20.0)[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import DEVICE, LAYOUTS, cases, compare, dtypes, make, wide
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorder import interpret, saved
 from test_cross_entropy import random_targets
@@ -58,7 +58,7 @@ def test_operator(problem):
     check(problem)
 
 
-@settings(cases, max_examples=15)
+@cases
 @given(problems(st.sampled_from([torch.float32, torch.float16])))
 def test_kernels(problem):
     tiles = mock.patch.multiple(cross_entropy, FORWARD_LANES=16, FORWARD_UNROLL=2)

@@ -187,6 +187,7 @@ def test_opcheck(double):
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.covered(1)
 def test_inductor(double, dtype):
     packed, state = quantized(make((6, 64), torch.float32), double=double)
     given = arguments(packed, state, dtype)

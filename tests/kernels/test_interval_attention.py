@@ -5,7 +5,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from common import DEVICE, cases, compare, make
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorder import Recorder, interpret
 
@@ -89,7 +89,7 @@ def masks(draw, B, S):
     return documents, valid, draw(st.one_of(st.just(0), some, st.integers(-3, 3))), draw(some)
 
 
-@settings(cases, max_examples=12)
+@cases
 @given(st.data())
 def test_any_mask(data):
     B, G, per_group, S = (data.draw(st.integers(1, n)) for n in (2, 2, 3, 70))
@@ -157,7 +157,7 @@ def test_tiles_by_shared_memory(kib, width, masked, index, monkeypatch):
     assert tile == (kernels.SMALL if index is None else kernels.FORWARD[width][index])
 
 
-@settings(cases, max_examples=60)
+@cases
 @given(st.data())
 def test_intervals(data):
     """Both descriptions of who sees what say what the mask says."""

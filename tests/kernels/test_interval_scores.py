@@ -86,6 +86,7 @@ def check(name, dtype, kernels=True):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.covered(1)
 def test_scores(name, dtype):
     check(name, dtype)
 

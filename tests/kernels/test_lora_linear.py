@@ -380,7 +380,7 @@ def test_sums_of_products(m, n, inner, dtype, bias, seed):
     assert_no_worse(found, written_out(lambda t: t), written_out(torch.Tensor.double), few=256, scale=1.0)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_inductor(dynamic):
     def model(x, *flat):
         q, k = operator([2.0, 0.5])(x * 2, *flat)

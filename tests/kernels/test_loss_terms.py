@@ -7,7 +7,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from common import DEVICE, cases, compare, dtypes, make, wide
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorder import interpret
 from test_cross_entropy import random_targets
@@ -71,7 +71,7 @@ def test_operator(problem, dloss, budget):
     check(problem, dloss=dloss, budget=budget)
 
 
-@settings(cases, max_examples=20)
+@cases
 @given(problems(st.sampled_from([torch.float32, torch.float16])), st.sampled_from([0, 1]))
 def test_kernels(problem, budget):
     tiles = mock.patch.multiple(cross_entropy, FORWARD_LANES=16, FORWARD_UNROLL=2)

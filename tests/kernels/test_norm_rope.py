@@ -4,7 +4,7 @@ import pytest
 import sympy
 import torch
 from common import DEVICE, LAYOUTS, cases, compare, dtypes, make, wide
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorder import Recorder, interpret, saved
 
@@ -105,7 +105,7 @@ def test_operator(problem, grads, used):
     check(problem, grads, used)
 
 
-@settings(cases, max_examples=15)
+@cases
 @given(problems(st.sampled_from([torch.float32, torch.float16])), some_grads, some_douts)
 def test_kernels(problem, grads, used):
     """As above, with the Triton kernels on every device (bf16 only on GPUs: the interpreter cannot round to it)."""
@@ -275,6 +275,7 @@ def test_gradcheck(interleaved, D):
     torch.autograd.gradcheck(lambda *t: ours(*t, cos, sin, 1.0, interleaved), tensors)
 
 
+@pytest.mark.nightly
 def test_opcheck():
     *tensors, cos, sin = sample(torch.bfloat16, R=6)
     tensors = [t.requires_grad_() for t in tensors]
@@ -293,6 +294,7 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.nightly
 def test_inductor(dynamic):
     def attention(x, w, wq, wk, cos, sin):
         B, S, _ = x.shape

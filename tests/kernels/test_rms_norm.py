@@ -268,6 +268,7 @@ def test_opcheck(layout):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.covered(1)
 def test_inductor(dynamic, checkpointed):
     """Forward and backward compiled, for two batch sizes."""
 

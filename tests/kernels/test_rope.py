@@ -4,7 +4,7 @@ import pytest
 import sympy
 import torch
 from common import DEVICE, LAYOUTS, cases, compare, dtypes, make
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorder import Recorder, interpret, saved
 
@@ -88,7 +88,7 @@ def test_operator(problem, grads, used, promote):
     check(problem, grads, used, promote)
 
 
-@settings(cases, max_examples=15)
+@cases
 @given(problems(st.sampled_from([torch.float32, torch.float16])), some_grads, some_douts, st.booleans())
 def test_kernels(problem, grads, used, promote):
     """As above, with the Triton kernels on every device (bf16 only on GPUs: the interpreter cannot round to it)."""
@@ -247,6 +247,7 @@ def test_gradcheck(interleaved, D):
     torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin, interleaved), (q, k))
 
 
+@pytest.mark.nightly
 def test_opcheck():
     q, k = (heads((2, n, 3, 8), torch.bfloat16, "model", n).requires_grad_() for n in (4, 2))
     cos, sin = make((1, 3, 6), torch.float32, seed=5), make((1, 3, 6), torch.float32, seed=6)
@@ -262,7 +263,7 @@ def test_autocast_changes_nothing():
     assert torch.equal(inside, rope_single(x, cos, cos))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_inductor(dynamic):
     def attention(x, w, cos, sin):
         B, S, _ = x.shape

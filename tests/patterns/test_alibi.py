@@ -148,6 +148,7 @@ PADDINGS = {
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", ["bloom", "falcon"])
+@pytest.mark.covered(1)
 def test_positions_that_padding_counts(name, padding, checkpointed):
     _, ours, theirs, statuses = checked(name, checkpointed=checkpointed, batch={"attention_mask": PADDINGS[padding]})
     assert statuses == [MATCHED] * 2

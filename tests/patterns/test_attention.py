@@ -129,6 +129,7 @@ HOW = [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
     # torch works in fp32 where heads are broadcast: what is no worse is another matter then
     [(*case, *how) for case in ACROSS for how in HOW if case[3] == 4 or how[1] == torch.float32],
 )
+@pytest.mark.covered(1)
 def test_widths_and_numbers_of_keys(mask, keys, width, groups, status, dynamic, dtype):
     torch.manual_seed(0)
     model, x = Across(mask, keys, width, groups).to(DEVICE, dtype), torch.randn(2, S, 32, device=DEVICE, dtype=dtype)
@@ -221,6 +222,7 @@ CHECKPOINTED = [*itertools.product(["llama", "mistral", "gemma3"], BATCHES), ("d
 
 
 @pytest.mark.parametrize(("name", "batch"), CHECKPOINTED)
+@pytest.mark.covered(1)
 def test_checkpointed_models(name, batch):
     """The mask is made outside of the body; what it is made of is passed in."""
     _, ours, theirs = checked(name, batch, checkpointed=True)

@@ -79,6 +79,7 @@ WAYS = [pytest.param(dtype, how, id=f"{how}-{name}", marks=[pytest.mark.sweep] *
 
 @each_entry
 @pytest.mark.parametrize(("dtype", "how"), WAYS)
+@pytest.mark.covered(2, entry=lambda entry: entry.construct.name)
 def test_matches_its_own_references(entry, dtype, how):
     """Each variant once and whole, and what is compiled gives the references' values and gradients."""
     model, tensors = References(entry, dtype, how == "checkpoint", how == "dynamic"), [sample(v, dtype) for v in entry.variants]
@@ -268,5 +269,5 @@ def test_in_fp64_operator_and_reference_agree_and_the_backward_is_the_derivative
 
 @each_entry
 def test_operator_obeys_the_rules_of_torch_library(entry):
-    for variant in entry.variants[:2]:
+    for variant in entry.variants[:1]:
         torch.library.opcheck(entry.op, arguments(variant, sample(variant, torch.float32)))

@@ -75,10 +75,15 @@ def next_token_loss(logits, ids):
     return -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean()
 
 
-CASES = [*((name, "static") for name in MODELS), *(("llama", how) for how in ("dynamic", "autocast", "checkpoint"))]
+CASES = [
+    *((name, "static") for name in MODELS),
+    *(("llama", how) for how in ("autocast", "checkpoint")),
+    pytest.param("llama", "dynamic", marks=pytest.mark.nightly),
+]
 
 
 @pytest.mark.parametrize(("name", "how"), [*CASES, ("gemma2", "autocast")])
+@pytest.mark.covered(1)
 def test_models(name, how):
     """Gradients of what is computed by rows, and of what has all of the logits read."""
     model, ids = model_of(name), tokens()
@@ -113,6 +118,7 @@ ADAPTERS = {  # adapters, how the model is called, sites of the head and of adap
 
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("labels", [False, True], ids=["logits", "loss"])
+@pytest.mark.covered(1)
 def test_adapters_on_the_head(name, labels):
     """Of a loss one may be a part: more, and DoRA's, are computed for it."""
     configs, how, heads, loras, beside = ADAPTERS[name]
@@ -312,7 +318,7 @@ def test_compiled_by_itself():
     assert is_lazy(ours.logits)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.nightly)])
 def test_generation(mode, monkeypatch):
     model, ids = model_of("llama").eval(), tokens(6)
     texts = []

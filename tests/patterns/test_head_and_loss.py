@@ -65,6 +65,7 @@ def is_lazy(x) -> bool:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.covered(1)
 def test_models(name, autocast):
     """Gradients of the loss alone, and of a loss that somebody adds who looks at the logits."""
     if torch.__version__ < (2, 13) and name in ("gpt2", "bert", "roberta"):
@@ -290,6 +291,7 @@ def trainer_of(backend, folder, **more):
     return trainer
 
 
+@pytest.mark.nightly
 def test_prediction_with_the_trainer(tmp_path):
     """It gathers, pads and joins logits of batches, and hands them to the metrics as arrays."""
     found = {}

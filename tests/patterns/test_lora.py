@@ -207,7 +207,7 @@ def test_dora(kind):
     assert compiled.variants == {"adapter[dora]": 4} | ({"linear_4bit[linear]": 4} if kind == "nf4" else {})
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.nightly), "nf4"])
 def test_dora_where_torchao_is_imported(kind, monkeypatch):
     """As transformers does where it is installed."""
 
@@ -307,7 +307,10 @@ def test_a_bias_of_another_dtype_is_left_to_torch():
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("inner, kind, x_grad", [("inductor", "nf4", True), ("aot_eager_decomp_partition", "fp4", False)])
+@pytest.mark.parametrize(
+    "inner, kind, x_grad",
+    [pytest.param("inductor", "nf4", True, marks=pytest.mark.nightly), ("aot_eager_decomp_partition", "fp4", False)],
+)
 def test_dequantised_weights_are_not_saved(inner, kind, x_grad):
     """They are made again in the backward pass: what is kept of the weights is packed."""
     model = adapted(Attention(kind, BF16), {})

@@ -62,6 +62,7 @@ def checkpointed(model, on: bool):
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("checkpoint, layers", [(False, 2), (True, 1)], ids=["plain", "checkpointed"])
+@pytest.mark.covered(1)
 def test_explain_counts_every_projection(quantised, checkpoint, layers):
     model = checkpointed(llama(quantised, layers=layers), checkpoint)
     report = sloth.explain(model, batch())

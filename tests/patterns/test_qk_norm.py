@@ -82,9 +82,11 @@ MODELS = [
     ("qwen3", "checkpointed"),
     ("qwen3", "autocast"),
     ("gemma3_text", "plain"),
-    ("gemma4_text", "plain"),
+    pytest.param("gemma4_text", "plain", marks=pytest.mark.nightly),
     pytest.param(
-        "glm4_moe+qknorm", "plain", marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="its experts break the graph")
+        "glm4_moe+qknorm",
+        "plain",
+        marks=[pytest.mark.nightly, pytest.mark.skipif(torch.__version__ < "2.13", reason="its experts break the graph")],
     ),
 ]
 

@@ -17,7 +17,8 @@ SCALED = {
     "longrope": LONG,
 }
 CASES = [
-    *(("llama", name, name != "linear") for name in ("llama3", "yarn", "linear", "dynamic")),
+    *(pytest.param("llama", name, name != "linear", marks=pytest.mark.nightly) for name in ("llama3", "yarn", "dynamic")),
+    ("llama", "linear", False),
     ("phi3", "longrope", True),
     ("glm", None, True),  # its layers make the tables of halves of them
 ]

@@ -77,6 +77,7 @@ def compiled(fn, dynamic=None, **options):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.covered(1)
 def test_spellings(name, dynamic):
     fn = lambda h, w, b=None: SPELLINGS[name](F.linear(h, w, b))  # noqa: E731
     run, variants = compiled(fn, dynamic)
@@ -233,6 +234,7 @@ IN_ITS_OWN_PRECISION = {
     "disabled", ["", "linear_cross_entropy,linear_cross_entropy_terms,linear_cross_entropy_rows"], ids=["head", "logits"]
 )
 @pytest.mark.parametrize("name", IN_ITS_OWN_PRECISION)
+@pytest.mark.covered(1)
 def test_a_loss_that_nobody_casts(name, dtype, disabled):
     """Its result is of the logits' dtype, and computed in fp32 all the same."""
     fn = lambda h, w: IN_ITS_OWN_PRECISION[name](F.linear(h, w))  # noqa: E731

@@ -69,6 +69,7 @@ PRETEND = "from sloth.kernels.common import device; device._pretended['cpu'] = d
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "h100"])
+@pytest.mark.nightly
 def test_one_graph_for_all_lengths_at_real_sizes(gpu: bool) -> None:
     """In a process of its own, without Triton's interpreter: what a GPU would get is traced by saying that there is one."""
     here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_guards; "

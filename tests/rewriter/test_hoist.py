@@ -52,6 +52,7 @@ MODELS = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("given", ["padded", "packed"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.covered(1)
 def test_once_for_all_layers_with_the_same_mask(name, given, checkpointing):
     config, kinds = MODELS[name]
     model = Auto.from_config(config, attn_implementation="sdpa").train()
@@ -64,6 +65,7 @@ def test_once_for_all_layers_with_the_same_mask(name, given, checkpointing):
     assert found == {"outside": kinds, "inside": 0, "alone": 0}
 
 
+@pytest.mark.nightly
 def test_gradients_and_other_lengths():
     model = Auto.from_config(MODELS["gemma3"][0], attn_implementation="sdpa").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -66,6 +66,11 @@ CASES = [
         (lambda x: x.bfloat16().float(), lambda x: x.double()),
     ),
     Case(
+        "cast to what holds each number, and back",
+        (lambda h: h, lambda h: h.float().bfloat16(), lambda h: h.double().bfloat16(), lambda h: h.float().type_as(h)),
+        (lambda h: h.half().bfloat16(), lambda h: h.float().half()),
+    ),
+    Case(
         "copies",
         (
             lambda x: x,

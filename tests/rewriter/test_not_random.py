@@ -1,5 +1,6 @@
 """Attention without dropout is computed again without a look at random states."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from common import DEVICE
@@ -54,6 +55,7 @@ def test_no_state_is_saved():
     assert all(calls(graph, "rng_state") for graph in theirs)
 
 
+@pytest.mark.nightly
 def test_dropout_stays_random():
     assert not any(calls(graph, *map(str, PLAIN.values())) for graph in compiled(0.5))
 

@@ -152,6 +152,7 @@ def batch(length=24):
 
 
 @pytest.mark.parametrize(("name", "checkpointing"), [("llama", False), ("llama", True), ("gpt2", False), ("gemma2", True)])
+@pytest.mark.covered(1)
 def test_models(name, checkpointing):
     """Gemma 2's layers take turns: two of them are one part."""
     found, compiled = compared(model_of(name, checkpointing), **batch())

@@ -1,0 +1,346 @@
+"""Faults that the suite must catch: each is planted in a copy of the tree, and the test that fails first is noted.
+
+    python -m tests.faults                all of them; each writes its row of the table of docs/testing.md
+    python -m tests.faults --only 3 17    some of them
+    python -m tests.faults --missing      those that have no row
+    python -m tests.faults --everything   where the tests named beside a fault pass, all of the default tier too
+    python -m tests.faults --list
+
+A fault is a small change that leaves code that runs: a term that is left out, a condition that is not asked. The tests that are
+most likely to see it are named beside it and run first, those of the default tier before those of the nightly one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "testing.md"
+BEGIN, END = "<!-- table: faults -->\n", "<!-- end -->"
+LIMIT = 1800  # seconds for the tests of one fault
+
+
+class Fault(NamedTuple):
+    kind: str
+    what: str
+    file: str  # of src/
+    old: str  # stands once in the file
+    new: str
+    likely: str  # files of tests/, and perhaps the words of those that run first
+
+
+KERNELS, FORM, LEGALITY, PATTERNS, LAZY, PLAN, REGIONS = (
+    "kernels", "normal form", "legality", "patterns", "lazy logits", "narrowing, hoisting", "regions, passes",
+)  # fmt: skip
+
+# fmt: off
+FAULTS = [
+    Fault(
+        KERNELS, "RMSNorm's gradient: the mean over the padded row",
+        "kernels/rms_norm.py", "(tl.sum(dy * x, 1, keep_dims=True) / D)",
+        "(tl.sum(dy * x, 1, keep_dims=True) / BLOCK)", "kernels/test_rms_norm.py -k degenerate",
+    ),
+    Fault(
+        KERNELS, "RMSNorm of x alone where a residual was added",
+        "kernels/rms_norm.py", "x = h.to(tl.float32)  #",
+        "h = h.to(tl.float32)  #", "kernels/test_rms_norm.py -k triton",
+    ),
+    Fault(
+        KERNELS, "the residual's gradient is left out, in ATen alone",
+        "kernels/rms_norm.py", "(dx if dh is None else dx + dh.to(dtype)).to(x.dtype)",
+        "dx.to(x.dtype)", "kernels/test_rms_norm.py -k gradcheck",
+    ),
+    Fault(
+        KERNELS, "LayerNorm's gradient without the mean of dy",
+        "kernels/layer_norm.py", "(dy - tl.sum(dy, 1, keep_dims=True) / D - x",
+        "(dy - x", "kernels/test_layer_norm.py -k many_rows",
+    ),
+    Fault(
+        KERNELS, "RoPE's backward reads sin where the forward does",
+        "kernels/rope.py", "sin_at + (other if TRANSPOSE else col)",
+        "sin_at + col", "kernels/test_rope.py -k large",
+    ),
+    Fault(
+        KERNELS, "the derivative of GELU's tanh form lacks a factor 3, in ATen alone",
+        "kernels/gated_act.py", "* 2 * k * (1 + 3 * 0.044715",
+        "* 2 * k * (1 + 0.044715", "kernels/test_gated_act.py -k gradcheck",
+    ),
+    Fault(
+        KERNELS, "ignored labels have a gradient, in ATen alone",
+        "kernels/loss/cross_entropy.py", "torch.where(target_N1 != ignore_index, (G * slope) * dz, 0.0)",
+        "((G * slope) * dz)", "kernels/test_cross_entropy.py -k ignored_rows",
+    ),
+    Fault(
+        KERNELS, "attention takes tiles for whole that are not",
+        "kernels/attention/interval_kernels.py", "(whole_to + 1 - whole) // BLOCK",
+        "(whole_to + BLOCK - whole) // BLOCK", "kernels/test_interval_attention.py -k masks",
+    ),
+    Fault(
+        KERNELS, "scales of double-quantised blocks are those of the first program",
+        "kernels/linear/dequantize_4bit.py", "(start + block) // NESTED_BLOCK",
+        "block // NESTED_BLOCK", "kernels/test_dequantize_4bit.py -k many_blocks",
+    ),
+    Fault(
+        KERNELS, "LoRA: gradients of frozen A are computed and taken for others'",
+        "kernels/linear/lora.py", "shared = [i for i in together if need[i]]",
+        "shared = list(together)", "kernels/test_lora_linear.py -k vain",
+    ),
+    Fault(
+        KERNELS, "DoRA: the magnitude's gradient without the adapter's scale",
+        "kernels/linear/adapter.py", "l = (t @ b.t()).to(wide) * scale",
+        "l = (t @ b.t()).to(wide)", "kernels/test_adapter.py -k gradcheck",
+    ),
+    Fault(
+        KERNELS, "a kernel that the interpreter runs and no GPU's compiler takes",
+        "kernels/attention/interval_kernels.py", "    else:  # or Triton looks at both returns\n        return 0.0",
+        "    return 0.0", "kernels/test_compile_targets.py -k test_compiles",
+    ),
+    Fault(
+        KERNELS, "a second derivative is zero instead of refused",
+        "kernels/common/row_reduction.py", 'raise RuntimeError("sloth\'s operators can be differentiated once, not twice")',
+        "return None", "kernels/test_rms_norm.py -k refused",
+    ),
+    Fault(
+        FORM, "float16 is taken to hold all of bfloat16",
+        "rewriter/graph/normal_form.py", "(torch.bfloat16, torch.float16), (torch.float32, torch.float64))",
+        "(torch.bfloat16, torch.float16), (torch.float16, torch.float32, torch.float64))", "rewriter/test_normal_form.py",
+    ),
+    Fault(
+        FORM, "x + 0 is x where the dtype changes too",
+        "rewriter/graph/normal_form.py", "b == 0 and isinstance(a, Value) and a.meta.dtype == c.meta.dtype else None",
+        "b == 0 and isinstance(a, Value) else None", "rewriter/test_normal_form.py",
+    ),
+    Fault(
+        FORM, "div(a, sqrt(b), rounding_mode='floor') is a · rsqrt(b)",
+        "rewriter/graph/normal_form.py", "if any(rounding) or not isinstance(a, Value)",
+        "if not isinstance(a, Value)", "rewriter/test_normal_form.py",
+    ),
+    Fault(
+        FORM, "a negative bound beyond the front is not clipped",
+        "rewriter/graph/normal_form.py", "isinstance(size, Symbol) else max(i + size, 0)",
+        "isinstance(size, Symbol) else i + size", "rewriter/test_normal_form.py",
+    ),
+    Fault(
+        FORM, "pieces that overlap are taken for a split",
+        "rewriter/graph/normal_form.py", "return tuple(out) if same_literal(start, x.meta.shape[dim]) else None  #",
+        "return tuple(out)  #", "rewriter/test_normal_form.py",
+    ),
+    Fault(
+        FORM, "rules look through what is written in place",
+        "rewriter/graph/canonical.py", "x.region == self.region and not x.pinned",
+        "x.region == self.region", "rewriter/test_memory.py rewriter/test_normal_form.py rewriter/test_shadow.py",
+    ),
+    Fault(
+        FORM, "where gradients are off, a copy still has one",
+        "rewriter/graph/canonical.py", "if self.region.grad or x is None",
+        "if True or x is None", "rewriter/test_normal_form.py rewriter/test_legality.py rewriter/test_shadow.py",
+    ),
+    Fault(
+        LEGALITY, "what is written in place after it was read is matched",
+        "rewriter/plan/legality.py", ">= min([first, *copies])",
+        "> 10**9 + min([first, *copies])", "rewriter/test_memory.py rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "a match spans a change of autocast",
+        "rewriter/plan/legality.py", "if len({v.region for v in match.values}) > 1:",
+        "if False:", "rewriter/test_autocast.py rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "a cast of what is dear is taken to be cheap",
+        "rewriter/plan/legality.py", "v.op in VIEWS | POINTWISE and all(map(is_cheap, v.inputs))",
+        "v.op in VIEWS | POINTWISE", "rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "an operator skips a tensor that needs a gradient",
+        "rewriter/plan/legality.py", "[name for name in wanting if name in match.pattern.no_grad]",
+        "[]", "rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "a result of another dtype is taken",
+        "rewriter/plan/legality.py", "if r.meta.dtype != m.dtype or not same_literal",
+        "if not same_literal", "rewriter/test_legality.py rewriter/test_match.py",
+    ),
+    Fault(
+        LEGALITY, "an operand may depend on a result",
+        "rewriter/plan/apply.py", "if any(n in behind for m in matches for n in self.sources(m)):",
+        "if False:", "rewriter/test_rewrite.py rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "random calls change places",
+        "rewriter/plan/apply.py", "or _random(n) or",
+        "or", "rewriter/test_rewrite.py rewriter/test_legality.py",
+    ),
+    Fault(
+        PATTERNS, "j < i + a is read as j ≤ i + a: a window is one key too wide",
+        "patterns/attention/mask_meaning.py", "sympy.Lt: lambda: r.rhs - r.lhs - 1",
+        "sympy.Lt: lambda: r.rhs - r.lhs", "patterns/test_mask_meaning.py",
+    ),
+    Fault(
+        PATTERNS, "of two bounds of a mask, the wider",
+        "patterns/attention/mask_meaning.py", "max(-FAR, min(int(bound), FAR if known is None else known))",
+        "max(-FAR if known is None else known, int(bound))", "patterns/test_mask_meaning.py",
+    ),
+    Fault(
+        PATTERNS, "any cumulative sum is taken to never fall",
+        "patterns/attention/mask_meaning.py", " and uncast(v.args[0]).meta.dtype == torch.bool",
+        "", "patterns/test_mask_meaning.py",
+    ),
+    Fault(
+        PATTERNS, "tables that differ from head to head are taken",
+        "patterns/rope.py", "statically_known_true(shape[1] == 1) or statically_known_true(shape[2] == 1)",
+        "True", "patterns/test_rope_tables.py",
+    ),
+    Fault(
+        PATTERNS, "a packed MLP: gate and up exchanged in one variant",
+        "patterns/gated_mlp.py", 'f"{_name}_up_first", act=_told, up_first=True',
+        'f"{_name}_up_first", act=_told, up_first=False', "patterns/test_entries.py -k gated_mlp",
+    ),
+    Fault(
+        PATTERNS, "attention: what a query that sees nothing gets is not asked",
+        "patterns/attention/attention.py", "return not is_truth(match.attn_mask) and may_see",
+        "return False and may_see", "patterns/test_added_mask.py patterns/test_attention.py",
+    ),
+    Fault(
+        LAZY, "an index into the vocabulary is taken for one of positions",
+        "lazy/functions.py", "fine = taken < x.dim() or taken == x.dim() and whole",
+        "fine = taken <= x.dim()", "test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "a mean with weights of classes is divided by the count",
+        "lazy/functions.py", "divisor = counts.sum() if weight is None else",
+        "divisor = counts.sum() if True else", "test_losses_of_logits.py test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "weights that changed before logits are read are not noticed",
+        "lazy/head.py", "if self.stale or gone or (versions",
+        "if gone or False and (versions", "test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "gradients of later chunks of rows replace those of earlier ones",
+        "lazy/tensor.py", "(add_product if rows.start else product)",
+        "product", "test_lazy_logits.py test_many_logits.py",
+    ),
+    Fault(
+        PLAN, "a result with two readers is kept narrow",
+        "rewriter/plan/narrow.py", "return len(readers) == 1 and self.takes",
+        "return len(readers) > 0 and self.takes", "rewriter/test_narrow.py",
+    ),
+    Fault(
+        PLAN, "what is computed of written memory is hoisted",
+        "rewriter/plan/hoist.py", "if any(v.pinned for n in _nodes(given) for v in values_in((view.env.get(n),))):",
+        "if False:", "rewriter/test_hoist.py",
+    ),
+    Fault(
+        REGIONS, "parts with and without gradients share what they are compiled to",
+        "rewriter/compile/structural_key.py", "t.device, t.requires_grad, type(t)",
+        "t.device, type(t)", "rewriter/test_parts.py",
+    ),
+    Fault(
+        REGIONS, "a graph is cut where a later part writes an earlier one's memory",
+        "rewriter/compile/regions.py", "if any(made_in.get(n) != i for i, piece in enumerate(pieces) for n in",
+        "if any(False for i, piece in enumerate(pieces) for n in", "rewriter/test_parts.py",
+    ),
+    Fault(
+        REGIONS, "a kernel writes over an operand that is read later",
+        "rewriter/compile/passes.py", "all(order[u] <= order[call] for u in n.users)",
+        "True", "rewriter/test_written_over.py",
+    ),
+]
+# fmt: on
+
+
+class Caught(NamedTuple):
+    tier: str  # empty: by none
+    test: str
+    seconds: float
+
+
+def planted(fault: Fault, to: Path) -> None:
+    """A copy of the tree with the fault in it. `to/path` is what PYTHONPATH needs."""
+    skipped = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", ".pytest_cache", ".ruff_cache", ".hypothesis")
+    shutil.copytree(ROOT, to / "tree", ignore=skipped)
+    (to / "path").mkdir()
+    (to / "path" / "sloth").symlink_to(to / "tree" / "src")
+    file = to / "tree" / "src" / fault.file
+    source = file.read_text()
+    if source.count(fault.old) != 1:
+        raise ValueError(f"{fault.what}: {fault.old!r} stands {source.count(fault.old)} times in {fault.file}")
+    file.write_text(source.replace(fault.old, fault.new))
+
+
+def failing(tree: Path, tier: str, *tests: str) -> str:
+    """The first test that fails, or what stopped pytest; empty where all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", MARKS[tier], *tests]
+    env = os.environ | {"PYTHONPATH": str(tree.parent / "path"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=LIMIT)
+    if done.returncode in (0, 5):
+        return ""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*)?(?: - |$)", done.stdout, re.MULTILINE)
+    return found[1] if found else f"pytest ended with {done.returncode}"
+
+
+MARKS = {"default": "not sweep and not nightly", "nightly": "nightly"}
+
+
+def caught(fault: Fault, everything: bool) -> Caught:
+    """By the likely tests of the default tier, by those of the nightly tier, or, if wanted, by any test of the default tier."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        planted(fault, Path(folder))
+        tree = Path(folder, "tree")
+        likely = [
+            t if t.startswith("-") or "/" not in t and not t.endswith(".py") else f"tests/{t}" for t in fault.likely.split()
+        ]
+        runs = [("default", *likely), *([("default", "tests")] if everything else []), ("nightly", *likely)]
+        for tier, *tests in runs:
+            if test := failing(tree, tier, *tests):
+                return Caught(tier, test.removeprefix("tests/"), time.monotonic() - start)
+    return Caught("", "", time.monotonic() - start)
+
+
+def row(fault: Fault, found: Caught) -> str:
+    test = f"`{found.test}`" if found.tier else "**nothing**"
+    return f"| {fault.kind} | {fault.what} | {test} | {found.tier} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", nargs="*", type=int, help="those of these numbers, in this order")
+    parser.add_argument("--missing", action="store_true", help="those that have no row yet")
+    parser.add_argument("--everything", action="store_true", help="where the likely tests pass, run the whole default tier")
+    given = parser.parse_args()
+    for i in range(len(FAULTS)) if given.only is None else given.only:
+        fault = FAULTS[i]
+        if given.list:
+            print(f"{i:3} {fault.kind}: {fault.what} ({fault.file})")
+        elif not given.missing or fault.what not in rows():
+            found = caught(fault, given.everything)
+            write(rows() | {fault.what: row(fault, found)})
+            print(f"{i:3} {found.seconds:5.0f} s {row(fault, found)}", flush=True)
+
+
+def rows() -> dict[str, str]:
+    """The rows of the page, by what the fault is."""
+    table = PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    return {line.split(" | ")[1]: line for line in table.splitlines()[2:]}
+
+
+def write(known: dict[str, str]) -> None:
+    page = PAGE.read_text()
+    table = ["| kind | fault | caught by | tier |", "|---|---|---|---|", *(known[f.what] for f in FAULTS if f.what in known)]
+    before, after = page.index(BEGIN) + len(BEGIN), page.index(END)
+    PAGE.write_text(page[:before] + "\n".join(table) + "\n" + page[after:])
+
+
+if __name__ == "__main__":
+    main()
