@@ -77,9 +77,7 @@ def _is_matched(variant: Variant, dynamic: bool) -> None:
     sites = [s for r in reports for s in r.sites if s.construct == variant.pattern.construct.name]
     missed = [f"{s.status}: {s.reason}" for s in sites if s.status != "matched"]
     if variant.numbers and any(s.status == "check" for s in sites):
-        missed.append(
-            f"with {numbers(variant)}; give values that go together as numbers= of sloth.pattern"
-        )
+        missed.append(f"with {numbers(variant)}; give values that go together as numbers= of sloth.pattern")
     untouched = [r.untouched for r in reports if r.untouched]
     how = "dynamic" if dynamic else "static"
     assert not missed and not untouched, f"{variant} is not matched in its own reference ({how} sizes): {missed or untouched}"
