@@ -108,6 +108,21 @@ def test_what_is_wider_than_the_sequence_is_no_bound():
     assert told(wide_window) == CAUSAL and told(wide_chunks) == CAUSAL and told(everything) == Interval()
 
 
+def two_bounds_a_side(x):
+    i, j = positions(x)
+    return (j <= i + 2) & (j <= i) & (j >= i - 3) & (j >= i - 5)
+
+
+def two_bounds_a_side_turned(x):
+    i, j = positions(x)
+    return (j >= i - 5) & (j >= i - 3) & (j <= i) & (j <= i + 2)
+
+
+@pytest.mark.parametrize("fn", [two_bounds_a_side, two_bounds_a_side_turned], ids=lambda f: f.__name__)
+def test_of_two_bounds_the_tighter_holds(fn):
+    assert told(fn) == Interval(ahead=0, behind=3)
+
+
 def narrow_window(x):
     i, j = positions(x)
     return (j <= i) & (j > i - S + 1)
