@@ -73,7 +73,7 @@ off = sorted(i.module for i in integrations() if i.state.startswith("off: Import
 assert off and len(off) == len(told) == len(set(told)), (off, told)
 print(*off)
 """)
-    dynamo = [f"sloth.rewriter.dynamo.{name}" for name in ("module_floats", "repeated_layers", "varying_sizes")]
+    dynamo = [f"sloth.rewriter.dynamo.{name}" for name in ("collector", "module_floats", "repeated_layers", "varying_sizes")]
     assert told.split() == ["sloth.integrations.generation", "sloth.integrations.llamafactory", *dynamo]
 
 

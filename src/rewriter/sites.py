@@ -76,13 +76,15 @@ def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Ref
 
 
 def _unseen(view: View, construct: Construct, matcher: Matcher, covered: set[Value], refused: Refusals) -> Iterator[Site]:
-    """One site for each place that a reference matches, or nearly, and no anchor sees: of those that overlap, the largest."""
+    """One site for each place that a reference matches, or nearly, and no anchor sees: of those that overlap, the largest. Not
+    where the operator's results would not fit: that is something else, as Mamba's activation times a number for each channel.
+    """
     variants = {v: g for graphs in matcher.by_root.values() for v, g in graphs if v.pattern.construct is construct}
     if construct.anchor is not Construct.anchor and not any(v.is_seen for v in variants):
         return  # the anchor asks for more than references say: a weight in 4 bits
     near = [n for n in matcher.near if n.variant in variants]
     near += [n for v, graph in variants.items() if not v.is_seen for n in _alike(v, graph, view)]
-    found = [(m.values, partial(_refused, m, why)) for m, why in refused if m.variant in variants]
+    found = [(m.values, partial(_refused, m, why)) for m, why in refused if m.variant in variants and why.status != "operator"]
     found += [(n.values, partial(_different, n.variant, n.difference)) for n in near]
     taken = set(covered)
     for values, site in sorted(found, key=lambda one: -len(one[0])):
