@@ -271,6 +271,23 @@ def while_tracing(probe: Callable[[Any, Any, list], Any]) -> None:
         raise raised[0]
 
 
+@uses("dynamo.skip")
+def _() -> None:
+    """Wherever the function is reached from, wrapped or not; what it calls is traced."""
+    traced: list[str] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        traced.extend(n.name for n in gm.graph.nodes if n.op == "call_function")
+        return gm.forward
+
+    def skipped(inner: Any, x: Tensor) -> Tensor:
+        return inner(x) * 3
+
+    dynamo.skip(skipped)
+    torch.compile(lambda x: skipped(lambda x: x + 1, x) - 2, backend=backend)(torch.ones(2))
+    assert "mul" not in traced and any(name.startswith("sub") for name in traced)
+
+
 @uses("dynamo.callback_handler")
 def _() -> None:
     ended: list[Any] = []

@@ -17,6 +17,8 @@ with suppress(ImportError):
     from torch._dynamo.variables.misc import GetAttrVariable, SuperVariable  # super().__call__.__self__, of LLaMA-Factory
 
 with suppress(ImportError):
+    from torch._dynamo.decorators import skip  # a function's frame is left, what it calls is traced; marks the function itself
+with suppress(ImportError):
     from torch._dynamo.callback import callback_handler  # when a compilation ends, Python's collector is as it was
 
 # ---------------------------------------------------------------- equal layers are traced once; a module's floats are constants

@@ -56,41 +56,45 @@ HEAD = "add_fused_lm_head"
 BEHIND = "TRL computes head and loss itself, at positions that have labels; the model's body is one graph"
 
 
-def _cut_before_body(utils: ModuleType, model: Any) -> None:
-    """Let Dynamo leave this model's forward, where its head follows values, and trace what that calls."""
+def _cut_before_body(skip: Callable[[Any], Any], utils: ModuleType, forward: Any, model: Any) -> None:
+    """Let Dynamo leave this forward of a model, where its head follows values, and trace what it calls. It is marked itself:
+    accelerate has wrapped it, maybe, in autocast.
+    """
     parameter, head = next(model.parameters(), None), utils._ChunkedLogProbFunction
     if parameter is None or not utils._use_triton(parameter.device):
         return
-    forward = model.forward.__func__
-    model.forward = MethodType(torch.compiler.disable(forward, recursive=False, reason=BEHIND), model)
+    skip(forward)
+    forward._torchdynamo_disable_msg = BEHIND
     if not hasattr(head.forward, "_torchdynamo_disable"):
         head.forward = staticmethod(torch.compiler.disable(head.forward, reason=BEHIND))
 
 
-def _models_with(add: Callable[..., None]) -> list[Any]:
-    """Those that have a forward of `add_fused_lm_head` already: a trainer is made before its model is compiled, and sloth may be
-    imported for that.
+def _made_by(add: Callable[..., None]) -> list[tuple[Any, Any]]:
+    """Forwards that `add_fused_lm_head` gave to models already, and these: a trainer is made before its model is compiled, and
+    sloth may be imported for that.
     """
     codes = [c for c in add.__code__.co_consts if isinstance(c, CodeType)]
     functions = [f for code in codes for f in gc.get_referrers(code) if isinstance(f, FunctionType)]
-    methods = [m for f in functions for m in gc.get_referrers(f) if isinstance(m, MethodType)]
-    return [m.__self__ for m in methods if isinstance(m.__self__, torch.nn.Module)]
+    methods = [m for f in functions for m in gc.get_referrers(f) if isinstance(m, MethodType) and m.__func__ is f]
+    return [(m.__func__, m.__self__) for m in methods if isinstance(m.__self__, torch.nn.Module)]
 
 
 @integration("trl.trainer.utils", touches=HEAD, why="a head that no graph holds is told to Dynamo before it traces the body")
 def _cut(utils: ModuleType) -> None:
     if not all(getattr(utils, name, None) for name in (HEAD, "_ChunkedLogProbFunction", "_use_triton")):
         return
+    from sloth.compat.dynamo import skip  # where it is gone, this is off alone
+
     add = utils.add_fused_lm_head
 
     @wraps(add)
     def add_head(model: Any, *args: Any, **kwargs: Any) -> None:
         add(model, *args, **kwargs)
-        _cut_before_body(utils, model)
+        _cut_before_body(skip, utils, model.forward.__func__, model)
 
     for name, module in list(sys.modules.items()):  # trainers that were imported before have it by its name
         if name.startswith("trl.") and getattr(module, HEAD, None) is add:
             setattr(module, HEAD, add_head)
     utils.add_fused_lm_head = add_head
-    for model in _models_with(add):
-        _cut_before_body(utils, model)
+    for forward, model in _made_by(add):
+        _cut_before_body(skip, utils, forward, model)

@@ -50,6 +50,7 @@ def rewrite(
     except Exception as e:
         if made is not None:
             made.restore()
+        report.rewrites = 0
         report.sites.clear()
         report.deferred.clear()
         report.untouched = f"{type(e).__name__}: {e}".split("\n")[0]

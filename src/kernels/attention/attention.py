@@ -14,10 +14,10 @@ Shapes   query [B, H, S, D], key [B, G, T, D], value [B, G, T, E] with H a multi
          or [S, T], bool. T is S unless it is given, or scores are plain and what is seen is causal (query 0 sees key 0) or
          everything.
 By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing and scores are plain: a mask tensor keeps them off
-         their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by ATen operations that are the
-         same for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than
-         256 and for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by
-         torch's kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products.
+         their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by operations that are the same
+         for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than 256
+         and for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by torch's
+         kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products.
          Of `visible`, the first and last key of each query and so on are measured, on the device: two passes over it in a step,
          no wait. What lies beyond them is not computed. It stays in memory, and is read where it has holes between them.
 Backward is that of those. A query that sees nothing gives 0, or, where `uniform`, the mean of all values: with the gradient of a

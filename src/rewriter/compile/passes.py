@@ -22,9 +22,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sloth.compat.dispatch import OpOverload
-from sloth.compat.inductor import (
-    CustomGraphPass,
-)
+from sloth.compat.inductor import CustomGraphPass
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.plan.materialize import OWN
 

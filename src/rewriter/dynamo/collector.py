@@ -28,8 +28,8 @@ def _sparing(trace: Callable[..., Any]) -> Callable[..., Any]:
         if not _before and is_ours(tx):
             _before.append(gc.get_threshold())
             gc.set_threshold(*_before[0][:2], NEVER)
-            if _resume not in callback_handler.end_callbacks:  # torch._dynamo.reset() forgets them
-                callback_handler.register_end_callback(_resume)
+        if _before and _resume not in callback_handler.end_callbacks:  # torch.compiler.reset() forgets them
+            callback_handler.register_end_callback(_resume)
         return trace(self, tx, *args)
 
     return call_function

@@ -224,7 +224,8 @@ def _one_thread() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        if torch.get_num_threads() == 1:  # it is the whole process's: somebody else may have set it
+            torch.set_num_threads(threads)
 
 
 KINDS = {int: (int, "int"), torch.dtype: (torch.dtype, "torch.dtype")}  # of keyword-only parameters, by annotation; others: float

@@ -30,9 +30,10 @@ def apply(plan: Plan) -> list[Applied]:
     depends on where the calls before were put and on what they moved.
     """
     done = [_apply(plan, graph) for graph in plan.graphs]
-    hoist([graph.view for graph in plan.graphs], plan.mode)  # bodies may have asked the graphs around them for more inputs
     if any(graph.placements for graph in plan.graphs) or any(d.deferred for d in done):
-        drop_unread_inputs([graph.view for graph in plan.graphs])
+        views = [graph.view for graph in plan.graphs]
+        hoist(views, plan.mode)  # bodies may have asked the graphs around them for more inputs
+        drop_unread_inputs(views)
         for gm, _ in plan.originals:
             gm.graph.lint()
             gm.recompile()

@@ -64,8 +64,8 @@ def hoist(views: Iterable[View], scratch: FakeTensorMode) -> None:
 
 
 def drop_unread_inputs(views: Iterable[View]) -> None:
-    """Tensors that bodies are given and read no more, as a mask of [S, S] whose meaning attention was told: what computes them
-    would run, and they would be kept for the backward pass.
+    """Tensors that bodies are given and read no more, as a mask of [S, S] whose meaning attention was told. They would be
+    computed and kept for the backward pass; now AOTAutograd drops what computes them, which nobody reads.
     """
     for view in reversed([*views]):
         _drop_unused(view, view.gm.graph.find_nodes(op="placeholder"))
@@ -75,7 +75,7 @@ def _drop_unused(view: View, nodes: list[fx.Node]) -> None:
     """Those of the nodes that are inputs of a body and that nobody reads, also further out. (Of a body that is given its inputs
     in order. Tensors without dimensions may be numbers that Dynamo lifted.)
     """
-    for n in nodes:
+    for n in dict.fromkeys(nodes):
         example = n.meta.get("example_value")
         is_given = n.op == "placeholder" and view.around is not None and isinstance(example, torch.Tensor) and example.dim() > 0
         if is_given and not n.users:
