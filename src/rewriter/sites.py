@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 import torch
 from torch import fx
@@ -175,11 +174,9 @@ def nearest(anchor: Value, construct: Construct, matcher: Matcher) -> tuple[str,
             if len(list(_parts(part))) <= best[0]:
                 continue
             for g in around:
-                bound = (
-                    next(islice(Unifier(False, graph.sentinels, graph.computed).unify(part, g, {}), 1), None)
-                    if g.op == part.op
-                    else None
-                )
+                if g.op != part.op:
+                    continue
+                bound = next(Unifier(False, graph.sentinels, graph.computed).unify(part, g, {}), None)
                 if bound is not None and anchor in bound.values():
                     after = ", ".join(sorted({u.op for u in g.users})) or "nothing"
                     follows = ", ".join(sorted({u.op for u in part.users})) or "a result"

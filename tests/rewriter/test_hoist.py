@@ -153,7 +153,7 @@ def test_bodies_are_given_what_they_read():
         body, *given = call.args
         inputs = getattr(gm, body.target).graph.find_nodes(op="placeholder")
         assert len(inputs) == len(given)
-        added = [n for n in inputs if "passed" in n.meta]
+        added = [n for n in inputs if "_passed" in n.name]
         assert added and all(n.users for n in added)
         outer = dict(zip(inputs, given, strict=True))
         assert all(outer[n].target is operator.getitem and outer[n].args[0].target is attention_bounds for n in added)

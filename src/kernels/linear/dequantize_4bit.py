@@ -134,15 +134,16 @@ def _constants(blocksize: int, nested: bool, quant_type: str) -> dict:
     }
 
 
-def _programs(n_bytes: int, constants: dict) -> int:
-    each = constants["HALF"] * constants["BLOCKS"]
+def _programs(n_bytes: int, half: int, blocks: int) -> int:
+    each = half * blocks
     return (n_bytes + each - 1) // each
 
 
 def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
     operands = _operands(packed, absmax, absmax_8bit, code8, offset, shape, dtype)
     constants, n = _constants(blocksize, absmax_8bit is not None, quant_type), operands[0].numel()
-    launch_opaque(_dequantize_kernel, (_programs(n, constants),), operands, [n], constants, **OPTIONS)
+    programs = _programs(n, constants["HALF"], constants["BLOCKS"])
+    launch_opaque(_dequantize_kernel, (programs,), operands, [n], constants, **OPTIONS)
     return operands[-1]
 
 
@@ -150,18 +151,18 @@ def _triton_together(matrices: list[tuple], blocksize: int, quant_type: str, dty
     """Two or three, each as (packed, absmax, absmax_8bit, code8, offset, shape), all double-quantised or none."""
     operands = [_operands(*matrix, dtype) for matrix in matrices]
     constants = _constants(blocksize, matrices[0][2] is not None, quant_type)
-    programs, numbers = _shares(tuple(of[0].numel() for of in operands), constants["HALF"] * constants["BLOCKS"])
+    programs, numbers = _shares(tuple(of[0].numel() for of in operands), constants["HALF"], constants["BLOCKS"])
     given = [x for of in (*operands, *operands[-1:] * (3 - len(operands))) for x in of]
     launch_opaque(_dequantize_together_kernel, (programs,), given, numbers, constants, **OPTIONS)
     return [of[-1] for of in operands]
 
 
 @cache
-def _shares(sizes: tuple[int, ...], each: int) -> tuple[int, list[int]]:
-    """How many programs compute matrices of so many bytes, of which each takes so many; and the kernel's numbers. Of two
-    matrices, the last stands for the third, which no program computes.
+def _shares(sizes: tuple[int, ...], half: int, blocks: int) -> tuple[int, list[int]]:
+    """How many programs compute matrices of so many bytes, and the kernel's numbers. Of two matrices, the last stands for the
+    third, which no program computes.
     """
-    ends = list(accumulate((n + each - 1) // each for n in sizes))
+    ends = list(accumulate(_programs(n, half, blocks) for n in sizes))
     return ends[-1], [*sizes, *sizes[-1:] * (3 - len(sizes)), *ends[:2]]
 
 

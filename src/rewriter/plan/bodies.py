@@ -27,7 +27,7 @@ def add_input(view: View, given: Sequence[fx.Node]) -> fx.Node:
     *_, last = view.gm.graph.find_nodes(op="placeholder")
     with view.gm.graph.inserting_after(last):
         node = view.gm.graph.placeholder(f"{given[0].name}_passed")
-    node.meta.update({k: m for k, m in given[0].meta.items() if k in ("example_value", "stack_trace")}, passed=True)
+    node.meta.update({k: m for k, m in given[0].meta.items() if k in ("example_value", "stack_trace")})
     for call, argument in zip(view.calls, given, strict=True):
         call.args = (*call.args, argument)
     view.regions[node] = view.region

@@ -9,7 +9,7 @@ in. Within one graph a compiler would find that by itself; graphs that are compi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,33 +60,27 @@ def hoist(views: Iterable[View], scratch: FakeTensorMode) -> None:
                     if list(_nodes((args[i],))):
                         args[i] = [] if isinstance(args[i], list | tuple) else None
                 call.args = tuple(args)
-                _drop_unused(view, _nodes(given))
 
 
-def drop_unread_inputs(views: Iterable[View]) -> None:
+def drop_unread_inputs(views: Sequence[View]) -> None:
     """Tensors that bodies are given and read no more, as a mask of [S, S] whose meaning attention was told. They would be
-    computed and kept for the backward pass; now AOTAutograd drops what computes them, which nobody reads.
-    """
-    for view in reversed([*views]):
-        _drop_unused(view, view.gm.graph.find_nodes(op="placeholder"))
+    computed and kept for the backward pass; now AOTAutograd drops what computes them, which nobody reads. views: outermost first.
 
-
-def _drop_unused(view: View, nodes: list[fx.Node]) -> None:
-    """Those of the nodes that are inputs of a body and that nobody reads, also further out. (Of a body that is given its inputs
-    in order. Tensors without dimensions may be numbers that Dynamo lifted.)
+    Of bodies that are given their inputs in order. Tensors without dimensions may be numbers that Dynamo lifted.
     """
-    for n in dict.fromkeys(nodes):
-        example = n.meta.get("example_value")
-        is_given = n.op == "placeholder" and view.around is not None and isinstance(example, torch.Tensor) and example.dim() > 0
-        if is_given and not n.users:
-            inputs = view.gm.graph.find_nodes(op="placeholder")
+    for view in (v for v in reversed(views) if v.around is not None):
+        inputs = view.gm.graph.find_nodes(op="placeholder")
+        for n in [*inputs]:
+            example = n.meta.get("example_value")
+            if n.users or not isinstance(example, torch.Tensor) or example.dim() == 0:
+                continue
             at = inputs.index(n) - len(inputs)
-            view.gm.graph.erase_node(n)
-            for caller, call in zip(view.callers, view.calls, strict=True):
+            for call in view.calls:
                 given = list(call.args)
-                outer = given.pop(at)
+                del given[at]
                 call.args = tuple(given)
-                _drop_unused(caller, [outer])
+            view.gm.graph.erase_node(n)
+            inputs.remove(n)
 
 
 def _parts(by: OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
