@@ -171,27 +171,27 @@ FAULTS = [
     ),
     Fault(
         LEGALITY, "an operand may depend on a result",
-        "rewriter/plan/apply.py", "if any(n in behind for m in matches for n in self.sources(m)):",
+        "rewriter/plan/places.py", "if any(n in found for m in matches for n in self.sources(m)):",
         "if False:", "rewriter/test_rewrite.py rewriter/test_legality.py",
     ),
     Fault(
         LEGALITY, "random calls change places",
-        "rewriter/plan/apply.py", "or _random(n) or",
+        "rewriter/plan/places.py", "or _random(n) or",
         "or", "rewriter/test_rewrite.py rewriter/test_legality.py",
     ),
     Fault(
         PATTERNS, "j < i + a is read as j ≤ i + a: a window is one key too wide",
-        "patterns/attention/mask_meaning.py", "sympy.Lt: lambda: r.rhs - r.lhs - 1",
+        "patterns/attention/mask_analysis.py", "sympy.Lt: lambda: r.rhs - r.lhs - 1",
         "sympy.Lt: lambda: r.rhs - r.lhs", "patterns/test_mask_meaning.py",
     ),
     Fault(
         PATTERNS, "of two bounds of a mask, the wider",
-        "patterns/attention/mask_meaning.py", "max(-FAR, min(int(bound), FAR if known is None else known))",
+        "patterns/attention/mask_analysis.py", "max(-FAR, min(int(bound), FAR if known is None else known))",
         "max(-FAR if known is None else known, int(bound))", "patterns/test_mask_meaning.py",
     ),
     Fault(
         PATTERNS, "any cumulative sum is taken to never fall",
-        "patterns/attention/mask_meaning.py", " and uncast(v.args[0]).meta.dtype == torch.bool",
+        "patterns/attention/mask_analysis.py", " and uncast(v.args[0]).meta.dtype == torch.bool",
         "", "patterns/test_mask_meaning.py",
     ),
     Fault(

@@ -3,23 +3,23 @@ match the same, the first is taken.
 """
 
 # isort: off
-from sloth.patterns.attention import attention, attention_by_mask
+from sloth.patterns.attention import attention, attention_dense_mask
 from sloth.patterns.loss import cross_entropy
-from sloth.patterns.attention import eager_attention, eager_attention_by_mask
+from sloth.patterns.attention import eager_attention, eager_attention_dense_mask
 from sloth.patterns import gated_mlp
 from sloth.patterns.loss import head
 from sloth.patterns import layer_norm, linear_4bit
 from sloth.patterns.loss import linear_cross_entropy
 from sloth.patterns import lora, norm_rope, rms_norm, rope
-from sloth.patterns.loss import rows_of_logits
+from sloth.patterns.loss import sliced_logits
 # isort: on
 
 __all__ = [
     "attention",
-    "attention_by_mask",
+    "attention_dense_mask",
     "cross_entropy",
     "eager_attention",
-    "eager_attention_by_mask",
+    "eager_attention_dense_mask",
     "gated_mlp",
     "head",
     "layer_norm",
@@ -29,5 +29,5 @@ __all__ = [
     "norm_rope",
     "rms_norm",
     "rope",
-    "rows_of_logits",
+    "sliced_logits",
 ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from common import DEVICE
 
-from sloth.patterns.attention.mask_meaning import Interval, meaning, why_not
+from sloth.patterns.attention.mask_analysis import Interval, meaning, why_not
 from sloth.rewriter.graph.lower import views
 
 S = 24

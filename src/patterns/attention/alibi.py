@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sloth.patterns.attention.mask_reader import is_one, source
+from sloth.patterns.attention.index_expr import is_one, source
 from sloth.rewriter.graph.value import Value, same_literal
 
 KEPT = ("cast", "view", "expand", "repeat", "slice")  # what only changes how often, and from which key on, it stands there

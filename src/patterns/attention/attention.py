@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention.attention import attention, attention_bounds
-from sloth.patterns.attention.added_mask import Added, added, may_see_nothing, require_swallowed
+from sloth.patterns.attention.additive_mask import Added, added, may_see_nothing, require_swallowed
 from sloth.patterns.attention.alibi import of_keys
-from sloth.patterns.attention.mask_meaning import Interval, meaning, why_not
-from sloth.patterns.attention.mask_reader import is_truth
+from sloth.patterns.attention.index_expr import is_truth
+from sloth.patterns.attention.mask_analysis import Interval, meaning, why_not
 from sloth.rewriter.graph.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.graph.value import Value, same_literal
 from sloth.rewriter.match.pattern import Construct

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention.attention import attention
-from sloth.patterns.attention.added_mask import ABSORBS, added, may_see_nothing, require_swallowed, seen_of
+from sloth.patterns.attention.additive_mask import ABSORBS, added, may_see_nothing, require_swallowed, seen_of
 from sloth.patterns.attention.alibi import of_keys
 from sloth.patterns.attention.attention import ATTENTION, BY_TORCH, proven, repeated
-from sloth.patterns.attention.mask_meaning import Interval, meaning, why_not
+from sloth.patterns.attention.mask_analysis import Interval, meaning, why_not
 from sloth.rewriter.graph.value import Value, same_literal
 from sloth.rewriter.match.registry import pattern
 

@@ -26,7 +26,7 @@ from sloth.patterns.loss.cross_entropy import (
 )
 from sloth.rewriter.match.registry import pattern
 
-DIMS = {  # flat: rows_of_logits.py
+DIMS = {  # flat: sliced_logits.py
     "hidden": "B*S H", "weight": "V H", "target": "B*S int64", "bias": "V", "items": "int64", "class_weight": "V",
     "narrow": "B*S 2", "up": "V 2",
 }  # fmt: skip

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from sloth.patterns.attention.mask_meaning import Interval
-from sloth.patterns.attention.mask_reader import is_truth, source
+from sloth.patterns.attention.index_expr import is_truth, source
+from sloth.patterns.attention.mask_analysis import Interval
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.matcher import Match
 

@@ -7,9 +7,9 @@ is proven.
 """
 
 from sloth.kernels.attention.attention import attention
-from sloth.patterns.attention.added_mask import require_swallowed
+from sloth.patterns.attention.additive_mask import require_swallowed
 from sloth.patterns.attention.attention import ATTENTION, bias, plain, readable, require_widths, shown, told
-from sloth.patterns.attention.mask_reader import is_one, is_truth
+from sloth.patterns.attention.index_expr import is_one, is_truth
 from sloth.rewriter.graph.value import Value, same_literal
 from sloth.rewriter.match.registry import pattern
 

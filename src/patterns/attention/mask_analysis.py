@@ -24,7 +24,7 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
-from sloth.patterns.attention.mask_reader import MANY, D, Reader, is_one, is_truth, is_wide, source
+from sloth.patterns.attention.index_expr import MANY, D, Reader, is_one, is_truth, is_wide, source
 from sloth.rewriter.graph.aliasing import root
 from sloth.rewriter.graph.value import Value, uncast
 

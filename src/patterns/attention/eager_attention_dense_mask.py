@@ -1,16 +1,16 @@
 """Attention spelled out, with an added mask of which nothing is proven. What it is where(m, 0, least) of is measured, as in
-`attention_by_mask.py`.
+`attention_dense_mask.py`.
 """
 
 from inspect import signature
 
 from sloth.kernels.attention.attention import attention
-from sloth.patterns.attention.added_mask import added, require_swallowed
+from sloth.patterns.attention.additive_mask import added, require_swallowed
 from sloth.patterns.attention.attention import ATTENTION
-from sloth.patterns.attention.attention_by_mask import is_whole, once
+from sloth.patterns.attention.attention_dense_mask import is_whole, once
 from sloth.patterns.attention.eager_attention import entry as proven
 from sloth.patterns.attention.eager_attention import require_operands, seen, told
-from sloth.patterns.attention.mask_meaning import why_not
+from sloth.patterns.attention.mask_analysis import why_not
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.registry import pattern
 
