@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from sloth.rewriter.match.pattern import Construct, Deferral, Pattern
+from sloth.rewriter.match.pattern import Construct, LazyOutputRule, Pattern
 from sloth.rewriter.match.registry import constructs, deferrals, patterns
 
 VARIABLE = "SLOTH_OPTIONS"
@@ -39,7 +39,7 @@ class Options:
     rest: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     entries: tuple[Pattern, ...] = ()
-    deferrals: tuple[Deferral, ...] = ()
+    deferrals: tuple[LazyOutputRule, ...] = ()
     limit: int | None = None
     always: frozenset[str] = frozenset()
 
@@ -63,7 +63,7 @@ def parse(options: dict[str, Any] | None) -> Options:
     disabled = _named("sloth.disable", own)
     only = _named("sloth.only", own) if "sloth.only" in own else None
 
-    def is_wanted(entry: Pattern | Deferral, constructs: Iterable[Construct]) -> bool:
+    def is_wanted(entry: Pattern | LazyOutputRule, constructs: Iterable[Construct]) -> bool:
         names = {c.name for c in constructs}
         return not {entry.name, *names} & disabled and (only is None or entry.name in only or names <= only)
 

@@ -136,7 +136,7 @@ FAULTS = [
     ),
     Fault(
         FORM, "rules look through what is written in place",
-        "rewriter/graph/canonical.py", "x.region == self.region and not x.pinned",
+        "rewriter/graph/canonical.py", "x.region == self.region and not x.mutated_storage",
         "x.region == self.region", "rewriter/test_memory.py rewriter/test_normal_form.py rewriter/test_shadow.py",
     ),
     Fault(
@@ -236,7 +236,7 @@ FAULTS = [
     ),
     Fault(
         PLAN, "what is computed of written memory is hoisted",
-        "rewriter/plan/hoist.py", "if any(v.pinned for n in _nodes(given) for v in values_in((view.env.get(n),))):",
+        "rewriter/plan/hoist.py", "if any(v.mutated_storage for n in _nodes(given) for v in values_in((view.env.get(n),))):",
         "if False:", "rewriter/test_hoist.py",
     ),
     Fault(

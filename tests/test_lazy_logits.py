@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sloth.lazy import tensor as module
-from sloth.lazy.functions import LazyLogits, lazy, read
+from sloth.lazy.functions import LazyLogits, lazy, materialize
 
 B, S, H, V = 2, 5, 8, 12
 
@@ -163,10 +163,10 @@ def test_values_and_gradients(name, bias):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.requires_grad == theirs.requires_grad
         assert is_lazy(ours) == (name in LAZY)
         assert is_lazy(x) or name in REAL
-        torch.testing.assert_close(read(ours), theirs, rtol=1e-4, atol=1e-5)
-        same_gradients(read(ours), theirs, leaves)
+        torch.testing.assert_close(materialize(ours), theirs, rtol=1e-4, atol=1e-5)
+        same_gradients(materialize(ours), theirs, leaves)
         with torch.no_grad():
-            torch.testing.assert_close(read(fn(x)), theirs.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(materialize(fn(x)), theirs.detach(), rtol=1e-4, atol=1e-5)
 
 
 class Doubled(torch.autograd.Function):
@@ -188,7 +188,7 @@ def test_gradients_flow_through_functions_of_others():
 
 def test_read_twice_computed_once():
     x, real, _ = pair()
-    assert x.square().sum() == real.square().sum() and read(x) is read(x)
+    assert x.square().sum() == real.square().sum() and materialize(x) is materialize(x)
     assert x[0, 0, 0] == real[0, 0, 0] and x.tolist() == real.tolist()
 
 
@@ -231,8 +231,8 @@ WRITERS = [write_to_part, write_to_view_of_view, write_and_look_at_view, write_t
 def test_views_show_what_is_written_in_place(fn, grad):
     x, real, leaves = pair(grad)
     ours, theirs = fn(x), fn(real * 1)
-    torch.testing.assert_close(read(ours), theirs)
-    same_gradients(read(ours), theirs, leaves)
+    torch.testing.assert_close(materialize(ours), theirs)
+    same_gradients(materialize(ours), theirs, leaves)
 
 
 class Nothing(torch.autograd.Function):
@@ -285,10 +285,10 @@ def test_weights_that_have_changed_since_are_noticed(how):
     """What was read before stays; what was not cannot be read any more."""
     x, real, leaves = pair()
     early, chunked, step = x.float(), x.float(), torch.optim.AdamW([leaves[1]], lr=0.1, **how)
-    kept = read(early).clone()
+    kept = materialize(early).clone()
     real.sum().backward(retain_graph=True)
     step.step()
-    assert torch.equal(read(early), kept) and torch.equal(kept, real)
+    assert torch.equal(materialize(early), kept) and torch.equal(kept, real)
     for late in (lambda: x.sum(), lambda: x[0], lambda: chunked.logsumexp(-1), lambda: F.cross_entropy(x[0], torch.arange(S))):
         with pytest.raises(RuntimeError, match="before the optimizer's step"):
             late()
@@ -301,8 +301,8 @@ def test_autocast_is_that_of_the_call(device):
     x, real = lazy(hidden, weight), F.linear(hidden, weight)
     with torch.autocast(device, torch.bfloat16):
         ours, theirs = x.bfloat16().softmax(-1), real.bfloat16().softmax(-1)
-    assert ours.dtype == theirs.dtype == read(ours).dtype
-    torch.testing.assert_close(read(ours), theirs, rtol=2e-2, atol=2e-2)
+    assert ours.dtype == theirs.dtype == materialize(ours).dtype
+    torch.testing.assert_close(materialize(ours), theirs, rtol=2e-2, atol=2e-2)
 
 
 def test_other_optimizers_do_not_matter():
@@ -310,7 +310,7 @@ def test_other_optimizers_do_not_matter():
     other = nn.Parameter(torch.ones(2))
     other.sum().backward()
     torch.optim.SGD([other], lr=0.1).step()
-    torch.testing.assert_close(read(x), real)
+    torch.testing.assert_close(materialize(x), real)
 
 
 def test_copies_and_files():

@@ -289,7 +289,7 @@ def test_trainer_evaluates_compiled_and_without_logits(tmp_path: Path, monkeypat
     for name, value in AOT.items():
         monkeypatch.setenv(name, value)
     read: list[torch.Tensor] = []
-    monkeypatch.setattr(lazy_tensor, "read", lambda x: read.append(x) or x.known)
+    monkeypatch.setattr(lazy_tensor, "materialize", lambda x: read.append(x) or x.known)
     torch._dynamo.reset()
     with listening() as reports:
         ours = trained("sloth", tmp_path / "sloth", evaluating=True)

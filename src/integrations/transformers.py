@@ -96,7 +96,7 @@ def _skip_warnings(_: ModuleType) -> None:
         config.ignore_logging_functions.add(logging.Logger.warning_once)
 
 
-def left_to_require(gm: fx.GraphModule) -> list[int]:
+def outputs_requiring_grad(gm: fx.GraphModule) -> list[int]:
     """The outputs of `gm`, as Dynamo traced it, that require gradients where such a hook was left out; none elsewhere."""
     if not any(_MADE in n.meta for n in gm.graph.nodes):
         return []
@@ -105,7 +105,7 @@ def left_to_require(gm: fx.GraphModule) -> list[int]:
     return [i for i, t in enumerate(values) if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
-def requiring(compiled: Callable[..., Any], outputs: list[int]) -> Callable[..., Any]:
+def mark_requires_grad(compiled: Callable[..., Any], outputs: list[int]) -> Callable[..., Any]:
     """`compiled`, with gradients required of these outputs."""
 
     def run(*args: Any) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.overrides import wrap_torch_function
 
 from sloth.integrations.integration import integration
-from sloth.lazy.tensor import STAYS_LAZY, LazyLogits, by_rows
+from sloth.lazy.tensor import HANDLED_FUNCTIONS, LazyLogits, chunked_apply
 
 KERNEL = "_fused_logprob_entropy"  # TRL's own name for it
 
@@ -40,7 +40,7 @@ def logprob_and_entropy(
     def of_rows(z: Tensor, i: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return kernel(z, i, temperature=temperature, row_mask=mask)
 
-    return by_rows(x, of_rows, *(t.reshape(-1) for t in beside))
+    return chunked_apply(x, of_rows, *(t.reshape(-1) for t in beside))
 
 
 @integration("trl.trainer.utils", touches=KERNEL, why="lazy logits are given to it some rows at a time")
@@ -48,7 +48,7 @@ def _ask(utils: ModuleType) -> None:
     kernel = getattr(utils, KERNEL, None)
     if kernel is not None:
         asking = wrap_torch_function(lambda logits, *_, **__: (logits,))(kernel)
-        STAYS_LAZY[asking] = logprob_and_entropy
+        HANDLED_FUNCTIONS[asking] = logprob_and_entropy
         setattr(utils, KERNEL, asking)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, rows, triton_op, use_triton
-from sloth.kernels.common.row_reduction import Tuning, check_vectors, once, sum_partials, sum_rows
+from sloth.kernels.common.row_reduction import Tuning, check_vectors, raise_on_double_backward, sum_partials, sum_rows
 
 FORWARD = Tuning(tile=2048, per_warp=512)
 BACKWARD = Tuning(tile=2048, per_warp=512)  # dx alone
@@ -199,7 +199,7 @@ def _vjp(ctx, dy, *_):
 
 
 torch.library.register_autograd("sloth::layer_norm_forward", _vjp, setup_context=_setup)
-torch.library.register_autograd("sloth::layer_norm_backward", once)
+torch.library.register_autograd("sloth::layer_norm_backward", raise_on_double_backward)
 
 # What models call: the operator above without mean and rstd, which only the backward pass wants.
 _SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor"
@@ -207,7 +207,7 @@ torch.library.define("sloth::layer_norm", _SCHEMA, tags=(torch.Tag.pt2_compliant
 
 
 @torch.library.impl("sloth::layer_norm", "CompositeImplicitAutograd")
-def _(x, weight, bias, eps):
+def layer_norm_composite(x, weight, bias, eps):
     return torch.ops.sloth.layer_norm_forward(x, weight, bias, eps)[0]
 
 

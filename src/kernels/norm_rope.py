@@ -33,7 +33,7 @@ from torch import Tensor
 from sloth.kernels import rms_norm
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
-from sloth.kernels.common.row_reduction import check_vectors, multiprocessors, once, sum_partials
+from sloth.kernels.common.row_reduction import check_vectors, multiprocessors, raise_on_double_backward, sum_partials
 from sloth.kernels.rope import (
     allocate,
     arranged,
@@ -285,7 +285,7 @@ def _vjp(ctx, *dys):
 
 
 torch.library.register_autograd("sloth::norm_rope_forward", _vjp, setup_context=_setup)
-torch.library.register_autograd("sloth::norm_rope_backward", once)
+torch.library.register_autograd("sloth::norm_rope_backward", raise_on_double_backward)
 
 # What models call: the operator above, whatever the order of heads and positions.
 torch.library.define(
@@ -297,7 +297,7 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::norm_rope", "CompositeImplicitAutograd")
-def _(q, k, wq, wk, cos, sin, eps, dtype, offset=0.0, interleaved=False, transpose=False):
+def norm_rope_composite(q, k, wq, wk, cos, sin, eps, dtype, offset=0.0, interleaved=False, transpose=False):
     check_vectors("norm_rope", q, wq=wq)
     check_vectors("norm_rope", k, wk=wk)
     if transpose:

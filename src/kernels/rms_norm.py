@@ -30,7 +30,7 @@ from torch import Tensor
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
 from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
-from sloth.kernels.common.row_reduction import Tuning, check_vectors, once, sum_partials, sum_rows
+from sloth.kernels.common.row_reduction import Tuning, check_vectors, raise_on_double_backward, sum_partials, sum_rows
 
 FORWARD = Tuning(tile=2048, per_warp=512)
 BACKWARD = Tuning(tile=2048, per_warp=512)  # dx alone
@@ -261,7 +261,7 @@ def _add_rms_norm_vjp(ctx, dh, dy, _):
 
 torch.library.register_autograd("sloth::rms_norm_forward", _rms_norm_vjp, setup_context=_rms_norm_setup)
 torch.library.register_autograd("sloth::add_rms_norm_forward", _add_rms_norm_vjp, setup_context=_add_rms_norm_setup)
-torch.library.register_autograd("sloth::rms_norm_backward", once)
+torch.library.register_autograd("sloth::rms_norm_backward", raise_on_double_backward)
 
 # What models call: the operators above without rstd, which only the backward pass wants.
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -275,12 +275,12 @@ torch.library.define("sloth::add_rms_norm", _ADD_SCHEMA, tags=_TAGS)
 
 
 @torch.library.impl("sloth::rms_norm", "CompositeImplicitAutograd")
-def _(x, weight, eps, offset=0.0, promote=False, dtype=None):
+def rms_norm_composite(x, weight, eps, offset=0.0, promote=False, dtype=None):
     return torch.ops.sloth.rms_norm_forward(x, weight, eps, offset, promote, dtype)[0]
 
 
 @torch.library.impl("sloth::add_rms_norm", "CompositeImplicitAutograd")
-def _(x, residual, weight, eps, offset=0.0, promote=False, dtype=None):
+def add_rms_norm_composite(x, residual, weight, eps, offset=0.0, promote=False, dtype=None):
     return torch.ops.sloth.add_rms_norm_forward(x, residual, weight, eps, offset, promote, dtype)[:2]
 
 

@@ -20,21 +20,21 @@ from sloth.kernels.linear.gemm import as_matrix
 from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy_forward
 from sloth.lazy.head import Step, stepped
 from sloth.lazy.tensor import (
-    STAYS_LAZY,
+    HANDLED_FUNCTIONS,
+    Contribution,
     LazyLogits,
-    Rows,
-    Term,
+    LogitsSource,
+    accumulate,
     at_once,
-    by_rows,
+    chunked_apply,
     is_lazy,
     lazy,
     made,
+    materialize,
     products_of,
-    read,
-    waits,
 )
 
-__all__ = ["LazyLogits", "lazy", "read"]
+__all__ = ["LazyLogits", "lazy", "materialize"]
 
 # ---------------------------------------------------------------- what stays lazy
 
@@ -44,7 +44,7 @@ def _picked(x: LazyLogits, pick: Callable[[Tensor], Tensor]) -> Tensor:
     x.rows.check()
     hidden, gate = pick(x.rows.hidden), x.rows.gate
     gate = hidden if gate is x.rows.hidden else gate if gate is None else pick(gate)
-    return made(Rows(x.rows.head, hidden, gate), x.steps, x.plain, _example(x), _wants_grad(x))
+    return made(LogitsSource(x.rows.head, hidden, gate), x.steps, x.plain, _example(x), _wants_grad(x))
 
 
 def _with(x: LazyLogits, *more: Step, plain: bool = True) -> Tensor:
@@ -166,26 +166,26 @@ def _of_positions(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> A
     rows, like = x.rows, _example(x)
     hidden = func(rows.hidden, *args, **kwargs)
     gates = hidden if rows.gate is rows.hidden else [None] * len(parts) if rows.gate is None else func(rows.gate, *args, **kwargs)
-    parts = (Rows(rows.head, h, g) for h, g in zip(hidden, gates, strict=True))
+    parts = (LogitsSource(rows.head, h, g) for h, g in zip(hidden, gates, strict=True))
     return tuple(made(part, x.steps, x.plain, like, _wants_grad(x)) for part in parts)
 
 
 # ---------------------------------------------------------------- what is computed by rows
 
 
-def _by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
-    return by_rows(x, _as_here(x, fn), *beside)
+def _chunked_apply(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
+    return chunked_apply(x, _as_here(x, fn), *beside)
 
 
 def _reduced(func: Callable, x: LazyLogits, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    return _by_rows(x, lambda z: func(z, -1, keepdim, **kwargs)) if _is_last(x, dim) else NotImplemented
+    return _chunked_apply(x, lambda z: func(z, -1, keepdim, **kwargs)) if _is_last(x, dim) else NotImplemented
 
 
 def _summed(func: Callable, x: LazyLogits, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """The sum or mean of each row, or of all."""
     if dim is not None or kwargs:
         return _reduced(func, x, dim, keepdim, **kwargs)
-    total = _by_rows(x, lambda z: z.sum(-1, dtype=compute_dtype(z))).sum()
+    total = _chunked_apply(x, lambda z: z.sum(-1, dtype=compute_dtype(z))).sum()
     return (total / x.numel() if func.__name__ == "mean" else total).to(func(_example(x)).dtype)
 
 
@@ -200,19 +200,19 @@ def _amax(func: Callable, x: LazyLogits, dim: Any = None, keepdim: bool = False)
 def _max(func: Callable, x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if not _is_last(x, dim) or at_once(x):
         return NotImplemented
-    return torch.return_types.max(_by_rows(x, lambda z: func(z, -1, keepdim)))
+    return torch.return_types.max(_chunked_apply(x, lambda z: func(z, -1, keepdim)))
 
 
 def _topk(func: Callable, x: LazyLogits, k: int, dim: Any = -1, *args: Any, **kwargs: Any) -> Any:
     if not _is_last(x, dim) or at_once(x):
         return NotImplemented
-    return torch.return_types.topk(_by_rows(x, lambda z: func(z, k, -1, *args, **kwargs)))
+    return torch.return_types.topk(_chunked_apply(x, lambda z: func(z, k, -1, *args, **kwargs)))
 
 
 def _gather(func: Callable, x: LazyLogits, dim: int, index: Tensor, **_: Any) -> Any:
     if not _is_last(x, dim) or index.shape[:-1] != x.shape[:-1]:
         return NotImplemented
-    return _by_rows(x, lambda z, i: z.gather(-1, i), as_matrix(index))
+    return _chunked_apply(x, lambda z, i: z.gather(-1, i), as_matrix(index))
 
 
 def _take_along_dim(func: Callable, x: LazyLogits, index: Tensor, dim: int | None = None) -> Any:
@@ -223,7 +223,9 @@ class _CrossEntropy(torch.autograd.Function):
     """The operator for head and loss. Its gradients are those of the rows where no other result of them has some."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Rows, term: Term, divisor: Tensor | int, how: tuple, products: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, rows: LogitsSource, term: Contribution, divisor: Tensor | int, how: tuple, products: Tensor | None
+    ) -> Tensor:
         ctx.need = [products is not None and g is not None for g in rows.gates]
         with without_autocast(rows.hidden):
             (layer,), need = rows.head.operands(rows.hidden), [*ctx.need, False, False]
@@ -238,7 +240,7 @@ class _CrossEntropy(torch.autograd.Function):
         unit, *kept = ctx.saved_tensors
         made = [d * (grad / unit) if need else None for d, need in zip(kept, ctx.need, strict=True)]
         each = (grad / ctx.divisor).expand(ctx.term.beside[0].shape)
-        return None, None, None, None, waits(ctx.terms, ctx.term._replace(grads=(each,), made=made))
+        return None, None, None, None, accumulate(ctx.terms, ctx.term._replace(grads=(each,), made=made))
 
 
 def _cross_entropy(
@@ -268,9 +270,9 @@ def _cross_entropy(
     _, _, casts = x.rows.head.autocast
     if x.plain and not casts and reduction != "none":
         how = ignore_index, reduction, None, 1.0, weight, label_smoothing, 0.0
-        term = Term(x.steps, lambda z, t: of_rows(z.to(compute_dtype(z)), t), (target,))
+        term = Contribution(x.steps, lambda z, t: of_rows(z.to(compute_dtype(z)), t), (target,))
         return _CrossEntropy.apply(x.rows, term, divisor, how, products_of(x)).to(x.dtype)
-    nll = _by_rows(x, of_rows, target)
+    nll = _chunked_apply(x, of_rows, target)
     return nll if reduction == "none" else nll.sum() / divisor
 
 
@@ -282,7 +284,7 @@ def _functions(*names: str) -> list[Callable]:
     return [getattr(home, name) for name in names for home in (Tensor, torch, F) if hasattr(home, name)]
 
 
-STAYS_LAZY |= {
+HANDLED_FUNCTIONS |= {
     **dict.fromkeys(_functions("detach"), _detach),
     **dict.fromkeys(_functions("float", "double", "half", "bfloat16", "to", "type_as"), _cast),
     **dict.fromkeys(_functions("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"), _new),

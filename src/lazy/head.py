@@ -6,7 +6,7 @@ A model's head is one layer, one with an adapter two. Frozen weights may be kept
 use. Weights that an optimizer has changed since would make other logits: reading is refused then.
 
 In low precision each of several results would round its part of dW, and autograd their sum. So parts are handed to autograd in
-fp32, as gradients of a stand-in (`_Wide`), and rounded once.
+fp32, as gradients of a stand-in (`Fp32GradGate`), and rounded once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sloth.kernels.common.launch import compute_dtype
-from sloth.lazy.weights import Remade
+from sloth.lazy.weights import RematerializedWeight
 
 Step = Callable[[Tensor], Tensor]  # [..., V] -> [..., V], each row by itself
 
 
-Layer = tuple[Tensor | Remade, Tensor | None]  # weight, bias
+Layer = tuple[Tensor | RematerializedWeight, Tensor | None]  # weight, bias
 
 
 @dataclass(eq=False)
@@ -40,14 +40,14 @@ class Head:
     def __post_init__(self) -> None:
         given = [t for layer in self.layers for t in layer]
         self.gates = [gate_of(t) for t in given]  # where gradients go
-        kept = (t.kept if isinstance(t, Remade) else (t,) for t in given if t is not None)
+        kept = (t.kept if isinstance(t, RematerializedWeight) else (t,) for t in given if t is not None)
         self.tensors = [t for tensors in kept for t in tensors]
         self.versions = versions(*self.tensors)
         self.stale = False  # an optimizer has changed the weights since
         if any(t.requires_grad for t in self.tensors):
             _trained_heads.add(self)
 
-    def dtype(self, weight: Tensor | Remade) -> torch.dtype:
+    def dtype(self, weight: Tensor | RematerializedWeight) -> torch.dtype:
         """What its layer computes in: autocast knows no weights in other forms."""
         _, dtype, enabled = self.autocast
         return dtype if enabled and isinstance(weight, Tensor) and weight.dtype != torch.float64 else weight.dtype
@@ -57,7 +57,7 @@ class Head:
         inputs, found = hidden.split([weight.shape[1] for weight, _ in self.layers], -1), []
         for x, (weight, bias) in zip(inputs, self.layers, strict=True):
             dtype = self.dtype(weight)
-            weight = weight.make(*weight.kept) if isinstance(weight, Remade) else weight
+            weight = weight.make(*weight.kept) if isinstance(weight, RematerializedWeight) else weight
             found.append((x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)))
         return found
 
@@ -106,7 +106,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
-class _Wide(torch.autograd.Function):
+class Fp32GradGate(torch.autograd.Function):
     """A stand-in for a tensor in low precision: no values, but gradients that are added up in fp32 and rounded once."""
 
     @staticmethod
@@ -123,4 +123,4 @@ def gate_of(x: Any) -> Tensor | None:
     """What the gradient of `x` is given to; None where it wants none."""
     if x is None or not x.requires_grad or not torch.is_grad_enabled():
         return None
-    return x if compute_dtype(x) == x.dtype else _Wide.apply(x, compute_dtype(x))
+    return x if compute_dtype(x) == x.dtype else Fp32GradGate.apply(x, compute_dtype(x))

@@ -27,12 +27,12 @@ from torch.autograd.function import once_differentiable
 from sloth.compat.dispatch import DisableTorchFunctionSubclass, current_graph_task_id, make_wrapper_subclass, pytree
 from sloth.kernels.common.launch import compute_dtype, without_autocast
 from sloth.kernels.linear.gemm import add_product, as_matrix, product
-from sloth.lazy.head import Head, Layer, Remade, Step, gate_of, versions
+from sloth.lazy.head import Head, Layer, RematerializedWeight, Step, gate_of, versions
 
 CHUNK = 64 * 2**20  # bytes of logits at a time
 
 # By function: what it gives for lazy logits as its first argument; NotImplemented to have them read. `functions.py` fills it.
-STAYS_LAZY: dict[Callable, Callable] = {}
+HANDLED_FUNCTIONS: dict[Callable, Callable] = {}
 
 _GETTERS = (
     "shape", "dtype", "device", "requires_grad", "ndim", "layout", "itemsize", "nbytes", "grad_fn", "grad", "retains_grad",
@@ -48,7 +48,7 @@ METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 KIND = {Tensor.to, Tensor.type_as}  # ask others than their first argument for dtype and device alone
 
 
-class Term(NamedTuple):
+class Contribution(NamedTuple):
     """A result of some rows, fn(steps(logits), *beside), and the gradients that came to it."""
 
     steps: tuple[Step, ...]
@@ -58,13 +58,13 @@ class Term(NamedTuple):
     made: Sequence[Tensor | None] | None = None  # what an operator has made of them already: dh, dW, db
 
 
-class Rows:
-    """Rows of a head's logits: what all that is computed of them shares."""
+class LogitsSource:
+    """Some rows of a head's logits: what all that is computed of them shares."""
 
     def __init__(self, head: Head, hidden: Tensor, gate: Tensor | None):
         self.head, self.hidden, self.gate = head, hidden, gate  # gate: where the gradient of hidden states goes
         self.version = versions(hidden)
-        self.terms: dict[int, list[Term]] = {}  # by backward pass: what has come so far
+        self.terms: dict[int, list[Contribution]] = {}  # by backward pass: what has come so far
         self.products = None  # what the layers give, as autograd sees it
         if torch.is_grad_enabled() and any(g is not None for g in self.gates):
             self.products = _Products.apply(head, self.terms, hidden.detach(), *self.gates)
@@ -80,7 +80,7 @@ class Rows:
 class LazyLogits(Tensor):
     """[..., V] = steps(head(hidden)). Made by `lazy`."""
 
-    rows: Rows
+    rows: LogitsSource
     steps: tuple[Step, ...]
     plain: bool  # the steps are casts
     connected: bool  # its gradient goes into hidden states and weights
@@ -89,7 +89,7 @@ class LazyLogits(Tensor):
     written: bool  # somebody has written to it in place
 
     def __repr__(self) -> str:
-        return repr(read(self))
+        return repr(materialize(self))
 
     @classmethod
     @torch.compiler.disable  # compiled code that is given such a tensor breaks its graph where it uses it
@@ -99,8 +99,8 @@ class LazyLogits(Tensor):
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        if func in STAYS_LAZY and isinstance(first, LazyLogits) and is_lazy(first):
-            found = STAYS_LAZY[func](func, *args, **kwargs)
+        if func in HANDLED_FUNCTIONS and isinstance(first, LazyLogits) and is_lazy(first):
+            found = HANDLED_FUNCTIONS[func](func, *args, **kwargs)
             if found is not NotImplemented:
                 return _noted(found, func, args, kwargs)
         if func in KIND and not isinstance(first, LazyLogits):
@@ -108,18 +108,18 @@ class LazyLogits(Tensor):
             return func(*pytree.tree_map_only(LazyLogits, like, args), **pytree.tree_map_only(LazyLogits, like, kwargs))
         if _writes(func) and isinstance(first, LazyLogits):
             _share(first)
-        return func(*pytree.tree_map_only(LazyLogits, read, args), **pytree.tree_map_only(LazyLogits, read, kwargs))
+        return func(*pytree.tree_map_only(LazyLogits, materialize, args), **pytree.tree_map_only(LazyLogits, materialize, kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Below autograd, which has seen this tensor as it is: only the values are wanted."""
-        values = lambda t: read(t).detach()  # noqa: E731
+        values = lambda t: materialize(t).detach()  # noqa: E731
         return func(*pytree.tree_map_only(LazyLogits, values, args), **pytree.tree_map_only(LazyLogits, values, kwargs or {}))
 
 
 def lazy(
     hidden: Tensor,
-    weight: Tensor | Remade,
+    weight: Tensor | RematerializedWeight,
     bias: Tensor | None = None,
     step: Callable[..., Tensor] | None = None,
     autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False),
@@ -131,10 +131,10 @@ def lazy(
     """
     head = Head([(weight, bias), *more], step, autocast)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))
-    return made(Rows(head, hidden, gate_of(hidden)), (), plain, head.example(hidden), grad)
+    return made(LogitsSource(head, hidden, gate_of(hidden)), (), plain, head.example(hidden), grad)
 
 
-def made(rows: Rows, steps: tuple[Step, ...], plain: bool, like: Tensor, grad: bool) -> Tensor:
+def made(rows: LogitsSource, steps: tuple[Step, ...], plain: bool, like: Tensor, grad: bool) -> Tensor:
     x = _Connected.apply(rows, steps, like, rows.products) if grad else _wrapper(like, rows.hidden)
     x.rows, x.steps, x.plain, x.connected, x.known = rows, steps, plain, grad, None
     x.origin, x.written = None, False
@@ -146,7 +146,7 @@ def _wrapper(like: Tensor, hidden: Tensor) -> LazyLogits:
     return make_wrapper_subclass(LazyLogits, size, dtype=like.dtype, device=hidden.device)
 
 
-def read(logits: Any) -> Any:
+def materialize(logits: Any) -> Any:
     """The logits themselves."""
     if not isinstance(logits, LazyLogits):
         return logits
@@ -218,7 +218,9 @@ def _is_view(x: LazyLogits) -> bool:
 def _of_origin(x: LazyLogits, parent: Tensor | None = None) -> Tensor:
     """What the function that made it gives for the logits themselves."""
     func, (origin, *args), kwargs, i = x.origin
-    found = func(read(origin) if parent is None else parent, *pytree.tree_map_only(LazyLogits, read, args), **kwargs)
+    found = func(
+        materialize(origin) if parent is None else parent, *pytree.tree_map_only(LazyLogits, materialize, args), **kwargs
+    )
     return found if i is None else found[i]
 
 
@@ -229,7 +231,7 @@ class _Products(torch.autograd.Function):
     """A stand-in without values for what the layers give. It hands on what has come of all that was computed of it."""
 
     @staticmethod
-    def forward(ctx: Any, head: Head, terms: dict[int, list[Term]], hidden: Tensor, *gates: Any) -> Tensor:
+    def forward(ctx: Any, head: Head, terms: dict[int, list[Contribution]], hidden: Tensor, *gates: Any) -> Tensor:
         ctx.head, ctx.terms, ctx.version = head, terms, versions(hidden)
         ctx.save_for_backward(hidden)
         return hidden.new_zeros(())
@@ -247,7 +249,7 @@ class _Products(torch.autograd.Function):
         return None, None, None, *found
 
 
-def waits(terms: dict[int, list[Term]], term: Term) -> Tensor | None:
+def accumulate(terms: dict[int, list[Contribution]], term: Contribution) -> Tensor | None:
     """The term is for `_Products`, which autograd runs when all have come. It is given a gradient without a value."""
     given = [g for g in term.grads if g is not None]
     if not given:
@@ -256,12 +258,12 @@ def waits(terms: dict[int, list[Term]], term: Term) -> Tensor | None:
     return given[0].new_zeros(())
 
 
-class _ByRows(torch.autograd.Function):
+class _ChunkedApply(torch.autograd.Function):
     """fn(logits of some rows [n, V], *beside of these rows) for all rows, one result or several."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Rows, steps: tuple[Step, ...], fn: Callable, beside: tuple[Tensor, ...], products: Tensor | None
+        ctx: Any, rows: LogitsSource, steps: tuple[Step, ...], fn: Callable, beside: tuple[Tensor, ...], products: Tensor | None
     ) -> tuple:
         operands, found = rows.head.operands(as_matrix(rows.hidden)), []
         for part in _chunks(operands):
@@ -276,22 +278,22 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return None, None, None, None, waits(ctx.terms, Term(*ctx.how, grads))
+        return None, None, None, None, accumulate(ctx.terms, Contribution(*ctx.how, grads))
 
 
 class _Connected(torch.autograd.Function):
     """A lazy tensor as autograd sees it where code takes it as it is (an autograd function of somebody's, C++)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Rows, steps: tuple[Step, ...], like: Tensor, products: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: LogitsSource, steps: tuple[Step, ...], like: Tensor, products: Tensor) -> Tensor:
         ctx.terms, ctx.steps = rows.terms, steps
         return _wrapper(like, rows.hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        grad = as_matrix(read(grad))
-        return None, None, None, waits(ctx.terms, Term(ctx.steps, lambda z: z, (), (grad,)))
+        grad = as_matrix(materialize(grad))
+        return None, None, None, accumulate(ctx.terms, Contribution(ctx.steps, lambda z: z, (), (grad,)))
 
 
 class _Values(torch.autograd.Function):
@@ -315,7 +317,7 @@ def _chunks(operands: Sequence[tuple], trained: int = 0, terms: int = 1) -> list
     return [slice(i, i + n) for i in range(0, max(len(operands[0][0]), 1), n)]
 
 
-def _gradients(head: Head, hidden: Tensor, terms: Sequence[Term], need: tuple[bool, ...]) -> list[Tensor | None]:
+def _gradients(head: Head, hidden: Tensor, terms: Sequence[Contribution], need: tuple[bool, ...]) -> list[Tensor | None]:
     """dh, and dW and db of each layer, in fp32 (or fp64), computed some rows at a time; None for what is not needed."""
     operands, wide = head.operands(as_matrix(hidden)), compute_dtype(hidden)
     need_h, needs = need[0], list(zip(need[1::2], need[2::2], strict=True))
@@ -329,7 +331,7 @@ def _gradients(head: Head, hidden: Tensor, terms: Sequence[Term], need: tuple[bo
     return [dh.view(hidden.shape) if need_h else None, *(d for p in parts for d in (p.dw, p.db))]
 
 
-def _dz(head: Head, zs: list[Tensor], terms: Sequence[Term], rows: slice) -> tuple[Tensor, ...]:
+def _dz(head: Head, zs: list[Tensor], terms: Sequence[Contribution], rows: slice) -> tuple[Tensor, ...]:
     """Of all terms; the steps that they share are computed once, and their gradients added up there, as those of a tensor are."""
     wanted, given = [], []
     with torch.enable_grad():
@@ -376,9 +378,9 @@ def products_of(x: LazyLogits) -> Tensor | None:
     return x.rows.products if torch.is_grad_enabled() and x.requires_grad else None
 
 
-def by_rows(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
+def chunked_apply(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
     """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
     x.rows.check()
-    found = _ByRows.apply(x.rows, x.steps, fn, beside, products_of(x))
+    found = _ChunkedApply.apply(x.rows, x.steps, fn, beside, products_of(x))
     found = [t.view((*x.shape[:-1], *t.shape[1:])) for t in found]
     return found[0] if len(found) == 1 else tuple(found)

@@ -10,7 +10,7 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Remade:
+class RematerializedWeight:
     """A weight without gradient that is made, for each use, of what it is kept as: tensors, or which inputs of the graph."""
 
     make: Callable[..., torch.Tensor]
@@ -19,5 +19,5 @@ class Remade:
     dtype: torch.dtype
     requires_grad = False
 
-    def of(self, inputs: Sequence[Any]) -> Remade:
+    def of(self, inputs: Sequence[Any]) -> RematerializedWeight:
         return replace(self, kept=[inputs[i] for i in self.kept])

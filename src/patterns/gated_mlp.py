@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.gated_act import backward_kernel, gated_act, gated_act_packed
-from sloth.rewriter.compile.passes import writes_over
+from sloth.rewriter.compile.passes import declare_inplace
 from sloth.rewriter.graph.value import Value, same_literal
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
@@ -57,7 +57,7 @@ def packed(act, up_first):
     return both
 
 
-writes_over(backward_kernel, du_ptr="u_ptr")
+declare_inplace(backward_kernel, du_ptr="u_ptr")
 computes_wide(gated_act, ("gate", "up"))
 
 act_mul = pattern(
@@ -81,6 +81,6 @@ for _name, (_act, _told) in ACTIVATIONS.items():
 
 
 @act_mul.check
-def _(match):
+def same_dtype(match):
     gate, up = match.gate.meta, match.up.meta
     match.require(gate.dtype == up.dtype, f"gate is {gate.dtype}, up is {up.dtype}")

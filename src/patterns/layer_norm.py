@@ -31,23 +31,23 @@ def norm(x, weight, bias, *, eps: float):
 
 
 @norm.variant("no_bias")
-def _(x, weight, *, eps: float):
+def no_bias(x, weight, *, eps: float):
     return F.layer_norm(x, (x.shape[-1],), weight, None, eps)
 
 
 @norm.variant("plain")
-def _(x, *, eps: float):
+def no_weight(x, *, eps: float):
     return F.layer_norm(x, (x.shape[-1],), None, None, eps)
 
 
 @norm.variant("olmo")
-def _(x, *, eps: float):
+def olmo(x, *, eps: float):
     """In fp32, cast back."""
     return F.layer_norm(x.float(), (x.shape[-1],), None, None, eps).to(x.dtype)
 
 
 @norm.variant("cohere")
-def _(x, weight, *, eps: float):
+def cohere(x, weight, *, eps: float):
     """Written out in fp32, no bias."""
     h = x.float()
     h = h - h.mean(-1, keepdim=True)

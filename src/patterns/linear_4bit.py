@@ -70,7 +70,7 @@ def is_linear_4bit(v: Value) -> bool:
 
 
 LINEAR_4BIT = Construct("linear_4bit", "4-bit linear", anchor=is_linear_4bit)
-NO_ADAPTER = {"a": None, "b": None, "xl": None, "scale": 1.0, "dtype": lambda match: match.x.meta.dtype}
+NO_ADAPTER = {"a": None, "b": None, "lora_input": None, "scale": 1.0, "dtype": lambda match: match.x.meta.dtype}
 
 
 @pattern(LINEAR_4BIT, op=lora_linear, dims=DIMS, no_grad=("weight",), name="linear_4bit", variant="linear", **NO_ADAPTER)
@@ -84,7 +84,7 @@ def linear_4bit_bias(x, weight, bias):
 
 
 @linear_4bit.check
-def _(match):
+def weight_is_4bit(match):
     match.require(match.weight.op == "weight_4bit", "its weight is not in 4 bits")
 
 

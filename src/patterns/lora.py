@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sloth.kernels.linear.adapter import adapter
 from sloth.kernels.linear.gemm import compute_sum_of_products, sum_of_products
 from sloth.kernels.linear.lora import lora_linear
-from sloth.kernels.linear.lora_grad_b import compute_up_gradients, up_gradients
+from sloth.kernels.linear.lora_grad_b import compute_lora_grad_b, lora_grad_b
 from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.graph.value import Value, uncast
 from sloth.rewriter.match.pattern import Construct
@@ -17,7 +17,7 @@ from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
 
 called_directly(sum_of_products, compute_sum_of_products)
-called_directly(up_gradients, compute_up_gradients)
+called_directly(lora_grad_b, compute_lora_grad_b)
 
 
 def is_up_projection(v: Value) -> bool:
@@ -45,56 +45,58 @@ def _calls(module: torch.nn.Module, arguments: dict) -> int:
 LORA = Construct("lora", "LoRA projection", anchor=is_up_projection, module=_calls)
 
 DIMS = {
-    "x": "B S K", "weight": "N K", "bias": "N", "xl": "B S K", "a": "2 K", "b": "N 2",
+    "x": "B S K", "weight": "N K", "bias": "N", "lora_input": "B S K", "a": "2 K", "b": "N 2",
     "base": "B S N", "inner": "B S N", "m": "1 N", "c": "N",
 }  # fmt: skip
 
 
-def delta(xl, a, b):
-    return F.linear(F.linear(xl.to(a.dtype), a), b)
+def delta(lora_input, a, b):
+    return F.linear(F.linear(lora_input.to(a.dtype), a), b)
 
 
-def fused(x, weight, xl, a, b, *, scale: float, base_dtype: torch.dtype, delta_dtype: torch.dtype, dtype: torch.dtype):
+def fused(x, weight, lora_input, a, b, *, scale: float, base_dtype: torch.dtype, delta_dtype: torch.dtype, dtype: torch.dtype):
     base = F.linear(x, weight).to(base_dtype)
-    return (base + (delta(xl, a, b) * scale).to(delta_dtype)).to(dtype)
+    return (base + (delta(lora_input, a, b) * scale).to(delta_dtype)).to(dtype)
 
 
-def fused_bias(x, weight, bias, xl, a, b, *, scale: float, base_dtype: torch.dtype, delta_dtype: torch.dtype, dtype: torch.dtype):
+def fused_bias(
+    x, weight, bias, lora_input, a, b, *, scale: float, base_dtype: torch.dtype, delta_dtype: torch.dtype, dtype: torch.dtype
+):
     base = F.linear(x, weight, bias).to(base_dtype)
-    return (base + (delta(xl, a, b) * scale).to(delta_dtype)).to(dtype)
+    return (base + (delta(lora_input, a, b) * scale).to(delta_dtype)).to(dtype)
 
 
 def own_input(match):
     """What the adapter reads, where that is not x itself."""
-    return None if match.xl is match.x else match.xl
+    return None if match.lora_input is match.x else match.lora_input
 
 
 rounds_once(lora_linear, sums=True)
-FROZEN = {"no_grad": ("weight",), "cheap": ("xl",)}
-lora = pattern(LORA, op=lora_linear, dims=DIMS, **FROZEN, name="lora", variant="linear", xl=own_input)(fused)
-lora.variant("linear_bias", xl=own_input)(fused_bias)
+FROZEN = {"no_grad": ("weight",), "cheap": ("lora_input",)}
+lora = pattern(LORA, op=lora_linear, dims=DIMS, **FROZEN, name="lora", variant="linear", lora_input=own_input)(fused)
+lora.variant("linear_bias", lora_input=own_input)(fused_bias)
 
 
-@pattern(LORA, op=adapter, dims=DIMS, cheap=("xl",), name="adapter", variant="lora", dtype=lambda match: match.dtype)
-def onto(base, xl, a, b, *, scale: float, delta_dtype: torch.dtype, dtype: torch.dtype):
+@pattern(LORA, op=adapter, dims=DIMS, cheap=("lora_input",), name="adapter", variant="lora", dtype=lambda match: match.dtype)
+def onto(base, lora_input, a, b, *, scale: float, delta_dtype: torch.dtype, dtype: torch.dtype):
     """Over a layer that no other entry knows: LLM.int8 on a GPU, other quantisations, a second active adapter."""
-    return (base + (delta(xl, a, b) * scale).to(delta_dtype)).to(dtype)
+    return (base + (delta(lora_input, a, b) * scale).to(delta_dtype)).to(dtype)
 
 
 @onto.variant("dora", dtype=lambda match: match.dtype)
-def dora(base, inner, m, xl, a, b, *, scale: float, dtype: torch.dtype):
-    return (base + ((m - 1) * inner + m * delta(xl, a, b) * scale)).to(dtype)
+def dora(base, inner, m, lora_input, a, b, *, scale: float, dtype: torch.dtype):
+    return (base + ((m - 1) * inner + m * delta(lora_input, a, b) * scale)).to(dtype)
 
 
 @onto.variant("bias", dtype=lambda match: match.dtype)
-def biased(base, xl, a, b, c, *, scale: float, delta_dtype: torch.dtype, dtype: torch.dtype):
+def biased(base, lora_input, a, b, c, *, scale: float, delta_dtype: torch.dtype, dtype: torch.dtype):
     """PEFT's lora_bias=True: of the adapter's second layer."""
-    up = F.linear(F.linear(xl.to(a.dtype), a), b, c)
+    up = F.linear(F.linear(lora_input.to(a.dtype), a), b, c)
     return (base + (up * scale).to(delta_dtype)).to(dtype)
 
 
 @lora.check
-def _(match):
+def same_dtype(match):
     match.require(match.x.meta.dtype == match.weight.meta.dtype, "input and weight differ in dtype")
     bias = match.tensors.get("bias", match.weight)  # eager adds one of another dtype where x is not contiguous
     match.require(bias.meta.dtype == match.weight.meta.dtype, "weight and bias differ in dtype")

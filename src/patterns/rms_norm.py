@@ -122,5 +122,5 @@ adds(add_rms_norm, ("x", "residual"))
 
 @norm.check
 @add_norm.check
-def _(match):
+def floating_point(match):
     match.require(match.x.meta.dtype.is_floating_point, f"x is {match.x.meta.dtype}")

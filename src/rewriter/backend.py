@@ -13,11 +13,11 @@ from torch import fx
 
 from sloth.compat.dispatch import CompileContext
 from sloth.integrations.integration import load
-from sloth.integrations.transformers import left_to_require, requiring
+from sloth.integrations.transformers import mark_requires_grad, outputs_requiring_grad
 from sloth.options import parse
-from sloth.rewriter.compile.inductor import captures, compile_with, compiler, start_workers
+from sloth.rewriter.compile.inductor import compile_with, compiler, start_workers, uses_cudagraphs
 from sloth.rewriter.compile.plain_inputs import plain_inputs
-from sloth.rewriter.compile.regions import compile_in_parts
+from sloth.rewriter.compile.regions import compile_by_region
 from sloth.rewriter.dynamo import called_modules
 from sloth.rewriter.graph.lower import shape_env_of
 from sloth.rewriter.graph.scratch import guards_of
@@ -25,7 +25,7 @@ from sloth.rewriter.match.pattern import ARGUMENTS
 from sloth.rewriter.match.registry import constructs, patterns
 from sloth.rewriter.notices import log, speak, warn_of_recompilations, warn_of_versions, warn_once
 from sloth.rewriter.pipeline import rewrite
-from sloth.rewriter.plan.lazy_outputs import returning
+from sloth.rewriter.plan.lazy_outputs import wrap_outputs
 from sloth.rewriter.report import GraphReport
 
 load(*(f"sloth.integrations.{name}" for name in ("generation", "llamafactory", "peft", "trainer", "trl")))  # met as they are
@@ -50,18 +50,18 @@ def sloth(
     inner = compiler(chosen.inner, mode, chosen.rest)
     if chosen.inner == "inductor":
         start_workers(gm)
-    required = left_to_require(gm)
+    required = outputs_requiring_grad(gm)
     report = _rewritten(gm, chosen)
     for listener in _listeners:
         listener.append(report)
     start = time.perf_counter()
     compile_one, starting = partial(compile_with, inner), partial(_say, report, chosen.inner)
-    if chosen.inner == "inductor" and captures(mode, chosen.rest):
+    if chosen.inner == "inductor" and uses_cudagraphs(mode, chosen.rest):
         starting(1, [gm])
         compiled = compile_one(gm, example_inputs)
     else:
-        compiled = compile_in_parts(gm, example_inputs, compile_one, starting)
-    compiled = returning(requiring(plain_inputs(compiled), required), report.deferred)
+        compiled = compile_by_region(gm, example_inputs, compile_one, starting)
+    compiled = wrap_outputs(mark_requires_grad(plain_inputs(compiled), required), report.deferred)
     report.seconds[chosen.inner] = time.perf_counter() - start
     return compiled
 

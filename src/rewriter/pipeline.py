@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
-from sloth.rewriter.graph.lower import views
+from sloth.rewriter.graph.lower import lower
 from sloth.rewriter.match.cost import Costs
 from sloth.rewriter.match.matcher import Match
-from sloth.rewriter.match.pattern import Construct, Deferral, Pattern
+from sloth.rewriter.match.pattern import Construct, LazyOutputRule, Pattern
 from sloth.rewriter.notices import log
 from sloth.rewriter.plan.apply import Applied, apply
 from sloth.rewriter.plan.plan import GraphPlan, Plan, plan
@@ -21,19 +21,19 @@ def rewrite(
     gm: fx.GraphModule,
     entries: list[Pattern],
     constructs: list[Construct],
-    deferrals: Sequence[Deferral] = (),
+    deferrals: Sequence[LazyOutputRule] = (),
     limit: int | None = None,
     always: Collection[str] = (),
 ) -> GraphReport:
     """Rewrite `gm` and its bodies in place, at most `limit` times; entries and constructs in `always` whether it pays or not.
     Whatever goes wrong, the graph is then as it was, and the report says why.
-    Outputs that `report.deferred` names are for `lazy_outputs.returning` to make of what the graph gives out in their place.
+    Outputs that `report.deferred` names are for `lazy_outputs.wrap_outputs` to make of what the graph gives out in their place.
     """
     report = GraphReport()
     made: Plan | None = None
     try:
         with timed(report.seconds, "shadow"):
-            lowered = views(gm)
+            lowered = lower(gm)
         for view in lowered:
             report.opaque |= {f"{view.path}{n.name}": why for n, why in view.opaque.items()}
             for node in view.opaque:

@@ -16,7 +16,7 @@ from torch import fx
 
 from sloth.compat.dispatch import HigherOrderOperator
 from sloth.rewriter.graph.canonical import COMMUTATIVE
-from sloth.rewriter.graph.lower import BODIES, View
+from sloth.rewriter.graph.lower import BODIES, LoweredGraph
 from sloth.rewriter.graph.value import Value, uncast
 from sloth.rewriter.match.matcher import Difference, Match, Matcher, NearMiss, Refused, Unifier
 from sloth.rewriter.match.pattern import Construct, Graph, Variant
@@ -46,7 +46,7 @@ def deferred_sites(values: set[Value], constructs: list[Construct]) -> list[Site
 
 
 def _held(values: Iterable[Value], constructs: Iterable[Construct], variant: str) -> list[Site]:
-    found = [v for v in sorted(values, key=lambda v: v.id) if v.nodes or not v.spelled]
+    found = [v for v in sorted(values, key=lambda v: v.id) if v.nodes or not v.replaces]
     return [Site(c.name, variant, MATCHED, *source(v.origin)) for c in constructs for v in found if _anchors(c, v)]
 
 
@@ -59,13 +59,15 @@ def _anchors(construct: Construct, v: Value) -> bool:
         return False
 
 
-def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Refusals, constructs: list[Construct]) -> list[Site]:
+def missed_sites(
+    view: LoweredGraph, matcher: Matcher, covered: set[Value], refused: Refusals, constructs: list[Construct]
+) -> list[Site]:
     """One site for each anchor, or group of anchors of one module, that is not covered by what was replaced or deferred."""
     sites = []
     for construct in constructs:
         groups: dict[object, list[Value]] = {}
         for v in view.shadow.values:
-            if v not in covered and (v.nodes or not v.spelled) and _anchors(construct, v):
+            if v not in covered and (v.nodes or not v.replaces) and _anchors(construct, v):
                 groups.setdefault(_module(v) if construct.per_site > 1 else v, []).append(v)
         for anchors in groups.values():
             for i in range(0, len(anchors), construct.per_site):
@@ -74,7 +76,7 @@ def missed_sites(view: View, matcher: Matcher, covered: set[Value], refused: Ref
     return sites
 
 
-def _unseen(view: View, construct: Construct, matcher: Matcher, covered: set[Value], refused: Refusals) -> Iterator[Site]:
+def _unseen(view: LoweredGraph, construct: Construct, matcher: Matcher, covered: set[Value], refused: Refusals) -> Iterator[Site]:
     """One site for each place that a reference matches, or nearly, and no anchor sees: of those that overlap, the largest. Not
     where the operator's results would not fit: that is something else, as Mamba's activation times a number for each channel.
     """
@@ -95,7 +97,7 @@ def _unseen(view: View, construct: Construct, matcher: Matcher, covered: set[Val
             yield replace(told, reason=f"{told.reason} (no anchor of {construct.name} sees this place)")
 
 
-def _alike(variant: Variant, graph: Graph, view: View) -> Iterator[NearMiss]:
+def _alike(variant: Variant, graph: Graph, view: LoweredGraph) -> Iterator[NearMiss]:
     """Places where most operations of a reference stand as they should, wherever the others differ."""
     operations = sum(v.op not in ("input", "cast") for v in graph.values)
     for g in view.shadow.values:

@@ -19,15 +19,15 @@ from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def eager(hidden, weight, target, bias, narrow, up, up_scale, *how):
+def eager(hidden, weight, target, bias, lora_a_out, lora_b, up_scale, *how):
     """In the adapter's dtype where that is wider, and rounded to that of the layer."""
     base = F.linear(hidden, weight, bias)
-    return cross_entropy_of((base + F.linear(narrow, up) * up_scale).to(base.dtype), target, *how)
+    return cross_entropy_of((base + F.linear(lora_a_out, lora_b) * up_scale).to(base.dtype), target, *how)
 
 
-def ours(hidden, weight, target, bias, narrow, up, up_scale, ignore_index, reduction, softcap, scale, budget=0):
+def ours(hidden, weight, target, bias, lora_a_out, lora_b, up_scale, ignore_index, reduction, softcap, scale, budget=0):
     how = ignore_index, reduction, softcap, scale, budget, None, 0.0, 0.0
-    return linear_cross_entropy(hidden, weight, target, bias, None, *how, narrow, up, up_scale)[0]
+    return linear_cross_entropy(hidden, weight, target, bias, None, *how, lora_a_out, lora_b, up_scale)[0]
 
 
 @st.composite
@@ -39,7 +39,7 @@ def problems(draw, dtypes):
     wide = draw(st.sampled_from([dtype, FP32]))
     hidden, weight = make((*lead, H), dtype, seed=seed), make((V, H), dtype, seed=seed + 1)
     bias = make((V,), dtype, seed=seed + 2) if draw(st.booleans()) else None
-    narrow, up = (
+    lora_a_out, lora_b = (
         make((*lead, R), wide, draw(st.sampled_from(["contiguous", "padded"])), seed + 3),
         make((V, R), wide, seed=seed + 4),
     )
@@ -50,7 +50,7 @@ def problems(draw, dtypes):
         draw(st.sampled_from([None, None, 5.0])),
         draw(st.sampled_from([1.0, 0.3])),
     )
-    return hidden, weight, target, bias, narrow, up, draw(st.sampled_from([2.0, 0.7])), *how
+    return hidden, weight, target, bias, lora_a_out, lora_b, draw(st.sampled_from([2.0, 0.7])), *how
 
 
 def check(problem, dloss=0.7, rows=4, budget=0, frozen=False, **tolerance):
@@ -91,15 +91,15 @@ def test_larger(dtypes, up_scale, budget, size):
     """Where luck averages out but in the loss. An adapter that changes little, and one that is most of the logits."""
     dtype, wide = dtypes
     hidden, weight = make((2, 96, 64), dtype, seed=1), make((1000, 64), dtype, seed=2, scale=0.1)
-    narrow, up = make((2, 96, 8), wide, seed=4), make((1000, 8), wide, seed=5, scale=size / 3)
-    problem = hidden, weight, random_targets((2, 96), 1000, 0.2, 3), None, narrow, up, up_scale, -100, "mean", None, 1.0
+    lora_a_out, lora_b = make((2, 96, 8), wide, seed=4), make((1000, 8), wide, seed=5, scale=size / 3)
+    problem = hidden, weight, random_targets((2, 96), 1000, 0.2, 3), None, lora_a_out, lora_b, up_scale, -100, "mean", None, 1.0
     check(problem, dloss=1.0, rows=40, budget=budget, slack=64.0 if dtype == FP32 else 0.02 * torch.finfo(dtype).eps * 2**23)
 
 
 def test_gradients_that_nobody_wants_are_not_computed():
     hidden, weight = make((6, 8), FP32, seed=1), make((30, 8), FP32, seed=2)
-    narrow, up = make((6, 2), FP32, seed=3), make((30, 2), FP32, seed=4).requires_grad_()
-    loss = ours(hidden, weight, random_targets((6,), 30, 0.2, 3), None, narrow, up, 2.0, -100, "mean", None, 1.0)
+    lora_a_out, lora_b = make((6, 2), FP32, seed=3), make((30, 2), FP32, seed=4).requires_grad_()
+    loss = ours(hidden, weight, random_targets((6,), 30, 0.2, 3), None, lora_a_out, lora_b, 2.0, -100, "mean", None, 1.0)
     assert [t.numel() > 0 for t in loss.grad_fn.saved_tensors[1:]] == [False] * 4 + [True]
 
 
@@ -111,7 +111,13 @@ def test_gradcheck():
 
 def test_wrong_arguments():
     hidden, weight, target = make((2, 8), FP32), make((30, 8), FP32), torch.tensor([1, 2], device=DEVICE)
-    narrow, up = make((2, 3), FP32), make((30, 3), FP32)
-    for wrong in ((narrow, None), (narrow[:, 1:], up), (narrow[:1], up), (narrow, up[1:]), (narrow.half(), up)):
-        with pytest.raises(RuntimeError, match="narrow"):
-            linear_cross_entropy(hidden, weight, target, narrow=wrong[0], up=wrong[1])
+    lora_a_out, lora_b = make((2, 3), FP32), make((30, 3), FP32)
+    for wrong in (
+        (lora_a_out, None),
+        (lora_a_out[:, 1:], lora_b),
+        (lora_a_out[:1], lora_b),
+        (lora_a_out, lora_b[1:]),
+        (lora_a_out.half(), lora_b),
+    ):
+        with pytest.raises(RuntimeError, match="lora_a_out"):
+            linear_cross_entropy(hidden, weight, target, lora_a_out=wrong[0], lora_b=wrong[1])

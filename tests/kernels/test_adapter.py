@@ -11,7 +11,7 @@ from recorder import Recorder, saved
 
 from sloth.kernels.linear.adapter import adapter
 
-NAMES = ("base", "inner", "m", "xl", "a", "b")
+NAMES = ("base", "inner", "m", "lora_input", "a", "b")
 forward = torch.ops.sloth.adapter_forward.default
 
 
@@ -22,9 +22,9 @@ def operator(scale, dtype=None):
 def peft(scale, dtype=None):
     """What PEFT's layers do. DoRA as in `peft.tuners.lora.dora`: (m − 1) · layer(x) + m · lora(x) · scale."""
 
-    def function(base, inner, m, xl, a, b):
+    def function(base, inner, m, lora_input, a, b):
         given = base.dtype if dtype is None or base.dtype == torch.float64 else dtype
-        change = F.linear(F.linear(xl.to(a.dtype), a), b)
+        change = F.linear(F.linear(lora_input.to(a.dtype), a), b)
         if m is None:
             return (base + change * scale).to(given)
         return (base + ((m - 1) * inner + m * change * scale)).to(given)
@@ -32,7 +32,7 @@ def peft(scale, dtype=None):
     return function
 
 
-def inputs(shape, dtype, n, r, *, adapters=None, dora=False, seed=0, xl=None):
+def inputs(shape, dtype, n, r, *, adapters=None, dora=False, seed=0, lora_input=None):
     """The six tensors for a layer of n channels over x of this shape."""
     seeds = range(64 * seed + 8, 64 * seed + 16)
     adapters, k = adapters or dtype, shape[-1]
@@ -41,7 +41,7 @@ def inputs(shape, dtype, n, r, *, adapters=None, dora=False, seed=0, xl=None):
         make(out, dtype, seed=seeds[0]),
         make(out, dtype, seed=seeds[1]) if dora else None,
         make((1, n), adapters, seed=seeds[2], mean=1.0, scale=0.1) if dora else None,
-        make(shape, dtype, seed=seeds[3]) if xl is None else xl,
+        make(shape, dtype, seed=seeds[3]) if lora_input is None else lora_input,
         make((r, k), adapters, seed=seeds[4], scale=k**-0.5),
         make((n, r), adapters, seed=seeds[5], scale=0.5),
     ]
@@ -113,8 +113,8 @@ def test_nothing_in_vain(wanted):
     if wanted == "base":
         assert not calls.named("adapter_backward"), "its gradient is that of the result"
     else:
-        ((*_, need_inner, need_m, need_xl, need_a, need_b),) = calls.named("adapter_backward")
-        found = {"inner": need_inner, "m": need_m, "xl": need_xl, "a": need_a, "b": need_b}
+        ((*_, need_inner, need_m, need_lora_input, need_a, need_b),) = calls.named("adapter_backward")
+        found = {"inner": need_inner, "m": need_m, "lora_input": need_lora_input, "a": need_a, "b": need_b}
         assert found == {name: name == wanted for name in found}
     assert {name for name, t in given.items() if t.grad is not None} == {wanted}
 

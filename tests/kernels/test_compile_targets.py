@@ -45,7 +45,7 @@ def test_every_kernel_is_listed(module):
     """Each function that a module launches stands in its COMPILE."""
     module = importlib.import_module(module)
     calls = [call for call in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(call, ast.Call)]
-    by_name = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("launch", "launch_opaque")]
+    by_name = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("launch", "launch_cached")]
     launched = {c.args[0].id for c in by_name if isinstance(c.args[0], ast.Name)}
     launched |= {
         c.func.value.id for c in calls if isinstance(c.func, ast.Subscript) and c.func.value.__class__ is ast.Name

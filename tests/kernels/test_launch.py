@@ -10,9 +10,9 @@ from common import DEVICE
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sloth.kernels.common import launch as module
-from sloth.kernels.common.launch import launch_opaque
+from sloth.kernels.common.launch import launch_cached
 from sloth.kernels.linear.lora_grad_b import _strip_kernel, _sum_kernel
-from sloth.kernels.linear.lowrank_gemm import _thin_and_big_kernel
+from sloth.kernels.linear.lowrank_gemm import _lowrank_gemm_kernel
 
 
 class Parameter(NamedTuple):
@@ -55,7 +55,7 @@ def given(**other):
 def test_what_is_compiled_is_launched_again():
     kernel, x, y = Kernel(), torch.zeros(64), torch.ones(32)
     for operand in (x, y, x):
-        launch_opaque(kernel, **given(operands=[operand]))
+        launch_cached(kernel, **given(operands=[operand]))
     assert kernel.compiled == 1
     assert [(grid, args[1:]) for grid, args in kernel.launched] == [((3, 1, 1), (5, 7, 16))] * 3
     assert kernel.launched[1][1][0] is y
@@ -79,30 +79,30 @@ def test_what_differs_is_compiled_for_itself(other):
     kernel = Kernel()
     for _ in range(2):
         for how in ({}, other):
-            launch_opaque(kernel, **given(**how))
+            launch_cached(kernel, **given(**how))
     assert kernel.compiled == 2 and len(kernel.launched) == 4
 
 
 def test_kernels_and_devices_are_told_apart(monkeypatch):
     first, second = Kernel(), Kernel()
-    launch_opaque(first, **given())
-    launch_opaque(second, **given())
+    launch_cached(first, **given())
+    launch_cached(second, **given())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    launch_opaque(first, **given())
+    launch_cached(first, **given())
     assert (first.compiled, second.compiled) == (2, 1)
 
 
 def test_sizes_that_are_others_in_every_step_are_one_kernel():
     kernel = Kernel()
     for n in range(1, 100):
-        launch_opaque(kernel, **given(grid=(n,), numbers=[5, n]))
+        launch_cached(kernel, **given(grid=(n,), numbers=[5, n]))
     assert kernel.compiled == len(module._launchers) == 1
     assert [(grid[0], args[2]) for grid, args in kernel.launched] == [(n, n) for n in range(1, 100)]
 
 
 @pytest.mark.parametrize(
     ("kernel", "names"),
-    [(_strip_kernel, ["M"]), (_sum_kernel, ["u_size", "db_size"]), (_thin_and_big_kernel, ["M"])],
+    [(_strip_kernel, ["M"]), (_sum_kernel, ["u_size", "db_size"]), (_lowrank_gemm_kernel, ["M"])],
     ids=lambda k: getattr(k, "__name__", ""),
 )
 def test_rows_are_any_number(kernel, names):
@@ -115,14 +115,14 @@ def test_rows_are_any_number(kernel, names):
 @pytest.mark.skipif(DEVICE != "cuda", reason="launches on a GPU")
 def test_on_the_gpu():
     """Operators that launch this way, twice each, on operands of other addresses."""
-    from sloth.kernels.linear.lora_grad_b import up_gradients
+    from sloth.kernels.linear.lora_grad_b import lora_grad_b
 
     for seed in (0, 1):
         g, b, t = (
             torch.randn(*size, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
             for size in ((40, 96), (96, 8), (40, 8))
         )
-        u, db = up_gradients(g, b, t, 0.5)
+        u, db = lora_grad_b(g, b, t, 0.5)
         torch.testing.assert_close(u, 0.5 * g @ b, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(db, 0.5 * g.t() @ t, rtol=1e-4, atol=1e-4)
     assert len(module._launchers) == 2  # the strips and their sums

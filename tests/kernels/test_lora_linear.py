@@ -13,9 +13,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 from sloth.kernels.linear.gemm import sum_of_products
 from sloth.kernels.linear.lora import lora_linear
-from sloth.kernels.linear.lora_grad_b import up_gradients
+from sloth.kernels.linear.lora_grad_b import lora_grad_b
 
-PARTS = 5  # weight, bias, xl, a, b of each layer
+PARTS = 5  # weight, bias, lora_input, a, b of each layer
 forward = torch.ops.sloth.lora_linear_forward.default
 
 
@@ -34,11 +34,11 @@ def peft(scale, dtype=None):
     def function(x, *flat):
         out = []
         for i, s in enumerate(scale):
-            weight, bias, xl, a, b = flat[PARTS * i : PARTS * (i + 1)]
+            weight, bias, lora_input, a, b = flat[PARTS * i : PARTS * (i + 1)]
             y = F.linear(x, weight, bias)
             given = y.dtype if dtype is None or x.dtype == torch.float64 else dtype
             if a is not None:
-                y = y + F.linear(F.linear((x if xl is None else xl).to(a.dtype), a), b) * s
+                y = y + F.linear(F.linear((x if lora_input is None else lora_input).to(a.dtype), a), b) * s
             out.append(y.to(given))
         return tuple(out)
 
@@ -179,17 +179,17 @@ def test_the_weight_gets_no_gradient():
     assert flat[0].grad is None and x.grad is not None and flat[3].grad is not None
 
 
-@pytest.mark.parametrize("wanted", ["x", "a", "b", "xl", "bias"])
+@pytest.mark.parametrize("wanted", ["x", "a", "b", "lora_input", "bias"])
 def test_nothing_in_vain(wanted):
     """The backward pass is told of what is wanted, and gives as many tensors."""
     x = make((4, 24), torch.float32)
-    own = torch.float32 if wanted == "xl" else None
-    weight, bias, xl, a, b = layer(x, 16, 4, 0, bias=True, own=own, adapter=torch.float32)
-    {"x": x, "a": a, "b": b, "xl": xl, "bias": bias}[wanted].requires_grad_()
+    own = torch.float32 if wanted == "lora_input" else None
+    weight, bias, lora_input, a, b = layer(x, 16, 4, 0, bias=True, own=own, adapter=torch.float32)
+    {"x": x, "a": a, "b": b, "lora_input": lora_input, "bias": bias}[wanted].requires_grad_()
     with Recorder() as calls:
-        lora_linear(x, [weight], [bias], [xl], [a], [b], [2.0])[0].sum().backward()
-    ((*_, need_x, need_xl, need_a, need_b),) = calls.named("lora_linear_backward")
-    found = {"x": need_x, "xl": any(need_xl), "a": any(need_a), "b": any(need_b)}
+        lora_linear(x, [weight], [bias], [lora_input], [a], [b], [2.0])[0].sum().backward()
+    ((*_, need_x, need_lora_input, need_a, need_b),) = calls.named("lora_linear_backward")
+    found = {"x": need_x, "lora_input": any(need_lora_input), "a": any(need_a), "b": any(need_b)}
     assert found == {name: name == wanted for name in found}
 
 
@@ -297,15 +297,15 @@ def test_closed_form(own):
         w, bias, a, b, g = (
             symbols(s + i, *size) for s, size in zip("wcabg", ((n, k), (1, n), (r, k), (n, r), (m, n)), strict=True)
         )
-        s, xl = sympy.Symbol(f"s{i}"), symbols(f"z{i}", m, k) if own and i == "2" else x
-        t = xl * a.T
+        s, lora_input = sympy.Symbol(f"s{i}"), symbols(f"z{i}", m, k) if own and i == "2" else x
+        t = lora_input * a.T
         y = x * w.T + sympy.ones(m, 1) * bias + s * t * b.T
         loss += sum(g.multiply_elementwise(y))
         u = s * g * b
-        dx += g * w + (u * a if xl is x else sympy.zeros(m, k))
-        expected += [(b, s * g.T * t), (a, u.T * xl), (bias, sympy.ones(1, m) * g)]
-        if xl is not x:
-            expected.append((xl, u * a))
+        dx += g * w + (u * a if lora_input is x else sympy.zeros(m, k))
+        expected += [(b, s * g.T * t), (a, u.T * lora_input), (bias, sympy.ones(1, m) * g)]
+        if lora_input is not x:
+            expected.append((lora_input, u * a))
     for matrix, claimed in (*expected, (x, dx)):
         assert (derivative(loss, matrix) - claimed).expand() == sympy.zeros(*matrix.shape)
 
@@ -356,7 +356,7 @@ def test_opcheck_of_products():
 def test_parts_have_no_derivative():
     """What asks for their gradient must be told; where none is asked for they are as good with parameters as without."""
     a, b = make((4, 3), torch.float32).requires_grad_(), make((3, 5), torch.float32)
-    calls = lambda: sum_of_products([a], [b], [1.0]), lambda: up_gradients(b, make((5, 2), b.dtype), a[:3, :2], 1.0)
+    calls = lambda: sum_of_products([a], [b], [1.0]), lambda: lora_grad_b(b, make((5, 2), b.dtype), a[:3, :2], 1.0)
     for call in calls:
         with pytest.raises(RuntimeError, match="no derivative"):
             call()

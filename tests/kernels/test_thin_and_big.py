@@ -41,7 +41,7 @@ def compare(t, u, x, w, scale, bias=None):
     """No worse than eager's products, each rounded, then added up."""
     assert module.serves(t, u, x, w, scale)
     y = torch.full((x.shape[0], w.shape[1]), float("nan"), dtype=x.dtype, device=x.device)
-    module.thin_and_big(t, u, x, w, scale, bias, y)
+    module.lowrank_gemm(t, u, x, w, scale, bias, y)
 
     def written_out(convert):
         total = scale * (convert(t) @ convert(u)) + convert(x) @ convert(w)
@@ -107,7 +107,7 @@ def test_products_too_small(monkeypatch):
 def test_in_a_sum(small_tiles, bias, monkeypatch):
     """The operator takes it for the first two products, where the second has no scale, and adds the others."""
     calls = []
-    monkeypatch.setattr(gemm, "thin_and_big", lambda *args: calls.append(args) or module.thin_and_big(*args))
+    monkeypatch.setattr(gemm, "lowrank_gemm", lambda *args: calls.append(args) or module.lowrank_gemm(*args))
     t, u, x, w = operands(40, 32, 72, 16, torch.float16, (True, False), 0)
     added = make((72,), torch.float16) if bias else None
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sloth.kernels.linear import lora_grad_b as module
-from sloth.kernels.linear.lora_grad_b import MAX_RANK, up_gradients
+from sloth.kernels.linear.lora_grad_b import MAX_RANK, lora_grad_b
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter cannot round to bf16
-PATHS = {"operator": up_gradients, "kernel": module._triton}
+PATHS = {"operator": lora_grad_b, "kernel": module._triton}
 each_path = pytest.mark.parametrize("path", PATHS)
 dtypes = st.sampled_from(DTYPES)
 
@@ -54,7 +54,7 @@ def test_other_layouts(path):
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(rows):
-    u, db = up_gradients(make((rows, 30), torch.float32), make((30, 4), torch.float32), make((rows, 4), torch.float32), 1.0)
+    u, db = lora_grad_b(make((rows, 30), torch.float32), make((30, 4), torch.float32), make((rows, 4), torch.float32), 1.0)
     assert u.shape == (rows, 4) and db.shape == (30, 4) and bool(rows) == bool(db.any())
 
 
@@ -67,5 +67,5 @@ def test_deterministic(path):
 
 def test_opcheck():
     torch.library.opcheck(
-        up_gradients, (make((6, 20), torch.float32), make((20, 4), torch.float32), make((6, 4), torch.float32), 2.0)
+        lora_grad_b, (make((6, 20), torch.float32), make((20, 4), torch.float32), make((6, 4), torch.float32), 2.0)
     )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sloth.rewriter.backend import listening
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.pipeline import rewrite
-from sloth.rewriter.plan.lazy_outputs import returning
+from sloth.rewriter.plan.lazy_outputs import wrap_outputs
 from sloth.testing.graphs import captured, described, doubled
 from sloth.testing.mutants import mutants
 from sloth.testing.samples import (
@@ -118,7 +118,7 @@ def rewritten(gm, tensors, entry):
     copied = copy.deepcopy(gm)
     assert described(copied, tensors)
     report = rewrite(copied, [p for p in patterns() if p.construct is entry.construct], [entry.construct])
-    return returning(copied, report.deferred), report
+    return wrap_outputs(copied, report.deferred), report
 
 
 def assert_same(ours, eager, exact, name, dtype):

@@ -5,7 +5,7 @@ import torch
 from common import DEVICE
 
 from sloth.patterns.attention.mask_analysis import Interval, meaning, why_not
-from sloth.rewriter.graph.lower import views
+from sloth.rewriter.graph.lower import lower
 
 S = 24
 CAUSAL = Interval(ahead=0)
@@ -16,7 +16,7 @@ def told(fn, *args, dynamic=False):
     found = []
 
     def look(gm, _):
-        (view,) = views(gm)
+        (view,) = lower(gm)
         mask = view.env[gm.graph.output_node().args[0][0]]
         found.append(meaning(mask) or why_not(mask))
         return gm.forward

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, compare, make, wide
 
-from sloth.lazy.functions import LazyLogits, read
+from sloth.lazy.functions import LazyLogits, materialize
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
 
@@ -132,7 +132,7 @@ def test_logits_given_out_are_computed_when_they_are_read(name, dynamic, given):
     (loss, logits), (eager, real) = run(*leaves), fn(*leaves)
     lazy = given == "whole" or name == "vocabulary"  # the words of this loss; others are somebody's own use of the logits
     assert isinstance(logits, LazyLogits) == lazy and all(v.startswith("linear") == lazy for v in variants)
-    torch.testing.assert_close(read(logits), real)
+    torch.testing.assert_close(materialize(logits), real)
     both = [torch.autograd.grad(a + b.square().mean(), leaves) for a, b in ((loss, logits), (eager, real))]
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-6)
 

@@ -78,7 +78,7 @@ def test_what_leaves_a_part_is_kept(residual, monkeypatch):
         return [sum(n.target is sum_of_products for n in graph.nodes) for graph in graphs.seen]
 
     assert products() == [4, 3 + 2]  # forward; again, and the gradients of x and of what o reads
-    monkeypatch.setattr(inductor, "kept", lambda graph: None)
+    monkeypatch.setattr(inductor, "save_checkpoint_boundaries", lambda graph: None)
     assert products() == [4, 4 + 2]
 
 

@@ -378,7 +378,7 @@ def test_a_bad_environment_is_an_error_that_says_what_to_write(value: str, told:
 
 
 def test_a_graph_that_is_left_alone_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sloth.rewriter.pipeline.views", lambda gm: [][0])
+    monkeypatch.setattr("sloth.rewriter.pipeline.lower", lambda gm: [][0])
     monkeypatch.setattr("sloth.rewriter.notices._said", set())
     for _ in range(2):
         compiled(lambda x: x.sin())(x_like(3))

@@ -173,9 +173,9 @@ def linear_args(fn: Callable[..., Tensor], *args: Tensor) -> list[Any]:
     (product,) = [v for v in outer.shadow.values if v.op == "linear"]
     made, v = [], product.args[1]
     while v.op not in ("input", "constant"):
-        made.append((v.op, v.pinned))
+        made.append((v.op, v.mutated_storage))
         v = v.args[0]
-    return [*made, (v.op, v.pinned)]
+    return [*made, (v.op, v.mutated_storage)]
 
 
 def fresh_cast(x, q, s):
@@ -201,7 +201,7 @@ def quantised() -> tuple[Tensor, Tensor]:
 def test_a_write_to_a_fresh_temporary_is_seen_through() -> None:
     """bitsandbytes scales its int8 weights so."""
     made = linear_args(fresh_cast, x_like(2, 8), *quantised())
-    assert [op for op, _ in made] == ["mul", "cast", "input"] and not any(pinned for _, pinned in made)
+    assert [op for op, _ in made] == ["mul", "cast", "input"] and not any(mutated for _, mutated in made)
 
 
 def transposed_twice(x, q, s):

@@ -34,7 +34,7 @@ def test_a_kernel_is_analysed_once_for_each_signature(analyses):
     def fn(): ...
 
     x = torch.empty(3)
-    with inductor._analysed_once({}):
+    with inductor.memoized_triton_analysis({}):
         ask = remembering(analyses)
         first = ask(launched(fn), {"x": x, "BLOCK": 128})
         assert ask(launched(fn), {"x": torch.empty(7), "BLOCK": 128}) == first
@@ -48,7 +48,7 @@ def test_a_kernel_is_analysed_once_for_each_signature(analyses):
 
 def test_what_is_not_understood_is_analysed_each_time(analyses):
     kernel = launched(lambda: 0)
-    with inductor._analysed_once({}):
+    with inductor.memoized_triton_analysis({}):
         ask = remembering(analyses)
         for _ in range(2):
             ask(kernel, {"x": object()})
@@ -59,7 +59,7 @@ def test_what_is_not_understood_is_analysed_each_time(analyses):
 def test_what_others_compile_is_not_remembered(analyses):
     """Another thread, meanwhile, or this one behind an error: torch analyses each time, and nothing is kept alive."""
     ask, known = remembering(analyses), {}
-    with pytest.raises(ZeroDivisionError), inductor._analysed_once(known):
+    with pytest.raises(ZeroDivisionError), inductor.memoized_triton_analysis(known):
         other = Thread(target=lambda: [ask(launched(len), {"x": 1}) for _ in range(2)])
         other.start()
         other.join()

@@ -29,17 +29,17 @@ from toys import (
 )
 
 from sloth import options
-from sloth.rewriter.graph.value import Shadow, Value
+from sloth.rewriter.graph.value import Value, ValueGraph
 from sloth.rewriter.match.matcher import Match, Matcher
 from sloth.rewriter.match.registry import patterns
-from sloth.rewriter.plan.choice import choose
+from sloth.rewriter.plan.choice import select_non_overlapping
 
 BF16 = torch.bfloat16
 
 
 def found(fn: Callable[..., Any], *tensors: Tensor) -> tuple[list[Match], list[Value], Matcher]:
     """All matches of sloth's entries in `fn`, its inputs, and the matcher."""
-    shadow, mode = Shadow(), FakeTensorMode()
+    shadow, mode = ValueGraph(), FakeTensorMode()
     inputs = inputs_like(shadow, list(tensors))
     normalise(shadow, fn, inputs, mode)
     matcher = Matcher(patterns(), mode)
@@ -264,10 +264,10 @@ def test_rotations_of_q_and_k_are_found_from_the_tables_they_share() -> None:
             x = turned(q, cos, sin) + turned(k, cos, sin).repeat_interleave(2, 1)
         return (*out, x)
 
-    shadow, mode = Shadow(), FakeTensorMode()
+    shadow, mode = ValueGraph(), FakeTensorMode()
     inputs = inputs_like(shadow, [torch.empty(2, 4, 3, 8), *(torch.empty(2, 1, 3, 8) for _ in range(2))])
     *qk, _ = normalise(shadow, model, inputs, mode)
-    accepted, _ = choose(list(Matcher(patterns(), mode).matches(shadow.values)))
+    accepted, _ = select_non_overlapping(list(Matcher(patterns(), mode).matches(shadow.values)))
     pairs = {frozenset((qk.index(m.q), qk.index(m.k))) for m in accepted if m.pattern.name == "rope"}
     assert pairs == {frozenset((0, 1)), frozenset((2, 3)), frozenset((4, 5))}
 
@@ -310,7 +310,7 @@ def test_the_largest_match_wins_and_losers_are_no_misses() -> None:
 
 def test_choice_takes_no_value_twice() -> None:
     matches, *_ = found(lambda x, r, w: (h := x + r, llama_norm(h, w)), torch.empty(2, 3, 8), *x_w())
-    accepted, losers = choose(matches)
+    accepted, losers = select_non_overlapping(matches)
     assert len(accepted) == 1 and accepted[0].pattern.name == "add_rms_norm"
     assert "rms_norm" in {m.pattern.name for m, winner in losers if winner is accepted[0]}
     computed = [v for m in accepted for v in m.values]
@@ -416,14 +416,14 @@ def layers_of(count: int) -> Callable[..., Any]:
 
 
 def matching_seconds(layers: int) -> float:
-    shadow, mode = Shadow(), FakeTensorMode()
+    shadow, mode = ValueGraph(), FakeTensorMode()
     tensors = torch.empty(1, 4, 16), torch.empty(16), torch.empty(8, 8), torch.empty(1, 1, 4, 8), torch.empty(1, 1, 4, 8)
     normalise(shadow, layers_of(layers), inputs_like(shadow, list(tensors)), mode)
     best = float("inf")
     for _ in range(3):
         matcher = Matcher(patterns(), mode)
         start = time.process_time()
-        accepted, _ = choose(list(matcher.matches(shadow.values)))
+        accepted, _ = select_non_overlapping(list(matcher.matches(shadow.values)))
         best = min(best, time.process_time() - start)
     assert len(accepted) == 4 * layers, "two norms, a rotation and an MLP for each layer"
     return best

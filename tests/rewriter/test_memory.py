@@ -174,7 +174,7 @@ def test_inputs_that_share_memory() -> None:
         return n
 
     views_of_one = captured(Call(fn), base := torch.randn(2, 3, 8), base.view(-1))
-    names = {n.name: v.pinned for n, v in views_of_one[0].env.items() if n.op == "placeholder" and isinstance(v, Value)}
+    names = {n.name: v.mutated_storage for n, v in views_of_one[0].env.items() if n.op == "placeholder" and isinstance(v, Value)}
     assert names["l_x_" if "l_x_" in names else "l_args_0_"] and names["l_y_" if "l_y_" in names else "l_args_1_"], names
 
 

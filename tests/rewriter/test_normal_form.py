@@ -20,7 +20,7 @@ from toys import captured, inputs_like, normalise
 
 from sloth.rewriter.graph import canonical, normal_form
 from sloth.rewriter.graph.normal_form import RULES
-from sloth.rewriter.graph.value import Meta, Shadow, Value, same_literal
+from sloth.rewriter.graph.value import Meta, Value, ValueGraph, same_literal
 
 aten = torch.ops.aten
 INT_MAX = 2**63 - 1
@@ -554,7 +554,7 @@ CASES = [
 
 def forms(functions: tuple[Callable[..., Any], ...]) -> list[Any]:
     """The normal form of each, all in one shadow."""
-    shadow = Shadow()
+    shadow = ValueGraph()
     inputs = dict(zip(EXAMPLES, inputs_like(shadow, list(EXAMPLES.values())), strict=True))
     mode = FakeTensorMode()
     out = []
@@ -653,9 +653,9 @@ def test_what_is_written_in_place_is_pinned(write: Callable[..., Any]) -> None:
     (view,) = captured(fn, torch.randn(4, 4), torch.randn(4, 4))
     before, after, other = (view.env[n] for n in view.gm.graph.find_nodes(op="output")[0].args[0])
     written = next(v for v in view.shadow.values if v.op == "mul" and v.args[0].args == ("l_a_",))
-    assert written.pinned
+    assert written.mutated_storage
     assert before is not after, "x + 1 before and behind the write are two values"
-    assert not other.args[0].pinned, "what nobody writes stays matchable"
+    assert not other.args[0].mutated_storage, "what nobody writes stays matchable"
 
 
 def test_the_result_of_a_write_is_the_written_memory() -> None:
@@ -669,7 +669,7 @@ def test_the_result_of_a_write_is_the_written_memory() -> None:
 
     (view,) = captured(fn, torch.randn(4))
     exp = next(v for v in view.shadow.values if v.op == "exp")
-    assert exp.args[0].pinned
+    assert exp.args[0].mutated_storage
 
 
 @pytest.mark.parametrize(
@@ -682,14 +682,14 @@ def test_the_result_of_a_write_is_the_written_memory() -> None:
     ],
 )
 def test_random_values_are_never_shared(draw: Callable[..., Any]) -> None:
-    shadow = Shadow()
+    shadow = ValueGraph()
     (x,) = inputs_like(shadow, [torch.empty(4)])
     first, second, third = normalise(shadow, lambda x: (draw(x) * 2, draw(x) * 2, x * 2), [x])
     assert first is not second and third not in (first, second)
 
 
 def test_the_same_value_twice_is_one_value() -> None:
-    shadow = Shadow()
+    shadow = ValueGraph()
     (x,) = inputs_like(shadow, [torch.empty(4)])
     first, second = normalise(shadow, lambda x: ((x * 2).exp(), torch.exp(2 * x)), [x])
     assert first is second
@@ -822,7 +822,7 @@ SYMBOLIC = [
 @pytest.mark.parametrize("case", SYMBOLIC, ids=lambda c: c.name)
 def test_spellings_meet_with_symbolic_sizes(case: Case) -> None:
     mode, x = symbolic(5, 7, 8)
-    shadow = Shadow()
+    shadow = ValueGraph()
     (value,) = inputs_like(shadow, [x])
     first, *others = [normalise(shadow, f, [value], mode) for f in case.alike]
     for number, other in enumerate(others, 1):
@@ -845,7 +845,7 @@ def equal(a: Any, b: Any) -> bool:
 
 def test_the_normal_form_adds_no_guard() -> None:
     mode, x = symbolic(5, 7, 8)
-    shadow = Shadow()
+    shadow = ValueGraph()
     (value,) = inputs_like(shadow, [x])
     with mode.shape_env.suppress_guards():
         for case in SYMBOLIC:
@@ -968,7 +968,7 @@ def test_the_normal_form_computes_what_the_program_computes(names: list[str], rn
 
     x, y = torch.rand(2, 3, 4, dtype=torch.float64), torch.rand(4)
     exact = program(x, y)
-    shadow = Shadow()
+    shadow = ValueGraph()
     values = inputs_like(shadow, [x, y])
     form = normalise(shadow, program, values)
     found = evaluate(form, {"x0": x, "x1": y}, {})
@@ -979,7 +979,7 @@ def test_the_normal_form_computes_what_the_program_computes(names: list[str], rn
 
 def test_the_evaluation_would_notice_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The property above has teeth: with x − y taken for y − x it fails."""
-    shadow = Shadow()
+    shadow = ValueGraph()
     values = inputs_like(shadow, [torch.empty(3), torch.empty(3)])
     wrong = {**RULES, "sub": [lambda n, c, a, b, alpha=1: n.add("sub", (b, a), c.meta)]}
     monkeypatch.setattr(canonical, "RULES", wrong)

@@ -28,8 +28,8 @@ def _(x: Tensor, source: Tensor) -> Tensor:
 def source_of(match: Any) -> Value | None:
     """s, where the pattern's y is s + s."""
     y = match.y
-    while y.op == "input" and y.outer is not None:
-        y = y.outer
+    while y.op == "input" and y.captured_from is not None:
+        y = y.captured_from
     return y.args[0] if y.op in ("add", "mul") else None
 
 

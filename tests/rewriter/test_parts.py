@@ -161,8 +161,8 @@ def test_models(name, checkpointing):
 
 def test_results_by_heads_do_not_cross(monkeypatch):
     """As many tensors would cross between attention and the reshaping of its result."""
-    found, parts_of = [], regions.parts_of
-    monkeypatch.setattr(regions, "parts_of", lambda *given: found.append(parts_of(*given)) or found[-1])
+    found, split = [], regions.split_repeated_regions
+    monkeypatch.setattr(regions, "split_repeated_regions", lambda *given: found.append(split(*given)) or found[-1])
     compared(model_of("llama"), **batch())
     dimensions = [[n.meta["example_value"].dim() for n in part.outputs] for part in found[0][1:-1]]
     assert len(dimensions) == 4 and all(each == [3, 3] for each in dimensions)
@@ -262,10 +262,10 @@ def test_whatever_goes_wrong_the_graph_is_compiled_whole(monkeypatch):
 def test_cuda_graphs_are_of_the_whole():
     from sloth.rewriter.compile import inductor
 
-    assert inductor.captures("reduce-overhead", {}) and inductor.captures(None, {"triton.cudagraphs": True})
-    assert not inductor.captures(None, {}) and not inductor.captures("default", {})
+    assert inductor.uses_cudagraphs("reduce-overhead", {}) and inductor.uses_cudagraphs(None, {"triton.cudagraphs": True})
+    assert not inductor.uses_cudagraphs(None, {}) and not inductor.uses_cudagraphs("default", {})
     with torch._inductor.config.patch("triton.cudagraphs", True):
-        assert inductor.captures(None, {})
+        assert inductor.uses_cudagraphs(None, {})
 
 
 def test_what_no_later_part_reads_is_let_go():
@@ -285,7 +285,7 @@ def test_what_no_later_part_reads_is_let_go():
     torch._dynamo.reset()
 
     def backend(gm, example_inputs):
-        return regions.compile_in_parts(gm, example_inputs, remembering)
+        return regions.compile_by_region(gm, example_inputs, remembering)
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend)(X), model(X))
@@ -307,7 +307,7 @@ def test_a_result_in_other_strides_is_brought_into_those_that_were_compiled_for(
                 seen.append([t.stride() for t in args if isinstance(t, torch.Tensor) and t.shape == X.shape]) or run(*args)
             )
 
-        return regions.compile_in_parts(gm, example_inputs, compile_one)
+        return regions.compile_by_region(gm, example_inputs, compile_one)
 
     torch._dynamo.reset()
     run = torch.compile(model, backend=backend, dynamic=dynamic)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Call, Stack, llama_norm, tables, turned
 
 from sloth.lazy import tensor as lazy_tensor
-from sloth.rewriter.graph.lower import views
+from sloth.rewriter.graph.lower import lower
 from sloth.rewriter.match.registry import deferrals, patterns
 from sloth.rewriter.plan.apply import apply
 from sloth.rewriter.plan.plan import Plan, plan
@@ -94,7 +94,7 @@ def with_graph(model: nn.Module, x: torch.Tensor, look: Callable[[fx.GraphModule
 
 
 def made(gm: fx.GraphModule, limit: int | None = None) -> Plan:
-    return plan(views(gm), patterns(), deferrals(), limit)
+    return plan(lower(gm), patterns(), deferrals(), limit)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,7 +102,7 @@ def test_a_plan_edits_nothing_and_what_is_applied_is_undone(name: str) -> None:
     model, x = MODELS[name]
 
     def look(gm: fx.GraphModule) -> None:
-        lowered = views(gm)
+        lowered = lower(gm)
         nodes = [(v, list(v.nodes), list(v.users)) for view in lowered for v in view.shadow.values]
         before, listing = state(gm), text(gm)
         found = plan(lowered, patterns(), deferrals())

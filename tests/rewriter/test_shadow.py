@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Call, Layer, Norm, Stack, captured, checked, counts, llama_norm, matched, missed, tables
 
 from sloth.rewriter.graph import lower as shadow_module
-from sloth.rewriter.graph.lower import views
+from sloth.rewriter.graph.lower import lower
 from sloth.rewriter.graph.value import Region
 from sloth.rewriter.report import Report
 
@@ -378,8 +378,8 @@ def test_a_triton_kernel_in_the_model_may_write_to_what_it_is_given() -> None:
     gm, y, _ = graph_of(
         triton_kernel_wrapper_mutation, kernel_idx=0, constant_args_idx=0, grid=[], tma_descriptor_metadata={}, kwargs="y"
     )
-    (view,) = views(gm)
-    assert view.env[y].pinned
+    (view,) = lower(gm)
+    assert view.env[y].mutated_storage
 
 
 @pytest.mark.parametrize("name", ["scribble_", "__iadd__", "read", "__invert"])
@@ -389,8 +389,8 @@ def test_unknown_functions_write_where_their_name_says_so(name: str) -> None:
 
     unknown.__name__ = name
     gm, y, _ = graph_of(unknown, "y")
-    (view,) = views(gm)
-    assert view.opaque and view.env[y].pinned == (name in ("scribble_", "__iadd__", "__invert"))
+    (view,) = lower(gm)
+    assert view.opaque and view.env[y].mutated_storage == (name in ("scribble_", "__iadd__", "__invert"))
 
 
 # ---------------------------------------------------------------- dynamic shapes
@@ -446,7 +446,7 @@ def test_the_graph_is_only_read() -> None:
 
     def look(gm: fx.GraphModule, _: Any) -> Any:
         before.append(gm.print_readable(print_output=False))
-        views(gm)
+        lower(gm)
         after.append(gm.print_readable(print_output=False))
         return gm.forward
 

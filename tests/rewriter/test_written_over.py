@@ -47,14 +47,14 @@ class Built:
 
     def is_written_over(self, *given):
         self.graph.output((self.call, *given))
-        passes.written_over(self.graph)
+        passes.reuse_operand_buffers(self.graph)
         return self.call.kwargs["kwargs"]["y_ptr"] is self.x
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     monkeypatch.setattr(passes, "_OVER", {})
-    passes.writes_over(KERNEL, y_ptr="x_ptr")
+    passes.declare_inplace(KERNEL, y_ptr="x_ptr")
 
 
 @pytest.mark.parametrize("autotuned", [False, True])

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.rewriter.backend import listening
-from sloth.rewriter.graph.lower import View, views
+from sloth.rewriter.graph.lower import LoweredGraph, lower
 from sloth.rewriter.graph.normal_form import Normal
 from sloth.rewriter.graph.record import trace
-from sloth.rewriter.graph.value import Meta, Shadow, Value
+from sloth.rewriter.graph.value import Meta, Value, ValueGraph
 from sloth.rewriter.match.registry import constructs, patterns
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.report import MATCHED, Report, Site
@@ -121,21 +121,21 @@ class Call(nn.Module):
 # ---------------------------------------------------------------- capture
 
 
-def normalise(shadow: Shadow, fn: Callable[..., Any], inputs: list[Value], mode: FakeTensorMode | None = None) -> Any:
+def normalise(shadow: ValueGraph, fn: Callable[..., Any], inputs: list[Value], mode: FakeTensorMode | None = None) -> Any:
     """The normal form of `fn(*inputs)`."""
     return Normal(shadow).replay(trace(fn, [v.meta for v in inputs], mode or FakeTensorMode()), inputs)
 
 
-def inputs_like(shadow: Shadow, tensors: list[Tensor]) -> list[Value]:
+def inputs_like(shadow: ValueGraph, tensors: list[Tensor]) -> list[Value]:
     return [shadow.add("input", (f"x{i}",), Meta.of(t, t.requires_grad)) for i, t in enumerate(tensors)]
 
 
-def captured(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[View]:
-    """The views of the one graph that Dynamo traces for `fn(*args)`."""
-    found: list[View] = []
+def captured(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[LoweredGraph]:
+    """The lowered graphs of the one graph that Dynamo traces for `fn(*args)`."""
+    found: list[LoweredGraph] = []
 
     def look(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        found.extend(views(gm))
+        found.extend(lower(gm))
         return gm.forward
 
     torch._dynamo.reset()

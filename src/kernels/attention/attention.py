@@ -146,11 +146,11 @@ def spelled(q, k, v, mask, scale, softcap, sinks, bias, uniform) -> Tensor:
         return (p if uniform else p.where(mask, 0.0)).to(v.dtype) @ v
 
 
-def with_the_blind(lo: Tensor, hi: Tensor, at: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
+def with_fully_masked(lo: Tensor, hi: Tensor, at: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
     """Intervals of queries that see nothing marked as the kernels want them, and the first and the last of these [B or 1, 2]."""
     S, none = at.shape[-1], lo > hi
-    blind = torch.stack((torch.where(none, at, S).amin(-1), torch.where(none, at, -1).amax(-1)), -1)
-    return torch.where(none, -1, lo), torch.where(none, T - 1, hi), blind
+    fully_masked = torch.stack((torch.where(none, at, S).amin(-1), torch.where(none, at, -1).amax(-1)), -1)
+    return torch.where(none, -1, lo), torch.where(none, T - 1, hi), fully_masked
 
 
 class Bounds(NamedTuple):
@@ -163,7 +163,7 @@ class Bounds(NamedTuple):
     valid: Tensor | None = None
     holes: Tensor | None = None
     gaps: Tensor | None = None
-    blind: Tensor | None = None
+    fully_masked: Tensor | None = None
 
     def mask(self, at: Tensor) -> Tensor:
         """[B or 1, 1, S, T] bool, true where a query sees a key."""
@@ -171,7 +171,7 @@ class Bounds(NamedTuple):
             return self.valid[:, None]
         lo, hi = self.lo[:, None, :, None], self.hi[:, None, :, None]
         mask = (lo <= at) & (at <= hi)
-        mask = mask if self.blind is None else mask & (lo >= 0)
+        mask = mask if self.fully_masked is None else mask & (lo >= 0)
         return mask if self.valid is None else mask & self.valid[:, None, None]
 
 
@@ -190,12 +190,12 @@ def bounds_of(documents, valid, ahead, behind, visible, uniform: bool, S, device
         else:
             lo, hi, first, last, *rest = intervals(documents, usable, ahead, behind, at)
         holes = rest[0] if rest else None
-    lo, hi, blind = with_the_blind(lo, hi, at, T) if uniform else (lo, hi, None)
-    return Bounds(*(b.contiguous() for b in (lo, hi, first, last)), usable, holes, gaps, blind)
+    lo, hi, fully_masked = with_fully_masked(lo, hi, at, T) if uniform else (lo, hi, None)
+    return Bounds(*(b.contiguous() for b in (lo, hi, first, last)), usable, holes, gaps, fully_masked)
 
 
 @torch.library.impl("sloth::attention_bounds", "CompositeImplicitAutograd")
-def _(documents, valid, ahead=None, behind=None, visible=None, uniform=False):
+def attention_bounds_composite(documents, valid, ahead=None, behind=None, visible=None, uniform=False):
     x = next(t for t in (visible, *documents, *valid) if t is not None)
     S = x.shape[-2] if visible is not None else next(n for n in reversed(x.shape) if not isinstance(n, int) or n != 1)
     bounds = bounds_of(documents, valid, ahead, behind, visible, uniform, S, x.device)
@@ -203,7 +203,7 @@ def _(documents, valid, ahead=None, behind=None, visible=None, uniform=False):
 
 
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
-def _(
+def attention_composite(
     query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
     bias=None, visible=None, uniform=False, bounds=None,
 ):  # fmt: skip
@@ -224,8 +224,8 @@ def _(
         low = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(low) for t in (query, key, value))
     if bounds is not None:
-        (*seen, blind) = bounds if uniform else (*bounds, None)
-        of = Bounds(*seen, blind=blind)
+        (*seen, fully_masked) = bounds if uniform else (*bounds, None)
+        of = Bounds(*seen, fully_masked=fully_masked)
     else:
         of = bounds_of(documents, valid, ahead, behind, visible, uniform, S, query.device)
     if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
@@ -234,9 +234,9 @@ def _(
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
         return spelled(query, key, value, mask, scale, softcap, sinks, bias, uniform)
     bias = None if bias is None else bias.contiguous()
-    lo, hi, first, last, usable, holes, gaps, blind = of
+    lo, hi, first, last, usable, holes, gaps, fully_masked = of
     return interval_attention(
-        query, key, value, lo, hi, first, last, usable, holes, gaps, scale, softcap, sinks, bias, blind
+        query, key, value, lo, hi, first, last, usable, holes, gaps, scale, softcap, sinks, bias, fully_masked
     )[0]  # fmt: skip
 
 

@@ -15,23 +15,25 @@ Shapes   query [B, H, S, D], key [B, G, T, D] and value [B, G, T, E] with H a mu
          Or valid is the mask itself, [B or 1, S, T] dense: what is seen where it is true, which must be between the bounds only.
          holes [B or 1, S] bool, with valid: is a key between a query's bounds not valid? The padding of most batches leaves none.
          gaps [B or 1, T] bool, with a mask: is a query between a key's bounds one that does not see it?
-         sinks [H], or bias [B or 1, H, T] with unit stride along T, finite, where S = T. blind [B or 1, 2] int32: the first
-         and the last query that sees nothing, or None.
+         sinks [H], or bias [B or 1, H, T] with unit stride along T, finite, where S = T. fully_masked [B or 1, 2] int32: the
+         first and the last query that sees nothing, or None.
 Forward  a program holds a tile of queries and walks the tiles of keys between the least lo and the greatest hi of its rows. Their
          maximum m and sum l are kept up online (Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018):
              m' = max(m, max_j s_j),   l' = l·e^(m−m') + Σ_j e^(s_j−m'),   out' = out·e^(m−m') + Σ_j e^(s_j−m') v_j
          from m = −∞, l = 0, or with a sink from m = sink_h, l = 1.
          Tiles that all rows see whole, from the greatest lo to the least hi, are walked apart, without the comparisons and the
          mask; there are none where a row has holes.
-         A query that sees nothing gives 0 and has no gradient, as in torch's scaled_dot_product_attention. Or, with `blind`, it
-         weighs all keys alike, as where a mask adds the least number there is: lo_i = −1, hi_i = T − 1, and s_ij = 0 for it.
+         A query that sees nothing gives 0 and has no gradient, as in torch's scaled_dot_product_attention. Or, with
+         `fully_masked`, it weighs all keys alike, as where a mask adds the least number there is: lo_i = −1, hi_i = T − 1, and
+         s_ij = 0 for it.
 Backward with g = ∂L/∂out, after Dao, "FlashAttention-2" (2023):
              dv_j = Σ_i p_ij g_i            dp_ij = g_i·v_j
              ds_ij = p_ij (dp_ij − Σ_m p_im dp_im) = p_ij (dp_ij − δ_i),   δ_i = g_i·out_i   as Σ_m p_im v_m = out_i
              dx_ij = ds_ij (1 − tanh²(x_ij / c))
              dq_i = scale Σ_j dx_ij k_j     dk_j = scale Σ_i dx_ij q_i
              dsink_h = −Σ_i exp(sink_h − L_i) δ_i, as its dp is 0
-         Nothing is given to bias. A blind query has the gradient of a sum that swallowed x_ij: as if s_ij were x_ij's function.
+         Nothing is given to bias. A fully masked query has the gradient of a sum that swallowed x_ij: as if s_ij were x_ij's
+         function.
          p is computed again from L. dq by tiles of queries; dk and dv by tiles of keys, each program walking over the H / G heads
          of its group: no atomics, the same result in every run, and no copies of key and value.
 Numbers  scores, sums and accumulators in fp32; p and dx are rounded to the inputs' dtype for their products, fp32 inputs are
@@ -51,7 +53,7 @@ from sloth.kernels.attention.interval_kernels import LOG2E, backward_kv_kernel, 
 from sloth.kernels.common.device import device_of
 from sloth.kernels.common.language import triton
 from sloth.kernels.common.launch import launch, triton_op
-from sloth.kernels.common.row_reduction import once
+from sloth.kernels.common.row_reduction import raise_on_double_backward
 
 
 class Tile(NamedTuple):
@@ -153,7 +155,7 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 def _interval_attention(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, first: Tensor, last: Tensor, valid: Tensor | None,
     holes: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None, bias: Tensor | None,
-    blind: Tensor | None,
+    fully_masked: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = map(_unit_stride, (query, key, value))
     B, H, S, _ = q.shape
@@ -162,7 +164,7 @@ def _interval_attention(
     launch(forward_kernel)[(_blocks(S, tile.queries), B * H)](
         q, k, v, buffer, lse, lo, hi, seen, _or(holes, lo), _or(sinks, lse), _or(bias, lse), S, k.shape[2], H,
         *_strides(q, k, v, out), _batch_stride(lo), _batch_stride(seen), *_bias_strides(bias),
-        VALID=_dimensions(valid), SINKS=sinks is not None, BLIND=blind is not None,
+        VALID=_dimensions(valid), SINKS=sinks is not None, FULLY_MASKED=fully_masked is not None,
         **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return out, lse
@@ -171,7 +173,7 @@ def _interval_attention(
 @triton_op("sloth::interval_attention_dq")
 def _interval_attention_dq(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, lo: Tensor, hi: Tensor,
-    valid: Tensor | None, holes: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None, blind: bool,
+    valid: Tensor | None, holes: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None, fully_masked: bool,
 ) -> Tensor:  # fmt: skip
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, H, S, D = q.shape
@@ -180,7 +182,7 @@ def _interval_attention_dq(
     launch(backward_q_kernel)[(_blocks(S, tile.queries), B * H)](
         q, k, v, g, buffer, lse, delta, lo, hi, seen, _or(holes, lo), _or(bias, lse), S, k.shape[2], H,
         *_strides(q, k, v, g, dq), _batch_stride(lo), _batch_stride(seen), *_bias_strides(bias),
-        VALID=_dimensions(valid), BLIND=blind, **_options(q, k, v, scale, softcap, bias, tile),
+        VALID=_dimensions(valid), FULLY_MASKED=fully_masked, **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return dq
 
@@ -188,33 +190,34 @@ def _interval_attention_dq(
 @triton_op("sloth::interval_attention_dkv")
 def _interval_attention_dkv(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor, lo: Tensor,
-    valid: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None, blind: Tensor | None,
+    valid: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None,
+    fully_masked: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     g, q, k, v = map(_unit_stride, (dout, query, key, value))
     B, G, T, D = k.shape
     (k_buffer, dk), (v_buffer, dv) = _like(k, D), _like(v, v.shape[-1])
     tile = tile_of(BACKWARD_KV, q, v, masked=_dimensions(valid) == 2)
-    bounds, seen = _or(blind, lo), _or(valid, lo)
+    bounds, seen = _or(fully_masked, lo), _or(valid, lo)
     launch(backward_kv_kernel)[(_blocks(T, tile.keys), B * G)](
         q, k, v, g, k_buffer, v_buffer, lse, delta, first, last, lo, bounds, _or(bias, lse), seen, _or(gaps, lo),
         q.shape[2], T, G,
         *_strides(q, k, v, g, dk, dv), *map(_batch_stride, (first, lo, bounds)), *_bias_strides(bias), _batch_stride(seen),
-        VALID=_dimensions(valid), BLIND=blind is not None, **_options(q, k, v, scale, softcap, bias, tile),
+        VALID=_dimensions(valid), FULLY_MASKED=fully_masked is not None, **_options(q, k, v, scale, softcap, bias, tile),
     )  # fmt: skip
     return dk, dv
 
 
 interval_attention = torch.ops.sloth.interval_attention.default
-"""interval_attention(query, key, value, lo, hi, first, last, valid, holes, gaps, scale, softcap, sinks, bias, blind)
+"""interval_attention(query, key, value, lo, hi, first, last, valid, holes, gaps, scale, softcap, sinks, bias, fully_masked)
 -> (out [B, H, S, E], L [B, H, S] over log 2)"""
 interval_attention_dq = torch.ops.sloth.interval_attention_dq.default
 interval_attention_dkv = torch.ops.sloth.interval_attention_dkv.default
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.softcap, sinks, bias, blind = inputs
+    *tensors, ctx.scale, ctx.softcap, sinks, bias, fully_masked = inputs
     out, lse = output
-    ctx.save_for_backward(*tensors, sinks, bias, blind, out, lse)
+    ctx.save_for_backward(*tensors, sinks, bias, fully_masked, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
@@ -222,14 +225,14 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dout, _):
     if dout is None:
         return (None,) * 15
-    q, k, v, lo, hi, first, last, valid, holes, gaps, sinks, bias, blind, out, lse = ctx.saved_tensors
+    q, k, v, lo, hi, first, last, valid, holes, gaps, sinks, bias, fully_masked, out, lse = ctx.saved_tensors
     delta = (dout.float() * out.float()).sum(-1).contiguous()
     dq = dk = dv = dsinks = None
     if ctx.needs_input_grad[0]:
-        more = (ctx.scale, ctx.softcap, bias, blind is not None)
+        more = (ctx.scale, ctx.softcap, bias, fully_masked is not None)
         dq = interval_attention_dq(dout, q, k, v, lse, delta, lo, hi, valid, holes, *more)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        more = (ctx.scale, ctx.softcap, bias, blind)
+        more = (ctx.scale, ctx.softcap, bias, fully_masked)
         dk, dv = interval_attention_dkv(dout, q, k, v, lse, delta, first, last, lo, valid, gaps, *more)
     if ctx.needs_input_grad[12]:
         p = torch.exp2(sinks.float()[:, None] * LOG2E.value - lse)
@@ -238,8 +241,8 @@ def _backward(ctx, dout, _):
 
 
 _interval_attention.register_autograd(_backward, setup_context=_setup)
-_interval_attention_dq.register_autograd(once)
-_interval_attention_dkv.register_autograd(once)
+_interval_attention_dq.register_autograd(raise_on_double_backward)
+_interval_attention_dkv.register_autograd(raise_on_double_backward)
 
 
 # ---------------------------------------------------------------- compiled for every target by the tests
@@ -247,10 +250,10 @@ _interval_attention_dkv.register_autograd(once)
 
 def _compile_case(kernel, tile: Tile, D: int, E: int, dtype: str, softcap: float | None = None, sweep=(), **flags: int):
     """Tiles belong to a dtype, so it stands here and is not the target's. For the targets in `sweep` it takes long."""
-    flags = dict.fromkeys(("VALID", "SINKS", "BIAS", "BLIND"), 0) | flags
+    flags = dict.fromkeys(("VALID", "SINKS", "BIAS", "FULLY_MASKED"), 0) | flags
     types = dict.fromkeys(("valid_ptr", "holes_ptr", "gaps_ptr"), "*i1" if flags["VALID"] else "*i32")
     types |= dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32")
-    types |= dict.fromkeys(("lo_ptr", "hi_ptr", "first_ptr", "last_ptr", "blind_ptr"), "*i32")
+    types |= dict.fromkeys(("lo_ptr", "hi_ptr", "first_ptr", "last_ptr", "fully_masked_ptr"), "*i32")
     constants = dict(SCALE=0.1, SOFTCAP=softcap, GROUP=4, D=D, BD=D, E=E, BE=E, BM=tile.queries, BN=tile.keys, **flags)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     others = [name for name in kernel.arg_names if name not in constants]
@@ -269,10 +272,12 @@ COMPILE = [
     for kernel, table in ((forward_kernel, FORWARD), (backward_q_kernel, BACKWARD_Q), (backward_kv_kernel, BACKWARD_KV))
     for case in (
         _compile_case(kernel, table[64][0], 64, 64, "*fp16", VALID=1),
-        _compile_case(kernel, table[128][0], 128, 64, "*fp16", 50.0, VALID=1, BLIND=True, BIAS=True),
+        _compile_case(kernel, table[128][0], 128, 64, "*fp16", 50.0, VALID=1, FULLY_MASKED=True, BIAS=True),
         _compile_case(kernel, table[128][0], 128, 128, "*fp16", VALID=2, sweep=("sm_75", "gfx942")),
         _compile_case(kernel, _holds(table[256]), 256, 256, "*fp16", VALID=2, sweep=("sm_75", "gfx942")),
-        _compile_case(kernel, SMALL, 128, 128, "*fp32", 50.0, VALID=2, BLIND=True, sweep=("sm_75", "sm_80", "sm_100", "gfx942")),
+        _compile_case(
+            kernel, SMALL, 128, 128, "*fp32", 50.0, VALID=2, FULLY_MASKED=True, sweep=("sm_75", "sm_80", "sm_100", "gfx942")
+        ),
         _compile_case(kernel, SMALL, 128, 128, "*fp32", 50.0, SINKS=True),
     )
 ]

@@ -1,8 +1,8 @@
 """The Triton kernels of `interval_attention.py`, which has the formulas.
 
 Names end in the sizes of a tile: M queries, N keys, D channels of queries and keys, E of values. Strides: tensor_dimension.
-What masks and scores may have besides is constant (VALID, SOFTCAP, SINKS, BIAS, BLIND): a kernel holds what it needs. VALID is
-how many dimensions `valid` has beside the batch: 0, none is given; 1, keys; 2, it is the mask, of queries and keys.
+What masks and scores may have besides is constant (VALID, SOFTCAP, SINKS, BIAS, FULLY_MASKED): a kernel holds what it needs.
+VALID is how many dimensions `valid` has beside the batch: 0, none is given; 1, keys; 2, it is the mask, of queries and keys.
 """
 
 from sloth.kernels.common.language import tl, triton
@@ -96,9 +96,9 @@ def _bias(bias_ptr, at, limit, BIAS: tl.constexpr):
 def _seen_scores(
     q_MD, k_ND, at_N, bias_M, bias_ptr, lo_M, hi_M, valid_ptr, T,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr,
-    BLIND: tl.constexpr,
+    FULLY_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores [M, N], −∞ for what is not seen (of a whole tile all is), all alike for the blind; derivatives."""
+    """Scores [M, N], −∞ for what is not seen (of a whole tile all is), all alike for fully masked queries; derivatives."""
     qk = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
     s, derivative = _scores(qk, SCALE, SOFTCAP, k_ND.dtype == tl.float32)
     if BIAS:
@@ -109,7 +109,7 @@ def _seen_scores(
         s = tl.where(tl.load(valid_ptr + at_N, at_N < T, 0).to(tl.int1)[None, :], s, -float("inf"))
     if not WHOLE and VALID == 2:  # a pointer for each query
         s = tl.where(tl.load(valid_ptr[:, None] + at_N[None, :], (at_N < T)[None, :], 0).to(tl.int1), s, -float("inf"))
-    if BLIND:
+    if FULLY_MASKED:
         s = tl.where((lo_M < 0)[:, None] & (at_N < T)[None, :], 0.0, s)
     return s, derivative
 
@@ -130,12 +130,14 @@ def _valid(valid_ptr, at_M, S, T, VALID: tl.constexpr):
 def _attend(
     acc_ME, m_M, l_M, q_MD, bias_M, bias_ptr, k_ptr, v_ptr, k_t, v_t, start, lo_M, hi_M, valid_ptr, T,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr, BLIND: tl.constexpr,
+    BE: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr, FULLY_MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, in the online softmax."""
     at_N = start + tl.arange(0, BN)
     k_ND = _rows(k_ptr, at_N, k_t, T, D, BD)
-    s, _ = _seen_scores(q_MD, k_ND, at_N, bias_M, bias_ptr, lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, WHOLE, VALID, BLIND)
+    s, _ = _seen_scores(
+        q_MD, k_ND, at_N, bias_M, bias_ptr, lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, WHOLE, VALID, FULLY_MASKED
+    )
     new_M = tl.maximum(m_M, tl.max(s, 1))
     finite_M = tl.where(new_M == -float("inf"), 0.0, new_M)  # nothing seen yet: no −∞ − (−∞)
     p = tl.exp2(s - finite_M[:, None])
@@ -151,7 +153,7 @@ def forward_kernel(
     q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_s, lo_b, valid_b, bias_b, bias_h,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, SINKS: tl.constexpr, BIAS: tl.constexpr,
-    BLIND: tl.constexpr,
+    FULLY_MASKED: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries of one head."""
     b, h, at_M = _place(H, BM)
@@ -172,7 +174,7 @@ def forward_kernel(
         for i in range(tiles - wholes if rest else wholes):
             acc_ME, m_M, l_M = _attend(
                 acc_ME, m_M, l_M, q_MD, bias_M, bias_ptr, k_ptr, v_ptr, k_t, v_t, _tile(i, start, whole, wholes, rest, BN),
-                lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, D, BD, E, BE, BN, rest == 0, VALID, BLIND,
+                lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, D, BD, E, BE, BN, rest == 0, VALID, FULLY_MASKED,
             )  # fmt: skip
     seen_M = l_M > 0
     lse_M = tl.where(seen_M, m_M + tl.log2(tl.where(seen_M, l_M, 1.0)), float("inf"))  # ∞: every p of the backward pass is 0
@@ -188,12 +190,12 @@ def forward_kernel(
 def _add_dq(
     dq_MD, q_MD, g_ME, lse_M, delta_M, bias_M, bias_ptr, k_ptr, v_ptr, k_t, v_t, start, lo_M, hi_M, valid_ptr, T,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr, BLIND: tl.constexpr,
+    BE: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr, FULLY_MASKED: tl.constexpr,
 ):  # fmt: skip
     at_N = start + tl.arange(0, BN)
     k_ND, v_NE = _rows(k_ptr, at_N, k_t, T, D, BD), _rows(v_ptr, at_N, v_t, T, E, BE)
     s, derivative = _seen_scores(
-        q_MD, k_ND, at_N, bias_M, bias_ptr, lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, WHOLE, VALID, BLIND
+        q_MD, k_ND, at_N, bias_M, bias_ptr, lo_M, hi_M, valid_ptr, T, SCALE, SOFTCAP, BIAS, WHOLE, VALID, FULLY_MASKED
     )
     p = tl.exp2(s - lse_M[:, None])
     ds = p * (tl.dot(g_ME, tl.trans(v_NE), input_precision="ieee") - delta_M[:, None]) * derivative
@@ -205,7 +207,7 @@ def backward_q_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, dq_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, valid_ptr, holes_ptr, bias_ptr, S, T, H,
     q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_s, dq_b, dq_h, dq_s, lo_b, valid_b, bias_b, bias_h,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, BIAS: tl.constexpr, BLIND: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, BIAS: tl.constexpr, FULLY_MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, programs as in the forward pass."""
     b, h, at_M = _place(H, BM)
@@ -225,12 +227,12 @@ def backward_q_kernel(
             dq_MD = _add_dq(
                 dq_MD, q_MD, g_ME, lse_M, delta_M, bias_M, bias_ptr, k_ptr, v_ptr, k_t, v_t,
                 _tile(i, start, whole, wholes, rest, BN), lo_M, hi_M, valid_ptr, T,
-                SCALE, SOFTCAP, BIAS, D, BD, E, BE, BN, rest == 0, VALID, BLIND,
+                SCALE, SOFTCAP, BIAS, D, BD, E, BE, BN, rest == 0, VALID, FULLY_MASKED,
             )  # fmt: skip
     _store_rows(dq_ptr + b * dq_b + h * dq_h, dq_MD * SCALE, at_M, dq_s, S, D, BD)
 
 
-REST, OF_BLIND = tl.constexpr(1), tl.constexpr(2)  # parts of the keys' walk; 0: tiles of queries that see them all
+REST, OF_FULLY_MASKED = tl.constexpr(1), tl.constexpr(2)  # parts of the keys' walk; 0: tiles of queries that see them all
 
 
 @triton.jit
@@ -248,9 +250,9 @@ def _add_dkv(
     s, derivative = _scores(qk, SCALE, SOFTCAP, k_ND.dtype == tl.float32)
     if BIAS:
         s += (bias_N[:, None] - _bias(bias_ptr, at_M, S, BIAS)[None, :]) * LOG2E
-    if PART == OF_BLIND:
-        blind_M = tl.load(lo_ptr + at_M, at_M < S, 0) < 0
-        s = tl.where(blind_M[None, :], 0.0, -float("inf")) + tl.zeros_like(s)
+    if PART == OF_FULLY_MASKED:
+        fully_masked_M = tl.load(lo_ptr + at_M, at_M < S, 0) < 0
+        s = tl.where(fully_masked_M[None, :], 0.0, -float("inf")) + tl.zeros_like(s)
     p = tl.exp2(s - lse_M[None, :])
     if PART == REST and VALID == 2:
         seen = tl.load(_valid(valid_ptr, at_M, S, T, VALID)[None, :] + at_N[:, None], (at_N < T)[:, None], 0)
@@ -264,12 +266,12 @@ def _add_dkv(
 
 @triton.jit
 def backward_kv_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lo_ptr, blind_ptr, bias_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, lo_ptr, fully_masked_ptr, bias_ptr,
     valid_ptr, gaps_ptr, S, T, G,
     q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_s, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    first_b, lo_b, blind_b, bias_b, bias_h, valid_b,
+    first_b, lo_b, fully_masked_b, bias_b, bias_h, valid_b,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, BIAS: tl.constexpr, BLIND: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, BIAS: tl.constexpr, FULLY_MASKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, tile by tile of the queries of its group's heads: program (tile, b·G + group)."""
     pid = tl.program_id(1).to(tl.int64)
@@ -280,11 +282,11 @@ def backward_kv_kernel(
     start, tiles, whole, wholes = _walk(tl.min(first_N), tl.max(last_N), tl.max(first_N), tl.min(last_N), BM)
     if VALID == 2:
         wholes = tl.where(tl.max(tl.load(gaps_ptr + bounds).to(tl.int32)) > 0, 0, wholes)
-    blind_start, blind_tiles = 0, 0
-    if BLIND:
-        blind_ptr += b * blind_b
-        blind_start = tl.load(blind_ptr) // BM * BM
-        blind_tiles = tl.maximum(tl.cdiv(tl.load(blind_ptr + 1) + 1 - blind_start, BM), 0)
+    fully_masked_start, fully_masked_tiles = 0, 0
+    if FULLY_MASKED:
+        fully_masked_ptr += b * fully_masked_b
+        fully_masked_start = tl.load(fully_masked_ptr) // BM * BM
+        fully_masked_tiles = tl.maximum(tl.cdiv(tl.load(fully_masked_ptr + 1) + 1 - fully_masked_start, BM), 0)
     k_ND = _rows(k_ptr + b * k_b + kv_h * k_h, at_N, k_t, T, D, BD)
     v_NE = _rows(v_ptr + b * v_b + kv_h * v_h, at_N, v_t, T, E, BE)
     dk_ND = tl.zeros([BN, BD], tl.float32)
@@ -294,9 +296,9 @@ def backward_kv_kernel(
         q_at, g_at, row = q_ptr + b * q_b + h * q_h, g_ptr + b * g_b + h * g_h, (b * G * GROUP + h) * S
         bias_at = bias_ptr + b * bias_b + h * bias_h
         bias_N = _bias(bias_at, at_N, T, BIAS)
-        for part in tl.static_range(3 if BLIND else 2):
-            for i in range(blind_tiles if part == OF_BLIND else tiles - wholes if part == REST else wholes):
-                at = blind_start + i * BM if part == OF_BLIND else _tile(i, start, whole, wholes, part == REST, BM)
+        for part in tl.static_range(3 if FULLY_MASKED else 2):
+            for i in range(fully_masked_tiles if part == OF_FULLY_MASKED else tiles - wholes if part == REST else wholes):
+                at = fully_masked_start + i * BM if part == OF_FULLY_MASKED else _tile(i, start, whole, wholes, part == REST, BM)
                 dk_ND, dv_NE = _add_dkv(
                     dk_ND, dv_NE, k_ND, v_NE, at_N, bias_N, bias_at, q_at, g_at, lse_ptr + row, delta_ptr + row,
                     lo_ptr + b * lo_b, valid_ptr + b * valid_b, q_s, g_s, at, first_N, last_N, S, T,

@@ -41,7 +41,7 @@ Launcher = Callable[[tuple[int, ...], list, list[int]], None]  # of a grid, oper
 _launchers: dict[tuple, Launcher] = {}
 
 
-def launch_opaque(
+def launch_cached(
     kernel,
     grid: tuple[int, ...],
     operands: list[Tensor | TensorDescriptor],

@@ -89,7 +89,7 @@ def sum_rows(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(0).sum(list(range(x.dim())))
 
 
-def once(ctx, *_):
+def raise_on_double_backward(ctx, *_):
     """Backward formula of backward operators: a second derivative is refused, not silently zero."""
     raise RuntimeError("sloth's operators can be differentiated once, not twice")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.launch import compute_dtype, triton_op, without_autocast
-from sloth.kernels.common.row_reduction import once
+from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import as_matrix
 
 
@@ -28,7 +28,7 @@ def _adapter_forward(
     base: Tensor,
     inner: Tensor | None,
     m: Tensor | None,
-    xl: Tensor,
+    lora_input: Tensor,
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -39,7 +39,7 @@ def _adapter_forward(
     torch._check((inner is None) == (m is None), lambda: "adapter: inner and m go together")
     torch._check(a.dtype == b.dtype, lambda: f"adapter: A is {a.dtype}, B {b.dtype}")
     torch._check(c is None or m is None, lambda: "adapter: no bias of B beside magnitudes")
-    t = as_matrix(xl).to(a.dtype) @ a.t()
+    t = as_matrix(lora_input).to(a.dtype) @ a.t()
     wide = compute_dtype(base, b)
     l = (t @ b.t()).to(wide)
     change = (l if c is None else l + c.to(wide)).view(base.shape) * scale
@@ -54,14 +54,14 @@ def _adapter_backward(
     g: Tensor,
     inner: Tensor | None,
     m: Tensor | None,
-    xl: Tensor,
+    lora_input: Tensor,
     a: Tensor,
     b: Tensor,
     t: Tensor,
     scale: float,
     need_inner: bool,
     need_m: bool,
-    need_xl: bool,
+    need_lora_input: bool,
     need_a: bool,
     need_b: bool,
     need_c: bool = False,
@@ -78,10 +78,10 @@ def _adapter_backward(
         out.append((g2 * (as_matrix(inner).to(wide) + l)).sum(0).to(m.dtype).view(m.shape))
     dl = (g2 * scale if mw is None else mw * g2 * scale).to(b.dtype)
     dt = dl @ b
-    if need_xl:
-        out.append((dt @ a).to(xl.dtype).view(xl.shape))
+    if need_lora_input:
+        out.append((dt @ a).to(lora_input.dtype).view(lora_input.shape))
     if need_a:
-        out.append(dt.t() @ as_matrix(xl).to(a.dtype))
+        out.append(dt.t() @ as_matrix(lora_input).to(a.dtype))
     if need_b:
         out.append(dl.t() @ t)
     if need_c:
@@ -90,9 +90,9 @@ def _adapter_backward(
 
 
 def _setup(ctx, inputs, output):
-    base, inner, m, xl, a, b, ctx.scale, _, c = inputs
+    base, inner, m, lora_input, a, b, ctx.scale, _, c = inputs
     ctx.base_dtype, ctx.c_dtype = base.dtype, None if c is None else c.dtype
-    ctx.save_for_backward(inner, m, xl, a, b, output[1])
+    ctx.save_for_backward(inner, m, lora_input, a, b, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
@@ -105,21 +105,21 @@ def _vjp(ctx, g, _):
 
 
 torch.library.register_autograd("sloth::adapter_forward", _vjp, setup_context=_setup)
-torch.library.register_autograd("sloth::adapter_backward", once)
+torch.library.register_autograd("sloth::adapter_backward", raise_on_double_backward)
 
 torch.library.define(
     "sloth::adapter",
-    "(Tensor base, Tensor? inner, Tensor? m, Tensor xl, Tensor a, Tensor b, float scale, ScalarType? dtype=None, Tensor? c=None)"
-    " -> Tensor",
+    "(Tensor base, Tensor? inner, Tensor? m, Tensor lora_input, Tensor a, Tensor b, float scale, ScalarType? dtype=None,"
+    " Tensor? c=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl("sloth::adapter", "CompositeImplicitAutograd")
-def _(base, inner, m, xl, a, b, scale, dtype=None, c=None):
-    with without_autocast(xl):
-        return torch.ops.sloth.adapter_forward(base, inner, m, xl, a, b, scale, dtype or base.dtype, c)[0]
+def adapter_composite(base, inner, m, lora_input, a, b, scale, dtype=None, c=None):
+    with without_autocast(lora_input):
+        return torch.ops.sloth.adapter_forward(base, inner, m, lora_input, a, b, scale, dtype or base.dtype, c)[0]
 
 
 adapter = torch.ops.sloth.adapter.default
-"""adapter(base, inner, m, xl, a, b, scale, dtype=None, c=None) -> y"""
+"""adapter(base, inner, m, lora_input, a, b, scale, dtype=None, c=None) -> y"""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import launch_opaque, no_derivative, use_triton
+from sloth.kernels.common.launch import launch_cached, no_derivative, use_triton
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -143,7 +143,7 @@ def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, s
     operands = _operands(packed, absmax, absmax_8bit, code8, offset, shape, dtype)
     constants, n = _constants(blocksize, absmax_8bit is not None, quant_type), operands[0].numel()
     programs = _programs(n, constants["HALF"], constants["BLOCKS"])
-    launch_opaque(_dequantize_kernel, (programs,), operands, [n], constants, **OPTIONS)
+    launch_cached(_dequantize_kernel, (programs,), operands, [n], constants, **OPTIONS)
     return operands[-1]
 
 
@@ -153,7 +153,7 @@ def _triton_together(matrices: list[tuple], blocksize: int, quant_type: str, dty
     constants = _constants(blocksize, matrices[0][2] is not None, quant_type)
     programs, numbers = _shares(tuple(of[0].numel() for of in operands), constants["HALF"], constants["BLOCKS"])
     given = [x for of in (*operands, *operands[-1:] * (3 - len(operands))) for x in of]
-    launch_opaque(_dequantize_together_kernel, (programs,), given, numbers, constants, **OPTIONS)
+    launch_cached(_dequantize_together_kernel, (programs,), given, numbers, constants, **OPTIONS)
     return [of[-1] for of in operands]
 
 
@@ -201,13 +201,13 @@ def compute_dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksiz
 
 
 @torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")
-def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
+def dequantize_4bit_impl(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
     _check(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape)
     return compute_dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
 
 
 @torch.library.register_fake("sloth::dequantize_4bit")
-def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
+def dequantize_4bit_fake(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype):
     _check(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape)
     return packed.new_empty(shape, dtype=dtype)
 
@@ -245,14 +245,14 @@ def compute_dequantize_4bit_together(
 
 
 @torch.library.impl("sloth::dequantize_4bit_together", "CompositeExplicitAutograd")
-def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
+def dequantize_4bit_together_impl(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
     for *tensors, shape in _matrices(packed, absmax, absmax_8bit, code8, offset, shapes):
         _check(*tensors, blocksize, quant_type, shape)
     return compute_dequantize_4bit_together(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype)
 
 
 @torch.library.register_fake("sloth::dequantize_4bit_together")
-def _(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
+def dequantize_4bit_together_fake(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
     for *tensors, shape in _matrices(packed, absmax, absmax_8bit, code8, offset, shapes):
         _check(*tensors, blocksize, quant_type, shape)
     return [packed[0].new_empty(shape, dtype=dtype) for shape in _pairs(shapes)]

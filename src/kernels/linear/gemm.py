@@ -5,7 +5,7 @@ Order    as given. Put thin products first and the big one last: a big product t
          computes (H200, [4096, 4096] × [4096, 14336] and rank 16: 42 + 629 µs; the other way round 620 + 100).
 Error    each product is accumulated in fp32 by cuBLAS; the running sum is rounded to the dtype after each.
 Bytes    y is written once for each product and read once for each but the first; on Hopper GPUs a thin product and the big one
-         behind it are one kernel, which writes y once (kernels/thin_and_big.py).
+         behind it are one kernel, which writes y once (lowrank_gemm.py).
 
 The products are torch's own; what is added is that they go into one buffer, which a functional `addmm` cannot do for a sum in two
 dimensions (it copies first). The operator has no derivative: it is what backward passes are made of.
@@ -14,7 +14,7 @@ dimensions (it copies first). The operator has no derivative: it is what backwar
 import torch
 
 from sloth.kernels.common.launch import no_derivative
-from sloth.kernels.linear.lowrank_gemm import serves, thin_and_big
+from sloth.kernels.linear.lowrank_gemm import lowrank_gemm, serves
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def compute_sum_of_products(a, b, alpha, bias=None) -> torch.Tensor:
     done = 2 if len(a) > 1 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]) else 1
     out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
     if done == 2:
-        thin_and_big(a[0], b[0], a[1], b[1], alpha[0], bias, out)
+        lowrank_gemm(a[0], b[0], a[1], b[1], alpha[0], bias, out)
     elif bias is None and alpha[0] == 1:
         torch.mm(a[0], b[0], out=out)
     elif bias is None:
@@ -72,13 +72,13 @@ def compute_sum_of_products(a, b, alpha, bias=None) -> torch.Tensor:
 
 
 @torch.library.impl("sloth::sum_of_products", "CompositeExplicitAutograd")
-def _(a, b, alpha, bias=None):
+def sum_of_products_impl(a, b, alpha, bias=None):
     _check(a, b, alpha)
     return compute_sum_of_products(a, b, alpha, bias)
 
 
 @torch.library.register_fake("sloth::sum_of_products")
-def _(a, b, alpha, bias=None):
+def sum_of_products_fake(a, b, alpha, bias=None):
     _check(a, b, alpha)
     return a[0].new_empty(a[0].shape[0], b[0].shape[1])
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.launch import compute_dtype, triton_op, without_autocast
-from sloth.kernels.common.row_reduction import once
+from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import as_matrix, sum_of_products
-from sloth.kernels.linear.lora_grad_b import up_gradients
+from sloth.kernels.linear.lora_grad_b import lora_grad_b
 
 
-def _shared(xl: list, a: list) -> list[int]:
+def _shared(lora_input: list, a: list) -> list[int]:
     """Which adapters read x itself."""
-    return [i for i, (own, ai) in enumerate(zip(xl, a, strict=True)) if ai is not None and own is None]
+    return [i for i, (own, ai) in enumerate(zip(lora_input, a, strict=True)) if ai is not None and own is None]
 
 
 def _thirds(places: list[int]) -> tuple[list[int], ...]:
@@ -51,23 +51,23 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _down(x: Tensor, xl: list, a: list) -> list[Tensor]:
+def _down(x: Tensor, lora_input: list, a: list) -> list[Tensor]:
     """x_i A_iᵀ: one product for all that share x, then the others."""
-    own = [a[i] for i in _shared(xl, a)]
+    own = [a[i] for i in _shared(lora_input, a)]
     joined = [as_matrix(x).to(own[0].dtype) @ _joined(own).t()] if own else []
-    return joined + [as_matrix(xi).to(ai.dtype) @ ai.t() for xi, ai in zip(xl, a, strict=True) if xi is not None]
+    return joined + [as_matrix(xi).to(ai.dtype) @ ai.t() for xi, ai in zip(lora_input, a, strict=True) if xi is not None]
 
 
-def _each(down: list[Tensor], xl: list, a: list) -> list[Tensor | None]:
+def _each(down: list[Tensor], lora_input: list, a: list) -> list[Tensor | None]:
     """t_i of each layer, of what `_down` gave."""
-    together = _shared(xl, a)
+    together = _shared(lora_input, a)
     parts = iter(_split(down[0], [a[i] for i in together], 1) if together else [])
     others = iter(down[1:] if together else down)
-    return [None if ai is None else next(parts) if xi is None else next(others) for xi, ai in zip(xl, a, strict=True)]
+    return [None if ai is None else next(parts) if xi is None else next(others) for xi, ai in zip(lora_input, a, strict=True)]
 
 
-def _check(x, weight, bias, xl, a, b, scale) -> None:
-    lengths = {len(values) for values in (weight, bias, xl, a, b, scale)}
+def _check(x, weight, bias, lora_input, a, b, scale) -> None:
+    lengths = {len(values) for values in (weight, bias, lora_input, a, b, scale)}
     torch._check(lengths == {len(weight)} and len(weight) > 0, lambda: "lora_linear: every list needs an element for each layer")
     for w, ai, bi in zip(weight, a, b, strict=True):
         told = f"x {x.dtype} {list(x.shape)}, weight {w.dtype} {list(w.shape)}"
@@ -83,7 +83,7 @@ def _lora_linear_forward(
     x: Tensor,
     weight: list[Tensor],
     bias: list[Tensor],
-    xl: list[Tensor],
+    lora_input: list[Tensor],
     a: list[Tensor],
     b: list[Tensor],
     scale: list[float],
@@ -91,10 +91,11 @@ def _lora_linear_forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """[y_1, …, y_n] and then what `_down` gives. Lists hold what there is; `places` tells of which layer (`_spread`)."""
-    with_bias, with_xl, with_adapter = _thirds(places)
-    bias, xl, a, b = _spread(bias, with_bias), _spread(xl, with_xl), _spread(a, with_adapter), _spread(b, with_adapter)
-    x2, down, out = as_matrix(x), _down(x, xl, a), []
-    for w, bi, ti, up, s in zip(weight, bias, _each(down, xl, a), b, scale, strict=True):
+    with_bias, with_lora_input, with_adapter = _thirds(places)
+    bias, lora_input = _spread(bias, with_bias), _spread(lora_input, with_lora_input)
+    a, b = _spread(a, with_adapter), _spread(b, with_adapter)
+    x2, down, out = as_matrix(x), _down(x, lora_input, a), []
+    for w, bi, ti, up, s in zip(weight, bias, _each(down, lora_input, a), b, scale, strict=True):
         if ti is None:
             y = torch.nn.functional.linear(x2, w, bi).to(dtype)
         elif x.dtype == up.dtype == dtype and (bi is None or bi.dtype == dtype):
@@ -111,39 +112,40 @@ def _lora_linear_backward(
     g: list[Tensor],
     x: Tensor,
     weight: list[Tensor],
-    xl: list[Tensor],
+    lora_input: list[Tensor],
     a: list[Tensor],
     b: list[Tensor],
     down: list[Tensor],
     scale: list[float],
     places: list[int],
     need_x: bool,
-    need_xl: list[bool],
+    need_lora_input: list[bool],
     need_a: list[bool],
     need_b: list[bool],
 ) -> list[Tensor]:
     """dx, then dx_i, dA_i and dB_i, each only if it is needed."""
-    _, with_xl, with_adapter = _thirds(places)
-    xl, need_xl = _spread(xl, with_xl), _spread(need_xl, with_xl)
+    _, with_lora_input, with_adapter = _thirds(places)
+    lora_input, need_lora_input = _spread(lora_input, with_lora_input), _spread(need_lora_input, with_lora_input)
     a, b, need_a, need_b = (_spread(values, with_adapter) for values in (a, b, need_a, need_b))
-    t = _each(down, xl, a)
+    t = _each(down, lora_input, a)
     g2 = [as_matrix(gi) for gi in g]
-    n, together = len(g), _shared(xl, a)
+    n, together = len(g), _shared(lora_input, a)
     u: list[Tensor | None] = [None] * n
     db: dict[int, Tensor] = {}
     for i in range(n):
-        if need_u := a[i] is not None and (need_a[i] or need_xl[i] or need_x and i in together):
+        if need_u := a[i] is not None and (need_a[i] or need_lora_input[i] or need_x and i in together):
             if need_b[i]:
-                u[i], db[i] = up_gradients(g2[i], b[i], t[i], scale[i])
+                u[i], db[i] = lora_grad_b(g2[i], b[i], t[i], scale[i])
             else:
                 u[i] = sum_of_products([g2[i].to(b[i].dtype)], [b[i]], [scale[i]])
         if need_b[i] and not need_u:
             db[i] = sum_of_products([g2[i].to(b[i].dtype).t()], [t[i]], [scale[i]])
-    da = _down_gradients(x, xl, u, need_a, together)  # before dx: x may be let go before the weights are made again for it
+    # Before dx: x may be let go before the weights are made again for it.
+    da = _down_gradients(x, lora_input, u, need_a, together)
     out = [_dx(g2, x, weight, a, u, together)] if need_x else []
     for i in range(n):
-        if need_xl[i]:
-            out.append((u[i] @ a[i]).to(xl[i].dtype).view(xl[i].shape))
+        if need_lora_input[i]:
+            out.append((u[i] @ a[i]).to(lora_input[i].dtype).view(lora_input[i].shape))
     return [*out, *da, *(db[i] for i in sorted(db))]
 
 
@@ -161,7 +163,7 @@ def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], a: list, u: list, toge
     return dx.to(x.dtype).view(x.shape)
 
 
-def _down_gradients(x: Tensor, xl: list, u: list, need: list[bool], together: list[int]) -> list[Tensor]:
+def _down_gradients(x: Tensor, lora_input: list, u: list, need: list[bool], together: list[int]) -> list[Tensor]:
     """dA_i = u_iᵀ x_i in order, those that share x in one product."""
     found: dict[int, Tensor] = {}
     shared = [i for i in together if need[i]]
@@ -170,37 +172,37 @@ def _down_gradients(x: Tensor, xl: list, u: list, need: list[bool], together: li
         joined = _joined(own) @ as_matrix(x).to(own[0].dtype)
         parts = _split(joined, own, 0)
         found.update(zip(shared, [d.clone() for d in parts] if len(parts) > 1 else parts, strict=True))
-    for i, xi in enumerate(xl):
+    for i, xi in enumerate(lora_input):
         if need[i] and xi is not None:
             found[i] = u[i].t() @ as_matrix(xi).to(u[i].dtype)
     return [found[i] for i in sorted(found)]
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, xl, a, b, ctx.scale, ctx.places, _ = inputs
-    ctx.lengths = [len(values) for values in (weight, bias, xl, a, b)]
-    ctx.save_for_backward(x, *weight, *xl, *a, *b, *output[len(weight) :])
+    x, weight, bias, lora_input, a, b, ctx.scale, ctx.places, _ = inputs
+    ctx.lengths = [len(values) for values in (weight, bias, lora_input, a, b)]
+    ctx.save_for_backward(x, *weight, *lora_input, *a, *b, *output[len(weight) :])
     ctx.bias_dtypes = [bi.dtype for bi in bias]
     ctx.mark_non_differentiable(*output[len(weight) :])
     ctx.set_materialize_grads(False)
 
 
 def _vjp(ctx, grads):
-    n, _, n_xl, n_a, _ = ctx.lengths
+    n, _, n_lora_input, n_a, _ = ctx.lengths
     saved = iter(ctx.saved_tensors)
     take = lambda k: [next(saved) for _ in range(k)]  # noqa: E731
-    (x,), weight, xl, a, b = take(1), *map(take, (n, n_xl, n_a, n_a))
+    (x,), weight, lora_input, a, b = take(1), *map(take, (n, n_lora_input, n_a, n_a))
     used = [d is not None for d in grads[:n]]
     g = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(grads, weight, strict=False)]
-    with_bias, with_xl, with_adapter = _thirds(ctx.places)
+    with_bias, with_lora_input, with_adapter = _thirds(ctx.places)
 
     def need(argument: int, places: list[int]) -> list[bool]:
         """Which of a list need a gradient; what belongs to an output that nobody used has none."""
         return [w and u for w, u in zip(ctx.needs_input_grad[argument], compress(used, places), strict=True)]
 
-    needs = [bool(ctx.needs_input_grad[0])], need(3, with_xl), need(4, with_adapter), need(5, with_adapter)
+    needs = [bool(ctx.needs_input_grad[0])], need(3, with_lora_input), need(4, with_adapter), need(5, with_adapter)
     found = iter(torch.ops.sloth.lora_linear_backward(
-        g, x, weight, xl, a, b, list(saved), ctx.scale, ctx.places, needs[0][0], *needs[1:]
+        g, x, weight, lora_input, a, b, list(saved), ctx.scale, ctx.places, needs[0][0], *needs[1:]
     ))  # fmt: skip
     (dx,), dxl, da, db = ([next(found) if wanted else None for wanted in each] for each in needs)
     rows = zip(compress(g, with_bias), ctx.bias_dtypes, need(2, with_bias), strict=True)
@@ -209,24 +211,24 @@ def _vjp(ctx, grads):
 
 
 torch.library.register_autograd("sloth::lora_linear_forward", _vjp, setup_context=_setup)
-torch.library.register_autograd("sloth::lora_linear_backward", once)
+torch.library.register_autograd("sloth::lora_linear_backward", raise_on_double_backward)
 
 torch.library.define(
     "sloth::lora_linear",
-    "(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor?[] xl, Tensor?[] a, Tensor?[] b, float[] scale, ScalarType? dtype=None)"
-    " -> Tensor[]",
+    "(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor?[] lora_input, Tensor?[] a, Tensor?[] b, float[] scale,"
+    " ScalarType? dtype=None) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl("sloth::lora_linear", "CompositeImplicitAutograd")
-def _(x, weight, bias, xl, a, b, scale, dtype=None):
-    _check(x, weight, bias, xl, a, b, scale)
-    places = [int(v is not None) for values in (bias, xl, a) for v in values]
-    own = ([v for v in values if v is not None] for values in (bias, xl, a, b))
+def lora_linear_composite(x, weight, bias, lora_input, a, b, scale, dtype=None):
+    _check(x, weight, bias, lora_input, a, b, scale)
+    places = [int(v is not None) for values in (bias, lora_input, a) for v in values]
+    own = ([v for v in values if v is not None] for values in (bias, lora_input, a, b))
     with without_autocast(x):
         return torch.ops.sloth.lora_linear_forward(x, weight, *own, scale, places, dtype or x.dtype)[: len(weight)]
 
 
 lora_linear = torch.ops.sloth.lora_linear.default
-"""lora_linear(x, weight, bias, xl, a, b: lists, scale: list, dtype=None) -> [y_i]"""
+"""lora_linear(x, weight, bias, lora_input, a, b: lists, scale: list, dtype=None) -> [y_i]"""

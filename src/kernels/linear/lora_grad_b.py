@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import launch_opaque, no_derivative, use_triton
+from sloth.kernels.common.launch import launch_cached, no_derivative, use_triton
 from sloth.kernels.common.row_reduction import multiprocessors
 from sloth.kernels.linear.gemm import sum_of_products
 
@@ -98,7 +98,7 @@ def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tens
     per_split = (M + splits * BM - 1) // (splits * BM) * BM
     u = torch.empty(strips, M, R, dtype=torch.float32, device=g.device)
     db = torch.empty(splits, N, R, dtype=torch.float32, device=g.device)
-    launch_opaque(
+    launch_cached(
         _strip_kernel,
         (strips, splits),
         [g, b, t, u, db],
@@ -110,7 +110,7 @@ def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tens
     out = b.new_empty(M, R), b.new_empty(N, R)
     grid = (-(-M * R // SUM_BLOCK) - (-N * R // SUM_BLOCK),)
     numbers = [strips, splits, M * R, N * R]
-    launch_opaque(_sum_kernel, grid, [u, db, *out], numbers, {"STEP": SUM_STEP, "BLOCK": SUM_BLOCK}, num_warps=4)
+    launch_cached(_sum_kernel, grid, [u, db, *out], numbers, {"STEP": SUM_STEP, "BLOCK": SUM_BLOCK}, num_warps=4)
     return out
 
 
@@ -121,7 +121,7 @@ torch.library.define(
 )
 
 
-def compute_up_gradients(g, b, t, scale) -> tuple[Tensor, Tensor]:
+def compute_lora_grad_b(g, b, t, scale) -> tuple[Tensor, Tensor]:
     """The operator's results, for operands that were checked when the graph was traced."""
     if use_triton(g) and use_triton(b) and b.shape[1] <= MAX_RANK:
         return _triton(g, b, t, scale)
@@ -130,19 +130,19 @@ def compute_up_gradients(g, b, t, scale) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("sloth::up_gradients", "CompositeExplicitAutograd")
-def _(g, b, t, scale):
+def up_gradients_impl(g, b, t, scale):
     no_derivative(g, b, t)
-    return compute_up_gradients(g, b, t, scale)
+    return compute_lora_grad_b(g, b, t, scale)
 
 
 @torch.library.register_fake("sloth::up_gradients")
-def _(g, b, t, scale):
+def up_gradients_fake(g, b, t, scale):
     no_derivative(g, b, t)
     return b.new_empty(g.shape[0], b.shape[1]), torch.empty_like(b, memory_format=torch.contiguous_format)
 
 
-up_gradients = torch.ops.sloth.up_gradients.default
-"""up_gradients(g [M, N], b [N, R], t [M, R], scale) -> (u [M, R], dB [N, R]) in b's dtype. It has no derivative."""
+lora_grad_b = torch.ops.sloth.up_gradients.default
+"""lora_grad_b(g [M, N], b [N, R], t [M, R], scale) -> (u [M, R], dB [N, R]) in b's dtype. It has no derivative."""
 
 
 def _compile_case(dtype: str, R: int):

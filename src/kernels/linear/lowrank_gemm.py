@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sloth.kernels.common.device import device_of
 from sloth.kernels.common.language import TensorDescriptor, tl, triton
-from sloth.kernels.common.launch import launch_opaque
+from sloth.kernels.common.launch import launch_cached
 from sloth.kernels.common.row_reduction import multiprocessors
 
 MAX_RANK = 64
@@ -31,7 +31,7 @@ LEAST = 4e11  # multiplications and additions: with less to do, a GPU waits for 
 
 
 @triton.jit(do_not_specialize=["M"])
-def _thin_and_big_kernel(
+def _lowrank_gemm_kernel(
     x_desc, w_desc, t_desc, u_desc, y_desc, bias_ptr, M, N, K,
     SCALE: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, W_BY_COLUMNS: tl.constexpr, U_BY_COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -96,7 +96,7 @@ def serves(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float) -> bool:
     )
 
 
-def thin_and_big(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float, bias: Tensor | None, y: Tensor) -> None:
+def lowrank_gemm(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float, bias: Tensor | None, y: Tensor) -> None:
     """y = bias + scale · t u + x w. For operands that `serves` accepts, by Triton."""
     (M, K), N, R = x.shape, w.shape[1], max(16, triton.next_power_of_2(t.shape[1]))
 
@@ -106,8 +106,8 @@ def thin_and_big(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float, bias:
         return TensorDescriptor(a, list(a.shape), list(a.stride()), list(block))
 
     programs = multiprocessors(x.device)
-    launch_opaque(
-        _thin_and_big_kernel,
+    launch_cached(
+        _lowrank_gemm_kernel,
         (min(programs, _tiles(M, N)),),
         [tiles_of(x, BM, BK), tiles_of(w, BK, BN), tiles_of(t, BM, R), tiles_of(u, R, BN), tiles_of(y, BM, BN // 2),
          y if bias is None else bias.contiguous()],
@@ -127,7 +127,7 @@ def _compile_case(R: int, **how):
     signature = {name: f"tensordesc<bf16{block}>" for name, block in signature.items()}
     signature |= {"bias_ptr": "*bf16"} | dict.fromkeys("MNK", "i32")
     constants = {"BM": BM, "BN": BN, "BK": BK, "GROUP": GROUP, "PROGRAMS": 132} | how
-    return _thin_and_big_kernel, signature, constants, OPTIONS | {"only": [("sm_90", "bf16"), ("sm_90", "fp16")]}
+    return _lowrank_gemm_kernel, signature, constants, OPTIONS | {"only": [("sm_90", "bf16"), ("sm_90", "fp16")]}
 
 
 COMPILE = [

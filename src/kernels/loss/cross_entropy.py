@@ -313,7 +313,7 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::cross_entropy", "CompositeImplicitAutograd")
-def _(logits, target, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, loss_dtype=None):
+def cross_entropy_composite(logits, target, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, loss_dtype=None):
     loss, lse, _, count = torch.ops.sloth.cross_entropy_forward.default(logits, target, ignore_index, reduction, softcap, scale)
     return loss.to(loss_dtype or loss.dtype), lse, count
 

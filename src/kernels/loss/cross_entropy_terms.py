@@ -90,7 +90,7 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::cross_entropy_terms", "CompositeImplicitAutograd")
-def _(
+def cross_entropy_terms_composite(
     logits, target, class_weight=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, label_smoothing=0.0,
     z_loss=0.0, loss_dtype=None,
 ):  # fmt: skip

@@ -4,8 +4,8 @@
                                                                              and loss_terms.py those of what may be added to it)
 
 Shapes   h [..., H], W [V, H], b [V] or None, target [...] int64 with as many elements as h has rows (N).
-Adapter  t [..., r] ("narrow") and U [V, r] ("up") of a head with a low-rank adapter, or None: t = x Aᵀ is computed outside,
-         where A and x, which may be h after dropout, get their gradients of dt. W + s U A never exists.
+Adapter  t [..., r] (`lora_a_out`) and U [V, r] (`lora_b`) of a head with a low-rank adapter, or None: t = x Aᵀ is computed
+         outside, where A and x, which may be h after dropout, get their gradients of dt. W + s U A never exists.
 Method   rows are taken in chunks whose logits fill `budget` bytes (Hsu et al., "Liger Kernel", 2024, chunk so too, by V/H). Each
          chunk is a matmul into the same buffer, the statistics of its rows, and, where gradients are wanted, its gradient in
          place and two more matmuls. Nothing is computed twice and nothing waits for the device.
@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels.common.device import device_of
 from sloth.kernels.common.launch import compiling, compute_dtype, use_triton, without_autocast
-from sloth.kernels.common.row_reduction import once
+from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import add_product, as_matrix, product
 from sloth.kernels.loss import loss_terms
 from sloth.kernels.loss.cross_entropy import (
@@ -61,15 +61,15 @@ def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
 
 torch.library.define(
     "sloth::linear_cross_entropy_forward",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? narrow, Tensor? up, Tensor target, Tensor? items, int ignore_index,"
-    " str reduction, float? softcap, float scale, Tensor? class_weight, float label_smoothing, float z_loss, float up_scale,"
-    " bool[] need, int budget) -> (Tensor loss, Tensor count, Tensor unit,"
-    " Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dnarrow, Tensor dup, Tensor lse)",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a_out, Tensor? lora_b, Tensor target, Tensor? items,"
+    " int ignore_index, str reduction, float? softcap, float scale, Tensor? class_weight, float label_smoothing, float z_loss,"
+    " float up_scale, bool[] need, int budget) -> (Tensor loss, Tensor count, Tensor unit,"
+    " Tensor dhidden, Tensor dweight, Tensor dbias, Tensor dlora_a_out, Tensor dlora_b, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, narrow=None, up=None) -> None:
+def check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, lora_a_out=None, lora_b=None) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     told = f"linear_cross_entropy: hidden {hidden.dtype} {list(hidden.shape)}, weight {weight.dtype} {list(weight.shape)}"
@@ -81,11 +81,11 @@ def check(hidden, weight, bias, target, items, reduction, class_weight, label_sm
     torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must be in [0, 1], got {label_smoothing}")
     rows = hidden.numel() // hidden.shape[-1]
     torch._check(target.numel() == rows, lambda: f"{rows} rows of hidden states, but {target.numel()} targets")
-    torch._check((narrow is None) == (up is None), lambda: "linear_cross_entropy: narrow and up go together")
-    if up is not None:
-        told += f", narrow {narrow.dtype} {list(narrow.shape)}, up {up.dtype} {list(up.shape)}"
-        fits = up.shape == (weight.shape[0], narrow.shape[-1]) and narrow.dtype == up.dtype
-        torch._check(fits and narrow.numel() // narrow.shape[-1] == rows, lambda: told)
+    torch._check((lora_a_out is None) == (lora_b is None), lambda: "linear_cross_entropy: lora_a_out and lora_b go together")
+    if lora_b is not None:
+        told += f", lora_a_out {lora_a_out.dtype} {list(lora_a_out.shape)}, lora_b {lora_b.dtype} {list(lora_b.shape)}"
+        fits = lora_b.shape == (weight.shape[0], lora_a_out.shape[-1]) and lora_a_out.dtype == lora_b.dtype
+        torch._check(fits and lora_a_out.numel() // lora_a_out.shape[-1] == rows, lambda: told)
 
 
 def _kept(dtype: torch.dtype, budget: int) -> torch.dtype:
@@ -103,29 +103,31 @@ def logits_of(h: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) ->
     return torch.mm(h, weight.t(), out=z) if bias is None else torch.addmm(bias, h, weight.t(), out=z)
 
 
-def with_adapter(h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, up: Tensor, scale: float, buffer: Tensor) -> Tensor:
+def with_adapter(
+    h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, lora_b: Tensor, scale: float, buffer: Tensor
+) -> Tensor:
     """h Wᵀ + b + s t Uᵀ, at the beginning of the buffer."""
     if t.dtype != h.dtype:
-        return logits_of(h, weight, bias, buffer).add_(t @ up.t(), alpha=scale)
+        return logits_of(h, weight, bias, buffer).add_(t @ lora_b.t(), alpha=scale)
     z = buffer[: len(h) * len(weight)].view(len(h), len(weight))
     start, beta = (z, 0) if bias is None else (bias, 1)
-    return torch.addmm(start, t, up.t(), beta=beta, alpha=scale, out=z).addmm_(h, weight.t())  # thin first: gemm.py
+    return torch.addmm(start, t, lora_b.t(), beta=beta, alpha=scale, out=z).addmm_(h, weight.t())  # thin first: gemm.py
 
 
 class _Rows:
     """What both orders of the work share: the operands as matrices, how the loss is taken of logits, and where results go."""
 
     def __init__(
-        self, hidden, weight, bias, narrow, up, up_scale, target, items, ignore_index, reduction, softcap, scale, terms, need,
-        budget,
+        self, hidden, weight, bias, lora_a_out, lora_b, up_scale, target, items, ignore_index, reduction, softcap, scale, terms,
+        need, budget,
     ):  # fmt: skip
         self.h_NH, self.target_N = as_matrix(hidden), target.reshape(-1)
         self.weight, self.bias = weight, bias
-        self.t_NR, self.up, self.up_scale = None if narrow is None else as_matrix(narrow), up, up_scale
+        self.t_NR, self.lora_b, self.up_scale = None if lora_a_out is None else as_matrix(lora_a_out), lora_b, up_scale
         self.how, self.wide, self.kernels = (ignore_index, softcap, scale), compute_dtype(hidden), use_triton(hidden)
         self.terms, self.w_N = terms, terms.weight_of(self.target_N, ignore_index, self.wide)
         (N, H), V = self.h_NH.shape, weight.shape[0]
-        self.need_h, self.need_w, self.need_b, self.need_t, self.need_up = need
+        self.need_h, self.need_w, self.need_b, self.need_t, self.need_lora_b = need
         self.wanted = any(need)
         self.budget = budget or BUDGET.get(hidden.device.type, BUDGET["cpu"])
         if self.need_w and not budget:
@@ -139,22 +141,22 @@ class _Rows:
         self.dh = hidden.new_empty(N if self.need_h else 0, H, dtype=_kept(hidden.dtype, budget))
         self.db = hidden.new_zeros(V if self.need_b else 0, dtype=self.wide)
         self.dt = hidden.new_zeros(self.t_NR.shape if self.need_t else 0, dtype=self.wide)
-        self.dup = hidden.new_zeros(up.shape if self.need_up else 0, dtype=self.wide)
+        self.dlora_b = hidden.new_zeros(lora_b.shape if self.need_lora_b else 0, dtype=self.wide)
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         layer = self.h_NH[rows], self.weight[columns], None if self.bias is None else self.bias[columns]
-        if self.up is None:
+        if self.lora_b is None:
             return logits_of(*layer, out)
-        return with_adapter(*layer, self.t_NR[rows], self.up[columns], self.up_scale, out)
+        return with_adapter(*layer, self.t_NR[rows], self.lora_b[columns], self.up_scale, out)
 
     def adapter_gradients(self, dz: Tensor, rows: slice) -> None:
         """dt and dU but for s, of these rows, are added up."""
-        if self.need_t or self.need_up:
-            dz = dz.to(self.up.dtype)
+        if self.need_t or self.need_lora_b:
+            dz = dz.to(self.lora_b.dtype)
         if self.need_t:
-            add_product(dz, self.up, self.dt[rows])
-        if self.need_up:
-            add_product(dz.t(), self.t_NR[rows], self.dup)
+            add_product(dz, self.lora_b, self.dt[rows])
+        if self.need_lora_b:
+            add_product(dz.t(), self.t_NR[rows], self.dlora_b)
 
     def statistics(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The loss of these rows is added up; lse and its rounding error are returned."""
@@ -231,40 +233,42 @@ def _by_rows(r: _Rows, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
-def _(
-    hidden, weight, bias, narrow, up, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing,
-    z_loss, up_scale, need, budget,
+def linear_cross_entropy_forward_impl(
+    hidden, weight, bias, lora_a_out, lora_b, target, items, ignore_index, reduction, softcap, scale, class_weight,
+    label_smoothing, z_loss, up_scale, need, budget,
 ):  # fmt: skip
-    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, narrow, up)
-    layer, terms = (hidden, weight, bias, narrow, up, up_scale), Terms(label_smoothing, class_weight, z_loss)
+    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, lora_a_out, lora_b)
+    layer, terms = (hidden, weight, bias, lora_a_out, lora_b, up_scale), Terms(label_smoothing, class_weight, z_loss)
     lean = _is_lean(need, budget)
     now = [needed and not (lean and n == 1) for n, needed in enumerate(need)]
     r = _Rows(*layer, target, items, ignore_index, reduction, softcap, scale, terms, now, budget)
     dw, lse = _by_rows(r, lean)
-    dh, dt = r.dh.view(hidden.shape) if r.need_h else r.dh, r.dt.view(narrow.shape) if r.need_t else r.dt
-    return r.total(), r.count, r.unit, dh, dw, r.db.to(_kept(weight.dtype, budget)), dt, r.dup, lse
+    dh, dt = r.dh.view(hidden.shape) if r.need_h else r.dh, r.dt.view(lora_a_out.shape) if r.need_t else r.dt
+    return r.total(), r.count, r.unit, dh, dw, r.db.to(_kept(weight.dtype, budget)), dt, r.dlora_b, lse
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_forward")
-def _(
-    hidden, weight, bias, narrow, up, target, items, ignore_index, reduction, softcap, scale, class_weight, label_smoothing,
-    z_loss, up_scale, need, budget,
+def linear_cross_entropy_forward_fake(
+    hidden, weight, bias, lora_a_out, lora_b, target, items, ignore_index, reduction, softcap, scale, class_weight,
+    label_smoothing, z_loss, up_scale, need, budget,
 ):  # fmt: skip
-    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, narrow, up)
-    need_h, need_w, need_b, need_t, need_up = need
+    check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing, lora_a_out, lora_b)
+    need_h, need_w, need_b, need_t, need_lora_b = need
     wide, kept = compute_dtype(hidden), _kept(hidden.dtype, budget)
     (V, H), scalar, lean = weight.shape, hidden.new_empty((), dtype=wide), _is_lean(need, budget)
     dh = hidden.new_empty(hidden.shape if need_h else (0, H), dtype=kept)
     dw = hidden.new_empty(V if need_w and not lean else 0, H, dtype=wide)
     db = hidden.new_empty(V if need_b else 0, dtype=kept)
-    dt, dup = (hidden.new_empty(t.shape if needed else 0, dtype=wide) for t, needed in ((narrow, need_t), (up, need_up)))
+    dt, dlora_b = (
+        hidden.new_empty(t.shape if needed else 0, dtype=wide) for t, needed in ((lora_a_out, need_t), (lora_b, need_lora_b))
+    )
     lse = hidden.new_empty(2, target.numel() if lean else 0, dtype=wide)
-    return scalar, target.new_empty((), dtype=torch.int64), torch.empty_like(scalar), dh, dw, db, dt, dup, lse
+    return scalar, target.new_empty((), dtype=torch.int64), torch.empty_like(scalar), dh, dw, db, dt, dlora_b, lse
 
 
 torch.library.define(
     "sloth::linear_cross_entropy_dweight",
-    "(Tensor dloss, Tensor lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? narrow, Tensor? up, Tensor target,"
+    "(Tensor dloss, Tensor lse, Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a_out, Tensor? lora_b, Tensor target,"
     " Tensor? items, Tensor? class_weight, int ignore_index, str reduction, float? softcap, float scale, float label_smoothing,"
     " float z_loss, float up_scale, int budget) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -272,12 +276,12 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_dweight", "CompositeExplicitAutograd")
-def _(
-    dloss, lse, hidden, weight, bias, narrow, up, target, items, class_weight, ignore_index, reduction, softcap, scale,
+def linear_cross_entropy_dweight_impl(
+    dloss, lse, hidden, weight, bias, lora_a_out, lora_b, target, items, class_weight, ignore_index, reduction, softcap, scale,
     label_smoothing, z_loss, up_scale, budget,
 ):  # fmt: skip
     """By slabs of the vocabulary, with all rows at a time."""
-    layer, terms = (hidden, weight, bias, narrow, up, up_scale), Terms(label_smoothing, class_weight, z_loss)
+    layer, terms = (hidden, weight, bias, lora_a_out, lora_b, up_scale), Terms(label_smoothing, class_weight, z_loss)
     r = _Rows(*layer, target, items, ignore_index, reduction, softcap, scale, terms, [False] * 5, budget)
     r.unit = dloss.to(r.wide)
     V, N, rows, dw = len(weight), len(r.h_NH), slice(None), torch.empty_like(weight)
@@ -291,11 +295,11 @@ def _(
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_dweight")
-def _(dloss, lse, hidden, weight, *_):
+def linear_cross_entropy_dweight_fake(dloss, lse, hidden, weight, *_):
     return torch.empty_like(weight)
 
 
-torch.library.register_autograd("sloth::linear_cross_entropy_dweight", once)
+torch.library.register_autograd("sloth::linear_cross_entropy_dweight", raise_on_double_backward)
 
 
 def _setup(ctx, inputs, output):
@@ -337,27 +341,27 @@ torch.library.define(
     "sloth::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias=None, Tensor? items=None, int ignore_index=-100,"
     ' str reduction="mean", float? softcap=None, float scale=1.0, int budget=0, Tensor? class_weight=None,'
-    " float label_smoothing=0.0, float z_loss=0.0, Tensor? narrow=None, Tensor? up=None, float up_scale=1.0,"
+    " float label_smoothing=0.0, float z_loss=0.0, Tensor? lora_a_out=None, Tensor? lora_b=None, float up_scale=1.0,"
     " ScalarType? loss_dtype=None) -> (Tensor loss, Tensor count)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl("sloth::linear_cross_entropy", "CompositeImplicitAutograd")
-def _(
+def linear_cross_entropy_composite(
     hidden, weight, target, bias=None, items=None, ignore_index=-100, reduction="mean", softcap=None, scale=1.0, budget=0,
-    class_weight=None, label_smoothing=0.0, z_loss=0.0, narrow=None, up=None, up_scale=1.0, loss_dtype=None,
+    class_weight=None, label_smoothing=0.0, z_loss=0.0, lora_a_out=None, lora_b=None, up_scale=1.0, loss_dtype=None,
 ):  # fmt: skip
     grad = torch.is_grad_enabled()
-    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, narrow, up)]
-    plain = up is None and Terms(label_smoothing, class_weight, z_loss).plain
+    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, lora_a_out, lora_b)]
+    plain = lora_b is None and Terms(label_smoothing, class_weight, z_loss).plain
     with without_autocast(hidden):
         if plain and need[1] and not budget and _is_whole(hidden):
             check(hidden, weight, bias, target, items, reduction, class_weight, label_smoothing)
             loss, _, count = cross_entropy(F.linear(hidden, weight, bias), target, ignore_index, reduction, softcap, scale)
             return (loss if items is None else loss / items).to(loss_dtype or loss.dtype), count
         loss, count, *_ = linear_cross_entropy_forward(
-            hidden, weight, bias, narrow, up, target, items, ignore_index, reduction, softcap, scale,
+            hidden, weight, bias, lora_a_out, lora_b, target, items, ignore_index, reduction, softcap, scale,
             class_weight, label_smoothing, z_loss, up_scale, need, budget,
         )  # fmt: skip
     return loss.to(loss_dtype or loss.dtype), count
@@ -365,7 +369,7 @@ def _(
 
 linear_cross_entropy = torch.ops.sloth.linear_cross_entropy.default
 """linear_cross_entropy(hidden [..., H], weight [V, H], target [...] int64, bias=None, items=None, ignore_index=-100,
-reduction="mean", softcap=None, scale=1.0, budget=0, class_weight [V]=None, label_smoothing=0.0, z_loss=0.0, narrow [..., r]=None,
-up [V, r]=None, up_scale=1.0, loss_dtype=None) -> (loss [], count [] int64). items: what a sum is divided by, a tensor of one
-number. budget: bytes of logits at a time, 0 for a good number. class_weight …: loss_terms.py; class_weight gets no gradient.
-loss_dtype: fp32 (fp64 for fp64) if not given."""
+reduction="mean", softcap=None, scale=1.0, budget=0, class_weight [V]=None, label_smoothing=0.0, z_loss=0.0,
+lora_a_out [..., r]=None, lora_b [V, r]=None, up_scale=1.0, loss_dtype=None) -> (loss [], count [] int64). items: what a sum is
+divided by, a tensor of one number. budget: bytes of logits at a time, 0 for a good number. class_weight …: loss_terms.py;
+class_weight gets no gradient. loss_dtype: fp32 (fp64 for fp64) if not given."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
-from sloth.kernels.common.row_reduction import once
+from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import add_product, as_matrix, product
 from sloth.kernels.loss import loss_terms
 from sloth.kernels.loss.cross_entropy import forward_aten, forward_triton
@@ -42,7 +42,9 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_rows_forward", "CompositeExplicitAutograd")
-def _(hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing, budget):
+def linear_cross_entropy_rows_forward_impl(
+    hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing, budget
+):
     check(hidden, weight, bias, target, None, "sum", class_weight, label_smoothing)
     h_NH, target_N, terms = as_matrix(hidden), target.reshape(-1), Terms(label_smoothing, class_weight, 0.0)
     out = hidden.new_empty(3, len(h_NH), dtype=compute_dtype(hidden))
@@ -59,7 +61,9 @@ def _(hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, 
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_rows_forward")
-def _(hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing, budget):
+def linear_cross_entropy_rows_forward_fake(
+    hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing, budget
+):
     check(hidden, weight, bias, target, None, "sum", class_weight, label_smoothing)
     return tuple(hidden.new_empty(hidden.numel() // hidden.shape[-1], dtype=compute_dtype(hidden)) for _ in range(3))
 
@@ -73,7 +77,9 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_rows_backward", "CompositeExplicitAutograd")
-def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *more):
+def linear_cross_entropy_rows_backward_impl(
+    dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *more
+):
     budget, need_h, need_w, need_b = more
     h_NH, target_N, terms = as_matrix(hidden), target.reshape(-1), Terms(label_smoothing, class_weight, 0.0)
     (N, H), V, wide, kernels = h_NH.shape, len(weight), compute_dtype(hidden), use_triton(hidden)
@@ -102,7 +108,9 @@ def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index,
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_rows_backward")
-def _(dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *more):
+def linear_cross_entropy_rows_backward_fake(
+    dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *more
+):
     _, need_h, need_w, need_b = more
     (V, H), like = weight.shape, hidden.new_empty
     return like(hidden.shape if need_h else (0, H)), like(V if need_w else 0, H), like(V if need_b else 0)
@@ -124,7 +132,7 @@ def _backward(ctx, dloss, *_):
 
 
 torch.library.register_autograd("sloth::linear_cross_entropy_rows_forward", _backward, setup_context=_setup)
-torch.library.register_autograd("sloth::linear_cross_entropy_rows_backward", once)
+torch.library.register_autograd("sloth::linear_cross_entropy_rows_backward", raise_on_double_backward)
 
 torch.library.define(
     "sloth::linear_cross_entropy_rows",
@@ -135,7 +143,7 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_rows", "CompositeImplicitAutograd")
-def _(
+def linear_cross_entropy_rows_composite(
     hidden, weight, target, bias=None, class_weight=None, ignore_index=-100, softcap=None, scale=1.0, label_smoothing=0.0,
     budget=0, loss_dtype=None,
 ):  # fmt: skip

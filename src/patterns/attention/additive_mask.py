@@ -25,7 +25,7 @@ class Added(NamedTuple):
 def added(mask: Value) -> Added | None:
     """What the mask is where(seen, bias, least) of, in either spelling, if it is."""
     mask = source(mask)
-    if mask.pinned or mask.op not in ("where", "masked_fill"):
+    if mask.mutated_storage or mask.op not in ("where", "masked_fill"):
         return None
     if mask.op == "where":
         seen, bias, least = mask.args
@@ -43,7 +43,7 @@ def seen_of(hidden: Value) -> Value | None:
     hidden = source(hidden)
     if not is_truth(hidden):
         return _zero_where(hidden)
-    if hidden.pinned or not hidden.args or not isinstance(hidden.args[0], Value):
+    if hidden.mutated_storage or not hidden.args or not isinstance(hidden.args[0], Value):
         return None
     of = hidden.args[0]
     if hidden.op in NOT:
@@ -59,15 +59,15 @@ def seen_of(hidden: Value) -> Value | None:
 def _zero_where(x: Value) -> Value | None:
     """m, if x is where(m, 0, least) or 1 − m."""
     x = source(x)
-    if x.op == "sub" and not x.pinned and x.args[0] == 1:
+    if x.op == "sub" and not x.mutated_storage and x.args[0] == 1:
         m = source(x.args[1])
-        return m.args[0] if m.op == "cast" and not m.pinned and is_truth(m.args[0]) else None
+        return m.args[0] if m.op == "cast" and not m.mutated_storage and is_truth(m.args[0]) else None
     found = added(x)
     return found.seen if found is not None and found.bias is None else None
 
 
 def _is_zero(x: Value | float) -> bool:
-    if isinstance(x, Value) and x.op in ZEROS and not x.pinned:
+    if isinstance(x, Value) and x.op in ZEROS and not x.mutated_storage:
         x = x.args[1] if x.op == "full" else 0
     return not isinstance(x, Value) and x == 0
 

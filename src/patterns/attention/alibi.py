@@ -18,7 +18,7 @@ MODERATE = 1e4
 
 def of_keys(bias: Value, heads: int) -> Value | None:
     """The bias [1 or B, heads, 1, S] or [(B·) heads, 1, S] of all queries, if it is ALiBi's."""
-    while bias.op == "expand" and not bias.pinned and not _is_row(bias):
+    while bias.op == "expand" and not bias.mutated_storage and not _is_row(bias):
         bias = bias.args[0]
     shape = bias.meta.shape
     by_heads = len(shape) in (3, 4) and same_literal(shape[-3], heads) or len(shape) == 3 and _is_flat(bias, heads)
@@ -38,7 +38,7 @@ def _is_flat(v: Value, heads: int) -> bool:
 
 def _is_slope_times_position(v: Value) -> bool:
     v = source(v)
-    if v.pinned or not v.meta.dtype.is_floating_point:
+    if v.mutated_storage or not v.meta.dtype.is_floating_point:
         return False
     if v.op in KEPT or v.op in ("mul", "div") and _is_moderate(v.args[1]):
         return _is_slope_times_position(v.args[0])
@@ -50,7 +50,7 @@ def _is_slope_times_position(v: Value) -> bool:
 def _is_position(x: Value) -> bool:
     """Integers, or numbers counted of ones and integers."""
     x = source(x)
-    if x.pinned or x.meta.dtype == torch.bool:
+    if x.mutated_storage or x.meta.dtype == torch.bool:
         return False
     if not x.meta.dtype.is_floating_point or x.op in ONES:
         return True

@@ -108,19 +108,19 @@ def plain(query, key, value, attn_mask, *, dropout_p: float, scale: float):
 
 
 @plain.variant("grouped", dims=GROUPED, **TOLD)
-def _(query, key, value, attn_mask, *, dropout_p: float, scale: float):
+def grouped(query, key, value, attn_mask, *, dropout_p: float, scale: float):
     heads = query.shape[1]
     key, value = repeated(key, heads), repeated(value, heads)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)
 
 
 @plain.variant("grouped_native", dims=GROUPED, **TOLD)
-def _(query, key, value, attn_mask, *, dropout_p: float, scale: float):
+def grouped_native(query, key, value, attn_mask, *, dropout_p: float, scale: float):
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=True)
 
 
 @plain.check
-def _(match):
+def is_supported(match):
     mask = readable(match)
     by_torch = told(match) in BY_TORCH and mask.bias is None
     match.require(match.dropout_p == 0 or by_torch, "it has dropout, and its mask is not proven to be causal")

@@ -21,7 +21,7 @@ def given(match) -> Value | None:
 
 
 def once(seen: Value, match) -> Value:
-    while seen.op == "expand" and not seen.pinned and is_whole(seen.args[0], match):
+    while seen.op == "expand" and not seen.mutated_storage and is_whole(seen.args[0], match):
         seen = seen.args[0]
     return seen
 
@@ -42,7 +42,7 @@ for variant in others:
 
 
 @entry.check
-def _(match):
+def needs_dense_mask(match):
     mask = readable(match)
     match.require(told(match) is None, "what its mask means is proven")
     match.require(is_whole(given(match), match), "its mask is not one for all heads, of each query and key")

@@ -208,7 +208,7 @@ for _name, _how in VARIANTS.items():
 
 
 @entry.check
-def _(match):
+def is_supported(match):
     interval = told(match)
     if interval is None:
         match.require(False, why_not(seen(match) or match.tensors.get("hidden", match.tensors.get("mask"))))

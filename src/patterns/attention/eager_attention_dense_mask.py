@@ -39,7 +39,7 @@ for variant in others:
 
 
 @entry.check
-def _(match):
+def needs_dense_mask(match):
     mask = added(match.mask)
     match.require(mask is not None and mask.bias is None, why_not(match.mask))
     match.require(told(match) is None, "what its mask means is proven")

@@ -22,8 +22,8 @@ MANY = 200  # operations in a mask's subgraph, beyond which it is not looked at
 
 def source(v: Value) -> Value:
     """What is passed into the body of a checkpoint."""
-    while v.op == "input" and v.outer is not None:
-        v = v.outer
+    while v.op == "input" and v.captured_from is not None:
+        v = v.captured_from
     return v
 
 
@@ -46,7 +46,7 @@ class Reader:
         v = source(v)
         if v not in self.known:
             self.known[v] = None
-            if not v.pinned and v.meta is not None and not (v.meta.dtype.is_floating_point or v.meta.dtype.is_complex):
+            if not v.mutated_storage and v.meta is not None and not (v.meta.dtype.is_floating_point or v.meta.dtype.is_complex):
                 e = RULES[v.op](self, v, *v.args) if v.op in RULES and len(self.known) < MANY else None
                 e = self.atom(v) if e is None else e
                 alone = {D[k]: sympy.Integer(0) for k, n in enumerate(v.meta.shape) if is_one(n)}  # the only index there is

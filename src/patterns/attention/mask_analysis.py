@@ -58,9 +58,9 @@ def why_not(mask: Value) -> str:
 
 def _told(mask: Value) -> tuple[Interval | None, str]:
     mask = source(mask)
-    if "meaning" not in mask.facts:  # all layers ask
-        mask.facts["meaning"] = _proven(mask)
-    return mask.facts["meaning"]
+    if "meaning" not in mask.analyses:  # all layers ask
+        mask.analyses["meaning"] = _proven(mask)
+    return mask.analyses["meaning"]
 
 
 def _proven(mask: Value) -> tuple[Interval | None, str]:
@@ -78,7 +78,7 @@ def _proven(mask: Value) -> tuple[Interval | None, str]:
             None,
             "its mask comes into this graph from outside: the caller made it, or a part of the model before a graph break",
         )
-    if unproven.pinned:
+    if unproven.mutated_storage:
         return None, "its mask is written in place"
     name = f"`{unproven.nodes[0].name}`" if unproven.nodes else unproven.op
     if _of_numbers(unproven):
@@ -124,12 +124,12 @@ class _Prover:
 
     def conjuncts(self, v: Value) -> Iterator[Value]:
         v = source(v)
-        junction = not v.pinned and v.op in AND + OR and all(isinstance(a, Value) and is_truth(a) for a in v.args)
+        junction = not v.mutated_storage and v.op in AND + OR and all(isinstance(a, Value) and is_truth(a) for a in v.args)
         if junction and v.op in AND:
             parts = v.args
         elif junction and sympy.false in (told := [self.reader.read(a) for a in v.args]):  # no alternative
             parts = (v.args[1 - told.index(sympy.false)],)
-        elif v.op == "expand" and not v.pinned:
+        elif v.op == "expand" and not v.mutated_storage:
             parts = v.args[:1]
         else:
             yield v
@@ -141,10 +141,10 @@ class _Prover:
         """Make the conjunct a part of the interval, if it is one."""
         if e == sympy.true:
             return True
-        if not c.pinned and self.spans(c, self.rank - 1):
+        if not c.mutated_storage and self.spans(c, self.rank - 1):
             self.valid[c] = None
             return True
-        if c.op == "eq" and not c.pinned and self.run(*c.args, steps or {}):
+        if c.op == "eq" and not c.mutated_storage and self.run(*c.args, steps or {}):
             return True
         return e is not None and all(map(self.bound, sympy.And.make_args(e)))
 

@@ -42,7 +42,7 @@ def classes_last(n: Normal, c: Call, logits: Value, target: Value, weight, reduc
     shape = (rows,) if reduction == 0 else ()
     found = n.call(c.op, operands, (c.meta._replace(shape=shape),))
     views = [x for x in (logits, below, below.args[0]) if x.op in VIEWS]  # the loss does without them
-    found.spelled[:] = dict.fromkeys((*found.spelled, *views))
+    found.replaces[:] = dict.fromkeys((*found.replaces, *views))
     return n.view(found, c.meta.shape)
 
 
@@ -156,7 +156,7 @@ def adds_something(match):
 
 @terms.check
 @entry.check
-def _(match):
+def loss_in_its_own_precision(match):
     if "loss_dtype" in match.numbers:
         in_its_own_precision(match, match.logits)
 

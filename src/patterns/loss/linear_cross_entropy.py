@@ -28,14 +28,14 @@ from sloth.rewriter.match.registry import pattern
 
 DIMS = {  # flat: sliced_logits.py
     "hidden": "B*S H", "weight": "V H", "target": "B*S int64", "bias": "V", "items": "int64", "class_weight": "V",
-    "narrow": "B*S 2", "up": "V 2",
+    "lora_a_out": "B*S 2", "lora_b": "V 2",
 }  # fmt: skip
 WHOLE = {"hidden": "B S H"}
 
 
-def adapted(logits, narrow, up, *, up_scale: float, delta_dtype: torch.dtype):
-    """With a low-rank adapter on the head, as `lora.py` spells it; narrow: its first layer's result."""
-    return (logits + (F.linear(narrow, up) * up_scale).to(delta_dtype)).to(logits.dtype)
+def adapted(logits, lora_a_out, lora_b, *, up_scale: float, delta_dtype: torch.dtype):
+    """With a low-rank adapter on the head, as `lora.py` spells it; lora_a_out: its first layer's result."""
+    return (logits + (F.linear(lora_a_out, lora_b) * up_scale).to(delta_dtype)).to(logits.dtype)
 
 
 def numbers_of(fn: Callable) -> dict[str, inspect.Parameter]:
@@ -46,14 +46,14 @@ def headed(of_logits: Callable, more: tuple[str, ...]) -> Callable:
     """`of_logits(logits, target, *, …)` of hidden states and weight, and of `more`: a bias, class weights, items to divide by, an
     adapter.
     """
-    own = numbers_of(adapted) if "up" in more else {}
+    own = numbers_of(adapted) if "lora_b" in more else {}
 
     def reference(hidden, weight, target, *rest, **numbers):
         given = dict(zip(more, rest, strict=True))
         classes = [given["class_weight"]] if "class_weight" in given else []
         logits = F.linear(hidden, weight, given.get("bias"))
         if own:
-            logits = adapted(logits, given["narrow"], given["up"], **{n: numbers.pop(n) for n in own})
+            logits = adapted(logits, given["lora_a_out"], given["lora_b"], **{n: numbers.pop(n) for n in own})
         found = of_logits(logits, target, *classes, **numbers)
         return found / given["items"] if "items" in given else found
 
@@ -70,7 +70,7 @@ def with_z_loss_items(hidden, weight, target, items, *, ignore_index: int, z_los
 
 
 HOW = {"dims": DIMS, "no_grad": ("class_weight",), "deferred": lazy, "also": (LORA,)}
-ADAPTER = ("narrow", "up")
+ADAPTER = ("lora_a_out", "lora_b")
 entry = pattern(CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy", variant="mean", reduction="mean")(
     headed(loss(same, "mean", False)["plain"], ())
 )
@@ -106,7 +106,7 @@ terms = pattern(
 )(headed(smooth("mean"), ()))
 terms.variant("mean_z_loss", WHOLE, reduction="mean")(headed(with_z_loss, ()))
 terms.variant("sum_z_loss_items", WHOLE, reduction="sum")(with_z_loss_items)
-terms.variant("mean_z_loss_adapter", WHOLE | {"narrow": "B S 2"}, reduction="mean")(headed(with_z_loss, ADAPTER))
+terms.variant("mean_z_loss_adapter", WHOLE | {"lora_a_out": "B S 2"}, reduction="mean")(headed(with_z_loss, ADAPTER))
 
 CLASSES = ("class_weight",)
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
@@ -141,7 +141,7 @@ def of_one_dtype(match):
 @rows.check
 @terms.check
 @entry.check
-def _(match):
+def loss_in_its_own_precision(match):
     if "loss_dtype" in match.numbers:
         in_its_own_precision(match, match.hidden)
 

@@ -21,10 +21,11 @@ Part = Callable[[Value], Value]
 @rule("cross_entropy_loss")
 def loss_of_rows(n: Normal, c, logits: Value, *how):
     """loss(f(linear(x, W, b))[i]) = loss(f(linear(x[i], W, b))), a view for [i] too; of the last dimension: W[i], b[i]."""
-    pinned, n.pinned = n.pinned, False  # in memory that somebody writes is the loss at most, not what is made of the logits
-    autocast = logits.op == "cast" and logits.pinned and logits.origin is n.origin
+    # At most the loss lies in memory that somebody writes, not what is made of the logits.
+    mutated, n.mutated_storage = n.mutated_storage, False
+    autocast = logits.op == "cast" and logits.mutated_storage and logits.origin is n.origin
     below = _below(n, n.cast(*logits.args) if autocast else logits)
-    n.pinned = pinned
+    n.mutated_storage = mutated
     return None if below is logits else n.add(c.op, (below, *how), c.meta)
 
 
@@ -64,7 +65,7 @@ def _moved(n: Normal, v: Value, part: Part, words: Part | None = None) -> Value 
 
 
 def _known(n: Normal, v: Value) -> bool:
-    return v.region == n.region and not v.pinned
+    return v.region == n.region and not v.mutated_storage
 
 
 def _pointwise(v: Value) -> bool:
@@ -88,5 +89,5 @@ def _of(n: Normal, v: Value, x: Value) -> Value:
 
 def _in_place_of(new: Value, *old: Value) -> Value:
     """`new` stands for the first of `old`: the nodes that hold that hold it, and whoever computes `new` computes all of `old`."""
-    new.spelled[:] = dict.fromkeys((*old, *new.spelled))
+    new.replaces[:] = dict.fromkeys((*old, *new.replaces))
     return new

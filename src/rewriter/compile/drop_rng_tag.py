@@ -30,7 +30,7 @@ def _plain(op: OpOverload) -> OpOverload:
 PLAIN = {op: _plain(op) for op in (getattr(torch.ops.aten, name).default for name in _ATTENTION)}
 
 
-def not_random(graph: fx.Graph) -> None:
+def drop_rng_tag_from_sdpa(graph: fx.Graph) -> None:
     """Of ATen operations, before forward and backward pass are divided."""
     for n in graph.nodes:
         if n.target in PLAIN and _dropout(n) == 0:

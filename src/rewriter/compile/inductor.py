@@ -19,8 +19,14 @@ import sloth
 from sloth.compat.dispatch import enter_autocast, exit_autocast
 from sloth.compat.inductor import InductorOptions, config
 from sloth.integrations.integration import integration
-from sloth.rewriter.compile.drop_rng_tag import not_random
-from sloth.rewriter.compile.passes import Pass, in_one_call, kept, made_again, written_over
+from sloth.rewriter.compile.drop_rng_tag import drop_rng_tag_from_sdpa
+from sloth.rewriter.compile.passes import (
+    Pass,
+    in_one_call,
+    rematerialize_cheap_ops,
+    reuse_operand_buffers,
+    save_checkpoint_boundaries,
+)
 from sloth.rewriter.graph.ambient import dtypes
 from sloth.rewriter.graph.value import Symbol
 
@@ -35,8 +41,11 @@ AUTOCAST = tuple(f"{f.__module__}.{f.__qualname__}" for f in (enter_autocast, ex
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        late = (made_again, in_one_call, written_over)
-        passes = {"joint_custom_pre_pass": (kept, not_random), "post_grad_custom_post_pass": late}
+        late = (rematerialize_cheap_ops, in_one_call, reuse_operand_buffers)
+        passes = {
+            "joint_custom_pre_pass": (save_checkpoint_boundaries, drop_rng_tag_from_sdpa),
+            "post_grad_custom_post_pass": late,
+        }
         theirs = {at: options.get(at) or getattr(config, at) for at in passes}
         ours = {at: Pass(sources_digest(), *passes[at], behind=theirs[at]) for at in passes}
         preferred = {name: value for name, value in PREFERRED.items() if hasattr(config, name)}
@@ -50,7 +59,7 @@ def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[.
     return lookup_backend(name)
 
 
-def captures(mode: str | None, options: dict[str, Any]) -> bool:
+def uses_cudagraphs(mode: str | None, options: dict[str, Any]) -> bool:
     """Will Inductor capture CUDA graphs? They hold the addresses of all that they read."""
     chosen = InductorOptions(mode, options, None).config
     return chosen.get("triton.cudagraphs", config.triton.cudagraphs)
@@ -58,7 +67,7 @@ def captures(mode: str | None, options: dict[str, Any]) -> bool:
 
 def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """`inner(gm, example_inputs)`, under cache keys that know our sources."""
-    with _ours({}):
+    with cache_key_scope({}):
         return inner(gm, example_inputs)
 
 
@@ -67,7 +76,7 @@ def _inductor(chosen: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequen
     with _launched_by_torch():
         from sloth.compat.inductor import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
 
-        return compile_fx(gm, example_inputs, inner_compile=_ours({})(compile_fx_inner), config_patches=chosen)
+        return compile_fx(gm, example_inputs, inner_compile=cache_key_scope({})(compile_fx_inner), config_patches=chosen)
 
 
 def start_workers(gm: fx.GraphModule) -> None:
@@ -103,8 +112,8 @@ def _may_launch() -> bool:
 
 
 @contextmanager
-def _ours(known: dict) -> Iterator[None]:
-    """While something is compiled. `known` is what `_analysed_once` remembers.
+def cache_key_scope(known: dict) -> Iterator[None]:
+    """While something is compiled. `known` is what `memoized_triton_analysis` remembers.
 
     torch's key for AOTAutograd's results knows that autocast is on around the graph, not for which dtype; and it refuses graphs
     that hold autocast themselves, as a trainer's do. What their text in the key does not say, the dtype of a block that names
@@ -115,7 +124,7 @@ def _ours(known: dict) -> Iterator[None]:
     with (
         torch.compiler.config.patch(cache_key_tag=tag if tag.endswith(own) else tag + own),
         config.patch(unsafe_marked_cacheable_functions=cacheable),
-        _analysed_once(known),
+        memoized_triton_analysis(known),
     ):
         yield
 
@@ -130,7 +139,7 @@ def sources_digest() -> str:
 
 
 @contextmanager
-def _analysed_once(known: dict) -> Iterator[None]:
+def memoized_triton_analysis(known: dict) -> Iterator[None]:
     """Let torch analyse each Triton kernel once per signature while one graph is compiled by this thread.
 
     To learn which pointers a kernel writes, torch lowers it to Triton's IR anew for every launch, three or four times over a

@@ -24,12 +24,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sloth.compat.dispatch import OpOverload
 from sloth.compat.inductor import CustomGraphPass
 from sloth.rewriter.notices import warn_once
-from sloth.rewriter.plan.materialize import OWN
+from sloth.rewriter.plan.materialize import REMATERIALIZED
 
 _OVER: dict[object, dict[str, str]] = {}
 
 
-def writes_over(kernel: object, **operands: str) -> None:
+def declare_inplace(kernel: object, **operands: str) -> None:
     """Let a Triton kernel write results over operands, `result_ptr="operand_ptr"`, where nobody reads these any more. Each of its
     programs must have read an element of the operand before it writes the same element of the result, and no other program may
     read that.
@@ -71,10 +71,10 @@ class Pass(CustomGraphPass):
         return None if theirs is None else (self.digest, theirs)
 
 
-def made_again(graph: fx.Graph) -> None:
+def rematerialize_cheap_ops(graph: fx.Graph) -> None:
     """Of ATen operations, forward or backward: what is cheap to make is made again for each that reads it."""
     order = {n: i for i, n in enumerate(graph.nodes)}
-    made = [n for n in order if n.target in OWN]
+    made = [n for n in order if n.target in REMATERIALIZED]
     for n in made:
         first, *later = sorted(n.users, key=order.__getitem__)
         for user in later:
@@ -117,7 +117,7 @@ def _replace(graph: fx.Graph, row: list[fx.Node], many: OpOverload, given: tuple
         graph.erase_node(n)
 
 
-def written_over(graph: fx.Graph) -> None:
+def reuse_operand_buffers(graph: fx.Graph) -> None:
     """Of ATen operations, forward or backward, before Inductor decides which results lie where: if it finds that an operand is
     read later after all, it copies it.
     """
@@ -146,7 +146,7 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and a.is_contiguous() and b.is_contiguous()
 
 
-def kept(graph: fx.Graph) -> None:
+def save_checkpoint_boundaries(graph: fx.Graph) -> None:
     """Of both passes, before they are divided: what leaves a checkpointed part is not computed again."""
     from sloth.compat.inductor import must_recompute
 

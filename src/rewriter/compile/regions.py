@@ -44,7 +44,7 @@ Compiled = Callable[..., Any]
 
 
 @dataclass(eq=False)
-class Part:
+class CompileRegion:
     """Consecutive calls of a graph, what they read of others, and what others read of them. entered, left: the blocks of
     autocast that are open before and behind them.
     """
@@ -68,7 +68,7 @@ class Part:
         return graph
 
 
-def compile_in_parts(
+def compile_by_region(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     compile_one: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
@@ -86,10 +86,10 @@ def compile_in_parts(
             with tracing(copy(context)):  # one of its own: facts of what is compiled are noted in it
                 compiled[same] = compile_one(module, given)
         run.append((compiled[same], part))
-    return _Run(gm, run) if run else compile_one(gm, example_inputs)
+    return RegionSequence(gm, run) if run else compile_one(gm, example_inputs)
 
 
-def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[Part, fx.GraphModule | None, int]]:
+def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[CompileRegion, fx.GraphModule | None, int]]:
     """Each part, a module of it if it is the first of its kind, and the number of that first. Nothing if the graph is to stay
     whole, as it does if anything here goes wrong.
     """
@@ -97,7 +97,7 @@ def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[
         return []
     try:
         bodies = Bodies()
-        found = [(part, part.graph()) for part in parts_of(gm, bodies)]
+        found = [(part, part.graph()) for part in split_repeated_regions(gm, bodies)]
         keys = [(graph_key(graph, gm, bodies), tuple(tensor_key(n) for n in part.inputs)) for part, graph in found]
         first: dict[Hashable, int] = {}
         same = [first.setdefault(k, i) for i, k in enumerate(keys)]
@@ -111,7 +111,7 @@ def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[
 # ---------------------------------------------------------------- where to cut
 
 
-def parts_of(gm: fx.GraphModule, bodies: Bodies) -> list[Part]:
+def split_repeated_regions(gm: fx.GraphModule, bodies: Bodies) -> list[CompileRegion]:
     """The graph, cut where it repeats itself; nothing where it does not, or must stay whole."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
     symbols = _symbols(gm)
@@ -128,7 +128,7 @@ def parts_of(gm: fx.GraphModule, bodies: Bodies) -> list[Part]:
         inputs = dict.fromkeys(a for n in piece for a in n.all_input_nodes if made_in.get(a) != i and a not in blocks[i])
         sizes = dict.fromkeys(symbols[s] for n in (*inputs, *piece) for s in _free_symbols(n))
         outputs = [n for n in piece if _crosses(n) and any(made_in.get(u) != i for u in n.users)]
-        found.append(Part(piece, list(sizes | inputs), outputs, blocks[i], blocks[i + 1]))
+        found.append(CompileRegion(piece, list(sizes | inputs), outputs, blocks[i], blocks[i + 1]))
     return found
 
 
@@ -289,10 +289,10 @@ def _fake(n: fx.Node, mode: FakeTensorMode) -> Any:
 # ---------------------------------------------------------------- run
 
 
-class _Run:
+class RegionSequence:
     """One part after the other. What no later one reads is let go."""
 
-    def __init__(self, gm: fx.GraphModule, run: list[tuple[Compiled, Part]]):
+    def __init__(self, gm: fx.GraphModule, run: list[tuple[Compiled, CompileRegion]]):
         place = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
         inputs = len(place)
         for n in (n for _, part in run for n in part.outputs):

@@ -1,7 +1,8 @@
 """Memory: which values lie in the same, and which calls of a graph write to it.
 
-Values say what was computed, not when. For memory that somebody writes that is not enough: a value in it is *pinned*, never the
-same as any other, and whoever reads it must do so when all writes are done. What cannot be told is taken to share memory.
+Values say what was computed, not when. For memory that somebody writes that is not enough: a value in it is marked
+(`mutated_storage`). It is never the same as any other, and whoever reads it must do so when all writes are done. What cannot be
+told is taken to share memory.
 """
 
 from __future__ import annotations

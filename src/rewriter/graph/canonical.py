@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from sloth.rewriter.graph.record import Trace, op_name, positional, resolve
-from sloth.rewriter.graph.value import Meta, Region, Shadow, Value, same_literal, values_in
+from sloth.rewriter.graph.value import Meta, Region, Value, ValueGraph, same_literal, values_in
 
 Rule = Callable[..., "Value | tuple | None"]
 Metas = tuple[Meta | None, ...]
@@ -47,11 +47,11 @@ class Call(NamedTuple):
 class Normal:
     """Builds Values in normal form: `call` for an ATen operation, the others for the canonical operations the rules speak of."""
 
-    def __init__(self, shadow: Shadow):
+    def __init__(self, shadow: ValueGraph):
         self.shadow = shadow
         self.region = Region()
         self.origin: fx.Node | None = None
-        self.pinned = False  # what is made now lies in memory that somebody writes
+        self.mutated_storage = False  # what is made now lies in memory that somebody writes
         self.random = False  # … or is random: two calls are two values
         self.mutated: set[Value] = set()  # written in place by some call
         self.rebound: set[Value] = set()  # made to be another tensor by `set_`: the memory itself is not written
@@ -100,20 +100,20 @@ class Normal:
             floating = meta.dtype.is_floating_point or meta.dtype.is_complex
             grad = floating and self.region.grad and op != "detach"
             meta = meta._replace(requires_grad=grad and any(_wants_grad(a) for a in args))
-        pinned = self.pinned or op in ALIASES and args[0].pinned
-        return self.shadow.add(op, args, meta, self.region, pinned, self.origin, self.random)
+        mutated_storage = self.mutated_storage or op in ALIASES and args[0].mutated_storage
+        return self.shadow.add(op, args, meta, self.region, mutated_storage, self.origin, self.random)
 
     def cut(self, x: Value | None) -> Value | None:
         """Where gradients are off, a no-op's result is not its argument: a copy has no gradient, x.to(x.dtype) still has."""
         if self.region.grad or x is None or x.meta is None or not x.meta.requires_grad:
             return x
-        return self.shadow.add("no_grad", (x,), x.meta, self.region, self.pinned or x.pinned, self.origin)
+        return self.shadow.add("no_grad", (x,), x.meta, self.region, self.mutated_storage or x.mutated_storage, self.origin)
 
     def near(self, x: Any, op: str) -> bool:
         """Is it an `op` to look through? Not across a change of grad mode or autocast: it may have no gradient, where the whole
         has one. Nor if somebody writes it: then it is not what it was computed as.
         """
-        return isinstance(x, Value) and x.op == op and x.region == self.region and not x.pinned
+        return isinstance(x, Value) and x.op == op and x.region == self.region and not x.mutated_storage
 
     # the canonical operations
 

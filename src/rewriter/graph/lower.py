@@ -33,7 +33,7 @@ from sloth.rewriter.graph.ambient import Autocast, current, under
 from sloth.rewriter.graph.autograd_functions import is_derivative
 from sloth.rewriter.graph.normal_form import Normal
 from sloth.rewriter.graph.record import Ref, Trace, rebuilt, resolve, trace
-from sloth.rewriter.graph.value import Meta, Region, Shadow, Symbol, Value, literal_key, values_in
+from sloth.rewriter.graph.value import Meta, Region, Symbol, Value, ValueGraph, literal_key, values_in
 
 # Higher-order operators whose bodies are ordinary code of the model. Those of others (flex_attention's score_mod, …) are left
 # alone.
@@ -43,20 +43,22 @@ PLAIN = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"}  # o
 
 
 @dataclass
-class View:
+class LoweredGraph:
     """One graph and its shadow. `env` gives each node's Value (or literal, or tuple of those)."""
 
     gm: fx.GraphModule
     path: str
     region: Region
-    shadow: Shadow = field(default_factory=Shadow)
+    shadow: ValueGraph = field(default_factory=ValueGraph)
     env: dict[fx.Node, Any] = field(default_factory=dict)
     opaque: dict[fx.Node, str] = field(default_factory=dict)  # node → why it was not lowered
     regions: dict[fx.Node, Region] = field(default_factory=dict)
     writes: list[tuple[fx.Node, Value]] = field(default_factory=list)  # in place: the call, and what it writes to
-    around: View | None = None  # of a body that is given its inputs in order: the view of the graph that calls it, and the calls
+    around: LoweredGraph | None = (
+        None  # of a body that is given its inputs in order: the view of the graph that calls it, and the calls
+    )
     calls: list[fx.Node] = field(default_factory=list)
-    callers: list[View] = field(default_factory=list)  # a view for each call
+    callers: list[LoweredGraph] = field(default_factory=list)  # a view for each call
     torn: bool = False  # it is called in more than one region
 
     @property
@@ -65,15 +67,15 @@ class View:
         return sum(caller.times for caller in self.callers) or 1
 
 
-def views(gm: fx.GraphModule) -> list[View]:
+def lower(gm: fx.GraphModule) -> list[LoweredGraph]:
     """The shadow of `gm` and of every body in it, outermost first. Of a body that is called in more than one region, and of what
     is inside of it, there is none.
     """
     shape_env = shape_env_of(gm)
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=False)
-    out: list[View] = []
+    out: list[LoweredGraph] = []
     todo: list[tuple] = [(gm, "", Region(torch.is_grad_enabled(), current()), [], None, None)]
-    seen: dict[int, View] = {}
+    seen: dict[int, LoweredGraph] = {}
     memo: dict[Any, Trace | Exception] = {}
     with shape_env.suppress_guards() if shape_env else contextlib.nullcontext():
         while todo:
@@ -81,10 +83,10 @@ def views(gm: fx.GraphModule) -> list[View]:
             if id(body) in seen:  # called from several places: an input may be now this value, now that
                 _pass(seen[id(body)], region, operands, around, call)
                 continue
-            builder = _Builder(View(body, path, region), mode, memo)
+            builder = _Builder(LoweredGraph(body, path, region), mode, memo)
             written = builder.run()
-            if written:  # somebody writes in place: once more, with that memory pinned
-                builder = _Builder(View(body, path, region), mode, memo, written)
+            if written:  # somebody writes in place: once more, with that memory marked as mutated
+                builder = _Builder(LoweredGraph(body, path, region), mode, memo, written)
                 builder.run()
             seen[id(body)] = builder.view
             _pass(builder.view, region, operands, around, call)
@@ -94,7 +96,7 @@ def views(gm: fx.GraphModule) -> list[View]:
     return [view for view in out if not torn or not view.path.startswith(torn)]
 
 
-def _pass(view: View, region: Region, operands: list[Any], caller: View | None, call: fx.Node | None) -> None:
+def _pass(view: LoweredGraph, region: Region, operands: list[Any], caller: LoweredGraph | None, call: fx.Node | None) -> None:
     """Note for a body which values of its caller its inputs are: those that are the same in all calls. None are where `operands`
     is empty.
     """
@@ -109,7 +111,7 @@ def _pass(view: View, region: Region, operands: list[Any], caller: View | None, 
     for node, outer in zip(inputs, operands if known else [None] * len(inputs), strict=True):
         value = view.env[node]
         if isinstance(value, Value):
-            value.outer = outer if isinstance(outer, Value) and (first or value.outer is outer) else None
+            value.captured_from = outer if isinstance(outer, Value) and (first or value.captured_from is outer) else None
 
 
 def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
@@ -125,7 +127,7 @@ def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
 
 
 class _Builder:
-    def __init__(self, view: View, mode: FakeTensorMode, memo: dict[Any, Any], written: frozenset[fx.Node] = frozenset()):
+    def __init__(self, view: LoweredGraph, mode: FakeTensorMode, memo: dict[Any, Any], written: frozenset[fx.Node] = frozenset()):
         self.view, self.mode, self.memo, self.written = view, mode, memo, written
         self.outside = current()
         self.normal = Normal(view.shadow)
@@ -156,7 +158,7 @@ class _Builder:
     def lower_all(self) -> None:
         for node in self.view.gm.graph.nodes:
             self.normal.origin = node
-            self.normal.pinned = node in self.written
+            self.normal.mutated_storage = node in self.written
             self.view.regions[node] = self.normal.region
             result = self.view.env[node] = self.lower(node)
             if isinstance(result, Value):
@@ -205,7 +207,7 @@ class _Builder:
         kind = "input" if node.op == "placeholder" else "constant"
         grad = example.requires_grad and self.view.region.grad
         return self.normal.shadow.add(
-            kind, (node.name,), Meta.of(example, grad), self.view.region, self.normal.pinned, origin=node
+            kind, (node.name,), Meta.of(example, grad), self.view.region, self.normal.mutated_storage, origin=node
         )
 
     def enter_autocast(self, node: fx.Node) -> None:
@@ -247,8 +249,8 @@ class _Builder:
         def stand_in(x: Any) -> Any:
             if isinstance(x, torch.Tensor):
                 grad = floating(x) and self.normal.region.grad
-                pinned = self.normal.pinned
-                return self.normal.shadow.add("result", (source, next(count)), Meta.of(x, grad), self.normal.region, pinned, node)
+                meta, mutated = Meta.of(x, grad), self.normal.mutated_storage
+                return self.normal.shadow.add("result", (source, next(count)), meta, self.normal.region, mutated, node)
             return type(x)(map(stand_in, x)) if type(x) in (tuple, list) else x
 
         return stand_in(example)
@@ -286,7 +288,7 @@ class _Builder:
         """The results of an autograd function whose backward is proven to be the derivative of its forward."""
         forward, backward, *arguments = map(self._value, node.args)
         read = _read(node)
-        scratch = Shadow()
+        scratch = ValueGraph()
         own = [scratch.add("input", (i,), a.meta, origin=node) if isinstance(a, Value) else a for i, a in enumerate(arguments)]
         try:
             told = self.inline(forward, own, scratch, node, read)
@@ -300,12 +302,12 @@ class _Builder:
         return found[0]
 
     def inline(
-        self, body: fx.GraphModule, arguments: Sequence[Any], shadow: Shadow, call: fx.Node, read: set[int] | None = None
+        self, body: fx.GraphModule, arguments: Sequence[Any], shadow: ValueGraph, call: fx.Node, read: set[int] | None = None
     ) -> Any:
         """What the body computes of these arguments, in the region of the call; None where the shadow cannot tell.
         Of the forward pass's results, those that nobody reads are None: torch 2.11 returns all that it computed.
         """
-        builder = _Builder(View(body, self.view.path, self.normal.region, shadow), self.mode, self.memo)
+        builder = _Builder(LoweredGraph(body, self.view.path, self.normal.region, shadow), self.mode, self.memo)
         builder.normal.origin = call
         output = body.graph.output_node().args[0]
         if read is not None:

@@ -173,7 +173,7 @@ def product_added(n: Normal, c: Call, x: Value, a: Value, b: Value, beta=1, alph
     if beta != 1:
         return None
     product = n.call("mul", (n.call("bmm", (a, b), c.metas), alpha), c.metas)
-    return product if x.op == "zeros" and not x.pinned else n.call("add", (product, x), c.metas)
+    return product if x.op == "zeros" and not x.mutated_storage else n.call("add", (product, x), c.metas)
 
 
 # ---------------------------------------------------------------- shapes

@@ -51,13 +51,13 @@ class Value:
     args: tuple
     meta: Meta | None  # None: not a tensor (an operation with several results)
     region: Region
-    pinned: bool = False  # somebody writes this memory: never shared, never computed by a match
+    mutated_storage: bool = False  # somebody writes this memory: never shared, never computed by a match
     users: list[Value] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)  # nodes of the traced graph whose value this is, in graph order
     origin: fx.Node | None = None  # the node during whose expansion it first appeared
-    facts: dict[str, Any] = field(default_factory=dict)  # what patterns found out about it, each asked once
-    spelled: list[Value] = field(default_factory=list)  # a rule put this in place of the first of these, made of the others
-    outer: Value | None = None  # of an input of a body: the value of the graph around it that is always passed there
+    analyses: dict[str, Any] = field(default_factory=dict)  # what patterns found out about it, each asked once
+    replaces: list[Value] = field(default_factory=list)  # a rule put this in place of the first of these, made of the others
+    captured_from: Value | None = None  # of an input of a body: the value of the graph around it that is always passed there
 
     @property
     def inputs(self) -> Iterator[Value]:
@@ -115,7 +115,7 @@ def same_literal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b or isinstance(a, int | float) and isinstance(b, int | float) and a == b
 
 
-class Shadow:
+class ValueGraph:
     """Values by structure. `add` gives the existing value where there is one."""
 
     def __init__(self) -> None:
@@ -128,20 +128,20 @@ class Shadow:
         args: tuple,
         meta: Meta | None,
         region: Region = Region(),
-        pinned: bool = False,
+        mutated_storage: bool = False,
         origin: fx.Node | None = None,
         random: bool = False,
     ) -> Value:
         key = (
             None
-            if pinned or random or any(v.pinned for v in values_in(args))
+            if mutated_storage or random or any(v.mutated_storage for v in values_in(args))
             else (op, literal_key(args), meta and meta.dtype, region)
         )
         if key is not None and (known := self._by_key.get(key)) is not None:
             return known
-        if pinned and meta is not None and meta.dtype.is_floating_point:  # what is written into it may bring a gradient
+        if mutated_storage and meta is not None and meta.dtype.is_floating_point:  # what is written into it may bring a gradient
             meta = meta._replace(requires_grad=True)
-        value = Value(len(self.values), op, args, meta, region, pinned, origin=origin)
+        value = Value(len(self.values), op, args, meta, region, mutated_storage, origin=origin)
         self.values.append(value)
         for v in dict.fromkeys(value.inputs):
             v.users.append(value)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.matcher import Match, Refused
-from sloth.rewriter.match.pattern import Deferral, Pattern
+from sloth.rewriter.match.pattern import LazyOutputRule, Pattern
 from sloth.rewriter.match.registry import COSTS, deferrals, overload, patterns
 from sloth.rewriter.notices import warn_once
 
@@ -41,7 +41,7 @@ def cost(of: Any) -> Callable[[Function], Function]:
     """
     if isinstance(of, str) and of not in (known := [e.name for e in (*patterns(), *deferrals())]):
         raise ValueError(f"there is no entry {of!r}; there are {', '.join(known)}")
-    key = of if isinstance(of, str) else of.name if isinstance(of, Pattern | Deferral) else overload(of)
+    key = of if isinstance(of, str) else of.name if isinstance(of, Pattern | LazyOutputRule) else overload(of)
 
     def enter(fn: Function) -> Function:
         COSTS[key] = fn
@@ -63,18 +63,18 @@ class Costs:
             raise Refused("unprofitable", reason)
         return Cost(*match.size, f"made all the same: {reason}" if reason else "")
 
-    def wants(self, entry: Deferral, layer: Value) -> bool:
+    def wants(self, entry: LazyOutputRule, layer: Value) -> bool:
         """Does the entry want the layer, and does it pay to leave it?"""
         return entry.wanted(layer) and not self.left(entry, layer)
 
-    def left(self, entry: Deferral, layer: Value) -> str:
+    def left(self, entry: LazyOutputRule, layer: Value) -> str:
         """Why a layer that the entry wants is computed all the same."""
         try:
             return "" if self.is_always(entry) else self.why_not(entry, layer) or ""
         except Refused as why:
             return str(why)
 
-    def why_not(self, entry: Pattern | Deferral, asked: Any) -> str | None:
+    def why_not(self, entry: Pattern | LazyOutputRule, asked: Any) -> str | None:
         """What the function of the entry, or of its operator, says."""
         function = COSTS.get(entry.name) or COSTS.get(getattr(entry, "op", ""))
         try:
@@ -86,5 +86,5 @@ class Costs:
             warn_once(f"entry {entry.name!r} is not used where its cost raises: {why}")
             raise Refused("error", f"the cost of {entry.name} raises {why}") from e
 
-    def is_always(self, entry: Pattern | Deferral) -> bool:
+    def is_always(self, entry: Pattern | LazyOutputRule) -> bool:
         return not self.always.isdisjoint((entry.name, entry.construct.name))

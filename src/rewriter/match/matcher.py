@@ -306,7 +306,7 @@ class Matcher:
         values = set(states[0].values()) - leaves
         todo = [*values]
         while todo:  # what a rule put these in place of is computed by the match too
-            new = set(todo.pop().spelled) - values - leaves
+            new = set(todo.pop().replaces) - values - leaves
             values |= new
             todo += new
         return Match(variant, tensors, numbers, roots, frozenset(values)), unifier.best

@@ -7,7 +7,7 @@
         ...reference code...
 
     @rms_norm.variant("gemma", offset=1.0)
-    def _(x, weight, *, eps: float): ...
+    def gemma(x, weight, *, eps: float): ...
 
 Positional parameters are tensors, keyword-only parameters numbers and dtypes found in the graph (annotated `float`, `int` or
 `torch.dtype`). A match calls `op` with the bound tensors and numbers by the names of its schema; what a variant passes
@@ -31,7 +31,7 @@ import torch
 from sloth.compat.dispatch import FakeTensorMode, OpOverload
 from sloth.rewriter.graph.normal_form import Normal
 from sloth.rewriter.graph.record import trace
-from sloth.rewriter.graph.value import Meta, Shadow, Value
+from sloth.rewriter.graph.value import Meta, Value, ValueGraph
 
 # By the name of an entry: arguments of its operator that the user of a backend call has set.
 ARGUMENTS: ContextVar[dict[str, dict[str, Any]]] = ContextVar("ARGUMENTS", default={})  # noqa: B039
@@ -166,7 +166,7 @@ class Variant:
     ) -> Graph:
         """The reference traced on tensors like these, fake ones of a mode, or zeros."""
         traced = trace(lambda *tensors: self.reference(*tensors, **numbers), metas, mode)
-        shadow = Shadow()
+        shadow = ValueGraph()
         inputs = [shadow.add("input", (t,), m) for t, m in zip(self.tensors, metas, strict=True)]
         output = Normal(shadow).replay(traced, inputs)
         roots = output if isinstance(output, tuple) else (output,)
@@ -207,7 +207,7 @@ class Pattern:
 
 
 @dataclass(frozen=True)
-class Deferral:
+class LazyOutputRule:
     """An entry without an operator: linear layers that it wants, whose results the graph only gives out, are left to `make`."""
 
     name: str

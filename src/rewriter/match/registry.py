@@ -10,12 +10,12 @@ import torch
 
 from sloth.compat.dispatch import OpOverload
 from sloth.rewriter.graph.value import Value
-from sloth.rewriter.match.pattern import Construct, Deferral, Pattern, PatternError
+from sloth.rewriter.match.pattern import Construct, LazyOutputRule, Pattern, PatternError
 from sloth.rewriter.notices import log
 
 GROUP, OWN = "sloth_patterns", "sloth.patterns"  # entry points of packages with patterns; sloth's own come first
 _patterns: dict[str, Pattern] = {}
-_deferrals: dict[str, Deferral] = {}
+_deferrals: dict[str, LazyOutputRule] = {}
 # By an entry's name or an operator: of a match, or a layer that a deferral wants, why the rewrite does not pay, if so (cost.py).
 COSTS: dict[str | OpOverload, Callable[[Any], str | None]] = {}
 _loaded = False
@@ -49,7 +49,7 @@ def pattern(
         weight, bias, step, autocast, plain, more)`, which returns a tensor for step(linear(hidden, weight, bias)), the layer
         under autocast(device type, dtype, enabled); the step may be None; plain: there is none, or casts alone, and no autocast.
         more: (weight, bias) of further layers, which read further columns of `hidden`; the step takes what each layer gives.
-        A frozen weight that is kept in another form is a `Remade`.
+        A frozen weight that is kept in another form is a `RematerializedWeight`.
     also: other constructs that a match holds, each anchor of theirs a site (norms, in an entry of RoPE that norms q and k too).
     numbers: values that the generated tests (sloth.testing.check_pattern) give to numbers of the reference, one after the other:
         {"limit": (7.0, 2.0)}. Without, they are drawn.
@@ -72,13 +72,13 @@ def pattern(
 
 def deferral(
     construct: Construct, *, make: Callable[..., torch.Tensor], name: str | None = None
-) -> Callable[[Callable[[Value], bool]], Deferral]:
+) -> Callable[[Callable[[Value], bool]], LazyOutputRule]:
     """Register `wanted(layer)`: linear layers whose result is left to `make` (as `deferred` of a pattern) where a graph gives it
     out and does not use it. The layer is described by its Value. Raises PatternError where the name is taken.
     """
 
-    def enter(wanted: Callable[[Value], bool]) -> Deferral:
-        entry = Deferral(name or wanted.__name__, construct, wanted, make)
+    def enter(wanted: Callable[[Value], bool]) -> LazyOutputRule:
+        entry = LazyOutputRule(name or wanted.__name__, construct, wanted, make)
         if entry.name in _deferrals.keys() | _patterns.keys():
             raise PatternError(f"an entry named {entry.name!r} is registered already; give another name=")
         _deferrals[entry.name] = entry
@@ -113,7 +113,7 @@ def patterns() -> list[Pattern]:
     return list(_patterns.values())
 
 
-def deferrals() -> list[Deferral]:
+def deferrals() -> list[LazyOutputRule]:
     """All entries that defer; loaded with the patterns."""
     patterns()
     return list(_deferrals.values())

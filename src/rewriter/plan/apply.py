@@ -9,14 +9,14 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sloth.rewriter.graph.aliasing import may_write
-from sloth.rewriter.graph.lower import View
+from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
-from sloth.rewriter.plan.bodies import passed
+from sloth.rewriter.plan.bodies import lift_captured_value
 from sloth.rewriter.plan.hoist import drop_unread_inputs, hoist
 from sloth.rewriter.plan.lazy_outputs import Deferred
 from sloth.rewriter.plan.legality import call_arguments, operands_of, takes_many
-from sloth.rewriter.plan.materialize import EMIT, written
+from sloth.rewriter.plan.materialize import LOWERINGS, lowered_args
 from sloth.rewriter.plan.narrow import keep_narrow
 from sloth.rewriter.plan.places import Places, computed
 from sloth.rewriter.plan.plan import GraphPlan, Plan
@@ -52,7 +52,7 @@ def _apply(plan: Plan, graph: GraphPlan) -> Applied:
     plan.settle(graph, rewriter.apply)
     applied = Applied(*graph.lazy.apply(graph.matches))
     if graph.placements or applied.deferred:
-        rewriter.sweep_rest()
+        rewriter.erase_remaining_dead_nodes()
         keep_narrow(graph.view.gm.graph, graph.view.regions)
     return applied
 
@@ -60,7 +60,7 @@ def _apply(plan: Plan, graph: GraphPlan) -> Applied:
 class Rewriter:
     """Edits one view's graph, call by call. What cannot be placed raises Refused and leaves the graph as it was."""
 
-    def __init__(self, view: View):
+    def __init__(self, view: LoweredGraph):
         self.graph, self.view = view.gm.graph, view
         self.live = _live(self.graph)
         self.places = Places(view)
@@ -73,7 +73,7 @@ class Rewriter:
             raise Refused("hidden", f"operand {gone[0].op} is computed inside one call")  # put into the graph around since
         roots = [r for m in matches for r in m.roots]
         place = self.places.earliest(matches)
-        moved = self.places.held_back(matches, place)
+        moved = self.places.nodes_to_sink(matches, place)
         old = [n for m in matches for v in m.values for n in v.nodes]
         for node in reversed(moved):  # readers of an early result, behind the call now
             place.append(node)
@@ -91,7 +91,7 @@ class Rewriter:
             for node in replaced:
                 node.replace_all_uses_with(output)
             value.nodes[:] = [output, *(n for n in value.nodes if n not in replaced)]
-        self.sweep({v for m in matches for v in m.values}, old)
+        self.erase_dead_nodes({v for m in matches for v in m.values}, old)
         self.places = Places(self.view)
         return call
 
@@ -101,12 +101,14 @@ class Rewriter:
         What was computed inside a call was not kept for the backward pass, and is not now: it is computed again.
         """
         if not self.view.shadow.owns(v):
-            return passed(v, self.view)
+            return lift_captured_value(v, self.view)
         if v.nodes:
             return v.nodes[0]
-        if v.spelled:
-            return self.operand(v.spelled[0])
-        node = self.graph.call_function(EMIT[v.op], tuple(self.operand(a) if isinstance(a, Value) else a for a in written(v)))
+        if v.replaces:
+            return self.operand(v.replaces[0])
+        node = self.graph.call_function(
+            LOWERINGS[v.op], tuple(self.operand(a) if isinstance(a, Value) else a for a in lowered_args(v))
+        )
         node.meta.update({k: m for k, m in v.origin.meta.items() if k != "example_value"})
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         v.nodes.append(node)
@@ -132,7 +134,7 @@ class Rewriter:
             out.append(at)
         return out
 
-    def sweep(self, values: set[Value], old: list[fx.Node]) -> None:
+    def erase_dead_nodes(self, values: set[Value], old: list[fx.Node]) -> None:
         """Remove the nodes of matched values that nobody reads any more, from the last to the first."""
         nodes = {*old, *(v.origin for v in values if v.origin is not None)}
         order = self.places.order
@@ -144,7 +146,7 @@ class Rewriter:
                     if n in v.nodes:
                         v.nodes.remove(n)
 
-    def sweep_rest(self) -> None:
+    def erase_remaining_dead_nodes(self) -> None:
         """Remove what was needed before the graph was rewritten and is not now: calls with several results, and what was computed
         for them alone. (AOTAutograd would trace an autograd function that nobody reads, and would not cache the graph.)
         """

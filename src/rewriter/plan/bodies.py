@@ -6,23 +6,23 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from sloth.rewriter.graph.lower import View
+from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Value
 
 
-def passed(v: Value, view: View) -> fx.Node:
+def lift_captured_value(v: Value, view: LoweredGraph) -> fx.Node:
     """The node that holds `v` of the graph around this body, or further out: one more input, and argument of the call."""
     inputs = view.gm.graph.find_nodes(op="placeholder")
-    if known := [n for n in inputs if isinstance(view.env[n], Value) and view.env[n].outer is v]:
+    if known := [n for n in inputs if isinstance(view.env[n], Value) and view.env[n].captured_from is v]:
         return known[0]
-    source = v.nodes[0] if view.around.shadow.owns(v) else passed(v, view.around)
+    source = v.nodes[0] if view.around.shadow.owns(v) else lift_captured_value(v, view.around)
     node = add_input(view, [source] * len(view.calls))
     value = view.env[node] = view.shadow.add("input", (node.name,), v.meta, view.region, origin=node)
-    value.outer, value.nodes = v, [node]
+    value.captured_from, value.nodes = v, [node]
     return node
 
 
-def add_input(view: View, given: Sequence[fx.Node]) -> fx.Node:
+def add_input(view: LoweredGraph, given: Sequence[fx.Node]) -> fx.Node:
     """One more input of a body, the last, and of each of its calls one more argument."""
     *_, last = view.gm.graph.find_nodes(op="placeholder")
     with view.gm.graph.inserting_after(last):

@@ -10,7 +10,7 @@ from sloth.rewriter.match.matcher import Match
 from sloth.rewriter.plan.legality import is_list, match_arguments, takes_many
 
 
-def choose(matches: list[Match], standing: Iterable[Match] = ()) -> tuple[list[Match], list[tuple[Match, Match]]]:
+def select_non_overlapping(matches: list[Match], standing: Iterable[Match] = ()) -> tuple[list[Match], list[tuple[Match, Match]]]:
     """The largest matches that overlap neither each other nor `standing` ones, in graph order, and the losers, each with the
     match that took its place.
     """
@@ -54,7 +54,7 @@ def _own(m: Match) -> list[Value]:
     return [v for v in m.values if v.op not in VIEWS] or list(m.roots)
 
 
-def together(accepted: list[Match]) -> list[list[Match]]:
+def group_horizontally(accepted: list[Match]) -> list[list[Match]]:
     """Matches that one call can stand for: their operator takes lists, and all its other arguments are the same."""
     groups: dict[object, list[Match]] = {}
     for m in accepted:

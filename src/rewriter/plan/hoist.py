@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sloth.compat.dispatch import FakeTensorMode, OpOverload
-from sloth.rewriter.graph.lower import View, shape_env_of
+from sloth.rewriter.graph.lower import LoweredGraph, shape_env_of
 from sloth.rewriter.graph.record import fakes
 from sloth.rewriter.graph.scratch import trying
 from sloth.rewriter.graph.value import Meta, literal_key, values_in
@@ -42,7 +42,7 @@ def shares(op: OpOverload, by: OpOverload, argument: str, when: Callable[[fx.Nod
     _SHARED[op] = _Shared(by, argument, when)
 
 
-def hoist(views: Iterable[View], scratch: FakeTensorMode) -> None:
+def hoist(views: Iterable[LoweredGraph], scratch: FakeTensorMode) -> None:
     """In these graphs, after they were rewritten."""
     calls = [(view, n) for view in views for n in view.gm.graph.nodes if n.target in _SHARED]
     made: dict[Any, list[fx.Node]] = {}
@@ -62,7 +62,7 @@ def hoist(views: Iterable[View], scratch: FakeTensorMode) -> None:
                 call.args = tuple(args)
 
 
-def drop_unread_inputs(views: Sequence[View]) -> None:
+def drop_unread_inputs(views: Sequence[LoweredGraph]) -> None:
     """Tensors that bodies are given and read no more, as a mask of [S, S] whose meaning attention was told. They would be
     computed and kept for the backward pass; now AOTAutograd drops what computes them, which nobody reads. views: outermost first.
 
@@ -83,9 +83,9 @@ def drop_unread_inputs(views: Sequence[View]) -> None:
             inputs.remove(n)
 
 
-def _parts(by: OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
+def _parts(by: OpOverload, given: tuple, view: LoweredGraph, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
     """Nodes of this graph that hold what `by` gives of these: computed here, or further out where all of them come from."""
-    if any(v.pinned for n in _nodes(given) for v in values_in((view.env.get(n),))):
+    if any(v.mutated_storage for n in _nodes(given) for v in values_in((view.env.get(n),))):
         return None  # memory that somebody writes is read where it was
     key = (id(view), by, literal_key(fx.map_arg(given, lambda n: n.name)))
     if key not in made:
@@ -103,12 +103,12 @@ def _nodes(given: Any) -> list[fx.Node]:
     return found
 
 
-def _from_outside(given: tuple, view: View) -> bool:
+def _from_outside(given: tuple, view: LoweredGraph) -> bool:
     """Are these inputs of a body that is given its inputs in order? The backward body of an autograd function is not."""
     return view.around is not None and all(n.op == "placeholder" for n in _nodes(given))
 
 
-def _passed(by: OpOverload, given: tuple, view: View, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
+def _passed(by: OpOverload, given: tuple, view: LoweredGraph, made: dict, scratch: FakeTensorMode) -> list[fx.Node] | None:
     """Inputs of a body for what its callers compute: for each call of what it is given."""
     inputs = view.gm.graph.find_nodes(op="placeholder")
     found = []
@@ -123,7 +123,7 @@ def _passed(by: OpOverload, given: tuple, view: View, made: dict, scratch: FakeT
     return [add_input(view, each) for each in zip(*found, strict=True)]
 
 
-def _computed(by: OpOverload, given: tuple, view: View, scratch: FakeTensorMode) -> list[fx.Node] | None:
+def _computed(by: OpOverload, given: tuple, view: LoweredGraph, scratch: FakeTensorMode) -> list[fx.Node] | None:
     """A call of `by` behind the last of its operands, and its results."""
     graph, order = view.gm.graph, {n: i for i, n in enumerate(view.gm.graph.nodes)}
     examples = _examples(by, given, view, scratch)
@@ -144,7 +144,7 @@ def _computed(by: OpOverload, given: tuple, view: View, scratch: FakeTensorMode)
     return nodes
 
 
-def _examples(by: OpOverload, given: tuple, view: View, scratch: FakeTensorMode) -> list[torch.Tensor] | None:
+def _examples(by: OpOverload, given: tuple, view: LoweredGraph, scratch: FakeTensorMode) -> list[torch.Tensor] | None:
     """What the results look like; None where that depends on how sizes compare."""
     nodes = _nodes(given)
     known = [n.meta.get("example_value") for n in nodes]

@@ -3,7 +3,7 @@
 A graph that gives out what linear layers compute row by row (a head; a head and its adapter) gives out their inputs in its place,
 side by side, and what compiled code returns there becomes a lazy tensor: the same nodes, run on these inputs and the layers'
 weights. There are two such cases: an accepted match does without its logits (head + loss), and an entry without an operator
-wants the layers (`Deferral`).
+wants the layers (`LazyOutputRule`).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from torch import fx
 
 from sloth.compat.dispatch import is_traceable_wrapper_subclass
-from sloth.lazy.weights import Remade
+from sloth.lazy.weights import RematerializedWeight
 from sloth.rewriter.graph.ambient import OFF, dtype_of
 from sloth.rewriter.graph.canonical import POINTWISE
-from sloth.rewriter.graph.lower import View
+from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Symbol, Value, same_literal, uncast
 from sloth.rewriter.match.cost import Costs
 from sloth.rewriter.match.matcher import Match
-from sloth.rewriter.match.pattern import Deferral
-from sloth.rewriter.plan.materialize import EMIT, written
+from sloth.rewriter.match.pattern import LazyOutputRule
+from sloth.rewriter.plan.materialize import LOWERINGS, lowered_args
 from sloth.rewriter.report import MATCHED, Site, source
 
 ROW_BY_ROW = POINTWISE | {"linear", "cast"}
 
 
-Weights = tuple[int | Remade, int | None]  # of a layer, its weight and bias: which inputs of the graph
+Weights = tuple[int | RematerializedWeight, int | None]  # of a layer, its weight and bias: which inputs of the graph
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Deferred:
     """One output: where it is, what makes it of the layers' inputs, and the layers' weights."""
 
     index: int
-    make: Callable[..., torch.Tensor]  # Pattern.deferred, Deferral.make
+    make: Callable[..., torch.Tensor]  # Pattern.deferred, LazyOutputRule.make
     weights: list[Weights]
     step: Callable[..., torch.Tensor] | None  # what follows the layers
     autocast: tuple[str, torch.dtype, bool]
@@ -63,7 +63,7 @@ class Chain(NamedTuple):
     layers: list[Layer]
 
 
-def deferrable(match: Match, v: Value, view: View) -> bool:
+def deferrable(match: Match, v: Value, view: LoweredGraph) -> bool:
     """Can `v`, which the match computes on the way, be computed of the match's operands later, row by row?"""
     if view.path or match.pattern.deferred is None:
         return False
@@ -71,7 +71,7 @@ def deferrable(match: Match, v: Value, view: View) -> bool:
     return all(c is not None and all(view.env[layer.node] in match.values for layer in c.layers) for c in chains)
 
 
-def only_given_out(match: Match, v: Value, view: View) -> bool:
+def only_given_out(match: Match, v: Value, view: LoweredGraph) -> bool:
     """Is `v` a cast of what the match computes on the way, read by nobody but the graph's caller, and deferrable?"""
     read = [user for n in v.nodes for user in n.users]
     given = bool(read) and all(u.op == "output" for u in read) and not v.users
@@ -79,7 +79,7 @@ def only_given_out(match: Match, v: Value, view: View) -> bool:
 
 
 class LazyOutput(NamedTuple):
-    """One to be: which output, of what it is computed, and what makes it (Pattern.deferred, Deferral.make)."""
+    """One to be: which output, of what it is computed, and what makes it (Pattern.deferred, LazyOutputRule.make)."""
 
     index: int
     chain: Chain
@@ -92,8 +92,8 @@ class LazyOutputs:
     reads a layer, and what the layer reads, may be an operator's call by then.
     """
 
-    view: View
-    deferrals: Sequence[Deferral]
+    view: LoweredGraph
+    deferrals: Sequence[LazyOutputRule]
     costs: Costs
 
     @cached_property
@@ -150,7 +150,7 @@ class LazyOutputs:
                 graph.erase_node(n)
         return deferred, sites
 
-    def wanted(self, matches: list[Match]) -> dict[Value, Deferral]:
+    def wanted(self, matches: list[Match]) -> dict[Value, LazyOutputRule]:
         """Layers outside of matches that somebody reads and a deferral wants."""
         covered = {v for m in matches for v in m.values}
         return {v: d for d in self.deferrals for v in self.layers if v not in covered and self.costs.wants(d, v)}
@@ -167,13 +167,13 @@ class LazyOutputs:
         return lines + [f"{d.name} refused, unprofitable: {why}" for d, v in wanted if (why := self.costs.left(d, v))]
 
 
-def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Callable[..., Any]:
+def wrap_outputs(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Callable[..., Any]:
     """`compiled`, with what its entry makes of it for each output that was deferred."""
 
     def run(*args: Any) -> tuple:
         out = list(compiled(*args))
         for d in deferred:
-            given = lambda w: None if w is None else w.of(args) if isinstance(w, Remade) else args[w]  # noqa: E731
+            given = lambda w: None if w is None else w.of(args) if isinstance(w, RematerializedWeight) else args[w]  # noqa: E731
             first, *more = [tuple(map(given, layer)) for layer in d.weights]
             with torch.set_grad_enabled(d.grad):
                 out[d.index] = d.make(out[d.index], *first, d.step, d.autocast, d.plain, more)
@@ -182,7 +182,7 @@ def returning(compiled: Callable[..., Any], deferred: Sequence[Deferred]) -> Cal
     return run if deferred else compiled
 
 
-def _chain(node: fx.Node, view: View) -> Chain | None:
+def _chain(node: fx.Node, view: LoweredGraph) -> Chain | None:
     """From the layers that `node` is computed of, row by row; None where it is not, or not of inputs of the graph."""
     nodes, layers, todo = set(), {}, [node]
     while todo:
@@ -198,7 +198,11 @@ def _chain(node: fx.Node, view: View) -> Chain | None:
         else:
             return None
     widths = [view.env[n].meta.shape for n in layers]
-    if None in layers.values() or not all(same_literal(w, widths[0]) for w in widths) or any(view.env[n].pinned for n in nodes):
+    if (
+        None in layers.values()
+        or not all(same_literal(w, widths[0]) for w in widths)
+        or any(view.env[n].mutated_storage for n in nodes)
+    ):
         return None
     values = [view.env[n] for n in nodes]
     if len({v.region._replace(autocast=OFF) for v in values}) > 1 or values[0].region.transforms:
@@ -209,7 +213,7 @@ def _chain(node: fx.Node, view: View) -> Chain | None:
     return Chain(order, [layers[n] for n in order if n in layers])
 
 
-def _row_by_row(node: fx.Node, view: View) -> bool:
+def _row_by_row(node: fx.Node, view: LoweredGraph) -> bool:
     """Is each row of it made of the same row of each of its operands? Of a layer: a copy of its result."""
     v = view.env.get(node)
     if not isinstance(v, Value) or not node.all_input_nodes:
@@ -220,11 +224,11 @@ def _row_by_row(node: fx.Node, view: View) -> bool:
     return v.op in POINTWISE and all(isinstance(x, Value) and same_literal(x.meta.shape, v.meta.shape) for x in operands)
 
 
-def _layer(node: fx.Node, view: View) -> Layer | None:
+def _layer(node: fx.Node, view: LoweredGraph) -> Layer | None:
     """None where its tensors are not plain, or its weights no inputs of the graph."""
     hidden, weight, bias = (*node.args, *node.kwargs.values(), None)[:3]
     tensors = [n for n in (hidden, weight, bias) if n is not None]
-    if any(n.op != "placeholder" for n in tensors[1:]) or any(v.pinned for v in view.env[node].inputs):
+    if any(n.op != "placeholder" for n in tensors[1:]) or any(v.mutated_storage for v in view.env[node].inputs):
         return None
     return Layer(node, hidden, weight, bias) if all(map(_is_plain, tensors)) else None
 
@@ -235,14 +239,14 @@ def _is_plain(node: fx.Node) -> bool:
     return isinstance(example, torch.Tensor) and not is_traceable_wrapper_subclass(example)
 
 
-def _remade_layer(node: fx.Node, view: View) -> Layer | None:
+def _remade_layer(node: fx.Node, view: LoweredGraph) -> Layer | None:
     """A layer of another library's, whose weight is in 4 bits, say."""
     v = view.env.get(node)
     if not isinstance(v, Value) or v.op != "linear" or any(view.env.get(n) is v for n in node.all_input_nodes):
         return None
     x, weight, bias = v.args
     leaves = [*_leaves(weight), *([] if bias is None else [bias])]
-    if weight.meta.requires_grad or not all(map(_is_input, leaves)) or any(t.pinned for t in (x, *leaves)):
+    if weight.meta.requires_grad or not all(map(_is_input, leaves)) or any(t.mutated_storage for t in (x, *leaves)):
         return None
     return Layer(node, x.nodes[0], weight, bias and bias.nodes[0]) if x.nodes and _is_plain(x.nodes[0]) else None
 
@@ -253,24 +257,26 @@ def _is_input(v: Value) -> bool:
 
 def _leaves(v: Value) -> list[Value]:
     """What it can be made of anew: inputs of the graph, if nothing else is left."""
-    return [v] if _is_input(v) or v.op not in EMIT else [leaf for x in v.inputs for leaf in _leaves(x)]
+    return [v] if _is_input(v) or v.op not in LOWERINGS else [leaf for x in v.inputs for leaf in _leaves(x)]
 
 
-def _remade(weight: Value, inputs: list[fx.Node]) -> Remade:
+def _remade(weight: Value, inputs: list[fx.Node]) -> RematerializedWeight:
     graph, leaves = fx.Graph(), list(dict.fromkeys(_leaves(weight)))
     env = {leaf: graph.placeholder(leaf.nodes[0].name) for leaf in leaves}
 
     def write(v: Value) -> fx.Node:
         if v not in env:
-            env[v] = graph.call_function(EMIT[v.op], tuple(write(a) if isinstance(a, Value) else a for a in written(v)))
+            env[v] = graph.call_function(LOWERINGS[v.op], tuple(write(a) if isinstance(a, Value) else a for a in lowered_args(v)))
         return env[v]
 
     graph.output(write(weight))
     make = fx.GraphModule(torch.nn.Module(), graph).forward
-    return Remade(make, [inputs.index(leaf.nodes[0]) for leaf in leaves], tuple(weight.meta.shape), weight.meta.dtype)
+    return RematerializedWeight(
+        make, [inputs.index(leaf.nodes[0]) for leaf in leaves], tuple(weight.meta.shape), weight.meta.dtype
+    )
 
 
-def _is_layer(node: fx.Node, view: View) -> bool:
+def _is_layer(node: fx.Node, view: LoweredGraph) -> bool:
     """Is it the call of a linear layer itself, not a copy of its result? What it reads may be an operator's by now."""
     v = view.env.get(node)
     if not isinstance(v, Value) or v.op != "linear" or not 2 <= len(node.args) + len(node.kwargs) <= 3:
@@ -280,7 +286,7 @@ def _is_layer(node: fx.Node, view: View) -> bool:
     return [isinstance(w, Value) and uncast(w) for w in given] == weights
 
 
-def _kept(chain: Chain, view: View) -> str:
+def _kept(chain: Chain, view: LoweredGraph) -> str:
     """Why the graph must compute the layer all the same; empty where nothing but its caller reads the result."""
     reason = getattr(view.gm, "compile_subgraph_reason", None)  # DDPOptimizer splits between parameters, no code of the model's
     if reason is not None and reason.graph_break and not reason.reason.startswith("DDPOptimizer"):
@@ -290,7 +296,7 @@ def _kept(chain: Chain, view: View) -> str:
     return next((f"`{user.name}` in the graph reads it" for user in others), "")
 
 
-def _side_by_side(chain: Chain, view: View) -> fx.Node:
+def _side_by_side(chain: Chain, view: LoweredGraph) -> fx.Node:
     """What the layers read: one tensor."""
     hidden = [layer.hidden for layer in chain.layers]
     if len(hidden) == 1:
@@ -299,7 +305,7 @@ def _side_by_side(chain: Chain, view: View) -> fx.Node:
         return view.gm.graph.call_function(torch.cat, (hidden, -1))
 
 
-def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view: View) -> Deferred:
+def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view: LoweredGraph) -> Deferred:
     inputs = view.gm.graph.find_nodes(op="placeholder")
     layers = [layer.node for layer in chain.layers]
     following = [n for n in chain.nodes if n not in layers]
@@ -312,7 +318,7 @@ def _deferred(index: int, make: Callable[..., torch.Tensor], chain: Chain, view:
     return Deferred(index, make, weights, step, autocast, plain, value.region.grad)
 
 
-def _words(node: fx.Node, view: View) -> tuple | None:
+def _words(node: fx.Node, view: LoweredGraph) -> tuple | None:
     """The bounds where the node takes a slice of the last dimension, of whole rows."""
     v = view.env[node]
     if v.op != "slice" or v.args[1] != len(v.meta.shape) - 1 or not node.args or view.env.get(node.args[0]) is not v.args[0]:
@@ -327,7 +333,7 @@ def _autocast(value: Value) -> tuple[str, torch.dtype, bool]:
     return kind, dtype or torch.get_autocast_dtype(kind), dtype is not None
 
 
-def _function(nodes: list[fx.Node], of: list[fx.Node], autocast: tuple, view: View) -> Callable[..., torch.Tensor]:
+def _function(nodes: list[fx.Node], of: list[fx.Node], autocast: tuple, view: LoweredGraph) -> Callable[..., torch.Tensor]:
     """These nodes, one after the other, as a function of what they read: `of`."""
     graph = fx.Graph()
     env = {n: graph.placeholder(n.name) for n in of}
@@ -346,5 +352,5 @@ def _function(nodes: list[fx.Node], of: list[fx.Node], autocast: tuple, view: Vi
     return step
 
 
-def _site(layer: Value, entry: Deferral, status: str, reason: str) -> Site:
+def _site(layer: Value, entry: LazyOutputRule, status: str, reason: str) -> Site:
     return Site(entry.construct.name, entry.name, status, *source(layer.nodes[0]), reason)

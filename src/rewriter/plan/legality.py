@@ -14,7 +14,7 @@ from sloth.compat.dispatch import FakeTensorMode, OpOverload, has_kernel, opdef_
 from sloth.rewriter.graph.aliasing import root, storages, writers
 from sloth.rewriter.graph.ambient import under
 from sloth.rewriter.graph.canonical import ALIASES, POINTWISE, VIEWS
-from sloth.rewriter.graph.lower import View
+from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.record import fakes, rebuilt
 from sloth.rewriter.graph.scratch import Compared, into, trying
 from sloth.rewriter.graph.value import Meta, Value, literal_key, same_literal, values_in
@@ -22,14 +22,14 @@ from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.match.pattern import ARGUMENTS
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.plan.lazy_outputs import deferrable, only_given_out
-from sloth.rewriter.plan.materialize import held, made_anew
+from sloth.rewriter.plan.materialize import materialized_values, source_values
 
 
 @dataclass
-class Ground:
+class LegalityContext:
     """Where matches are judged: a graph's shadow, fakes to try operators on, and what they gave for each signature."""
 
-    view: View
+    view: LoweredGraph
     mode: FakeTensorMode
     tried: dict[Any, list[Meta]] = field(default_factory=dict)
 
@@ -38,12 +38,12 @@ class Ground:
         return {n: i for i, n in enumerate(self.view.gm.graph.nodes)}
 
 
-def check(match: Match, graph: Ground) -> None:
+def check(match: Match, context: LegalityContext) -> None:
     """Raise Refused where the rewrite is not proven legal."""
     with under(match.roots[0].region.autocast):
         for rule in RULES:
             try:
-                rule(match, graph)
+                rule(match, context)
             except Refused:
                 raise
             except Exception as e:  # a bug of the entry costs its matches, not the graph
@@ -52,21 +52,21 @@ def check(match: Match, graph: Ground) -> None:
                 raise Refused("error", f"{match.pattern.name} raises {why}") from e
 
 
-def memory(match: Match, graph: Ground) -> None:
+def memory(match: Match, context: LegalityContext) -> None:
     """Of memory that somebody writes, it reads only what tensors of the pattern lie in, and when all of it is written; a result
     may be written later, by its readers, like the fresh tensor it is.
     """
-    tensors = [h for t in match.tensors.values() for h in held(t)]
-    others = [h for o in operands_of(match)[len(match.tensors) :] for h in held(o)]
+    tensors = [h for t in match.tensors.values() for h in source_values(t)]
+    others = [h for o in operands_of(match)[len(match.tensors) :] for h in source_values(o)]
     fresh = {r for r in match.roots if not any(u in match.values for u in r.users)}
     for v in (*match.values - fresh, *others):
-        if v.pinned and not (v in match.values and v.op in ALIASES and root(v) in map(root, tensors)):
+        if v.mutated_storage and not (v in match.values and v.op in ALIASES and root(v) in map(root, tensors)):
             raise Refused("mutation", f"{_name(v)} is written in place")
-    view, made = graph.view, [*match.values, *made_anew(match.tensors.values())]
-    first = min((graph.order[v.origin] for v in made if any(i.pinned for i in v.inputs)), default=0)
-    for h in (h for h in tensors if h.pinned):
-        copies = [graph.order[n] for v in _views(h) for n in v.nodes if storages(n, view.gm) != storages(h.nodes[0], view.gm)]
-        if any(graph.order[w] >= min([first, *copies]) for w in writers(h, view.writes, view.gm)):
+    view, made = context.view, [*match.values, *materialized_values(match.tensors.values())]
+    first = min((context.order[v.origin] for v in made if any(i.mutated_storage for i in v.inputs)), default=0)
+    for h in (h for h in tensors if h.mutated_storage):
+        copies = [context.order[n] for v in _views(h) for n in v.nodes if storages(n, view.gm) != storages(h.nodes[0], view.gm)]
+        if any(context.order[w] >= min([first, *copies]) for w in writers(h, view.writes, view.gm)):
             raise Refused("mutation", f"{_name(h)} is written in place after it is read")
 
 
@@ -75,7 +75,7 @@ def _views(v: Value) -> list[Value]:
     return [v, *(w for u in v.users if u.op in ALIASES for w in _views(u))]
 
 
-def regions(match: Match, graph: Ground) -> None:
+def regions(match: Match, context: LegalityContext) -> None:
     """It does not span a change of grad mode or autocast."""
     if len({v.region for v in match.values}) > 1:
         raise Refused("region", "it spans a change of grad mode or autocast")
@@ -83,17 +83,17 @@ def regions(match: Match, graph: Ground) -> None:
         raise Refused("region", "it is inside of a transform of torch.func")
 
 
-def operands(match: Match, graph: Ground) -> None:
+def operands(match: Match, context: LegalityContext) -> None:
     """Operands and results are values of the traced graph (operands also what can be written anew of some)."""
     for v in operands_of(match):
-        if hidden := [h for h in ([v] if _around(v, graph) else held(v)) if not h.nodes]:
+        if hidden := [h for h in ([v] if _around(v, context) else source_values(v)) if not h.nodes]:
             raise Refused("hidden", f"operand {hidden[0].op} is computed inside one call")
     for v in match.roots:
         if not v.nodes:
             raise Refused("hidden", f"result {v.op} is computed inside one call")
 
 
-def escapes(match: Match, graph: Ground) -> None:
+def escapes(match: Match, context: LegalityContext) -> None:
     """What is used elsewhere too is a result, or cheap to have twice, or given out and computed when it is read."""
     cheap: dict[Value, bool] = {}
 
@@ -106,12 +106,12 @@ def escapes(match: Match, graph: Ground) -> None:
 
     for v in match.values - set(match.roots):
         given_out = any(user.op == "output" for n in v.nodes for user in n.users)
-        elsewhere = any(u not in match.values and _alive(u) and not only_given_out(match, u, graph.view) for u in v.users)
-        if not is_cheap(v) and (elsewhere or given_out and not deferrable(match, v, graph.view)):
+        elsewhere = any(u not in match.values and _alive(u) and not only_given_out(match, u, context.view) for u in v.users)
+        if not is_cheap(v) and (elsewhere or given_out and not deferrable(match, v, context.view)):
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
 
 
-def gradients(match: Match, graph: Ground) -> None:
+def gradients(match: Match, context: LegalityContext) -> None:
     """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it."""
     if unbound := [v for v in operands_of(match)[len(match.tensors) :] if v.meta.requires_grad]:
         raise Refused("gradient", f"{_name(unbound[0])} is no operand of the pattern, and needs a gradient")
@@ -124,16 +124,16 @@ def gradients(match: Match, graph: Ground) -> None:
         raise Refused("gradient", f"{match.pattern.op} gives no gradient to {', '.join(skipped)}")
 
 
-def conditions(match: Match, graph: Ground) -> None:
+def conditions(match: Match, context: LegalityContext) -> None:
     """What the pattern itself asks."""
     for condition in match.pattern.checks:
         condition(match)
 
 
-def results(match: Match, graph: Ground) -> None:
+def results(match: Match, context: LegalityContext) -> None:
     """The operator's results have the shapes and dtypes of what they replace."""
     try:
-        found = operator_metas(match, graph)
+        found = operator_metas(match, context)
     except Compared as e:
         raise Refused("sizes", f"{match.pattern.op}: {e}") from e
     except Exception as e:
@@ -150,7 +150,7 @@ def results(match: Match, graph: Ground) -> None:
 
 
 # The operator is tried last, on operands that its pattern asks for: torch logs what fails on fakes.
-RULES: tuple[Callable[[Match, Ground], None], ...] = (memory, regions, operands, gradients, escapes, conditions, results)
+RULES: tuple[Callable[[Match, LegalityContext], None], ...] = (memory, regions, operands, gradients, escapes, conditions, results)
 
 
 def has_backward(op: OpOverload) -> bool:
@@ -196,29 +196,31 @@ def call_arguments(matches: Sequence[Match], tensor: Callable[[Value], Any]) -> 
     return tuple(made(list(values) if many and is_list(a) else values[0]) for a, *values in each)
 
 
-def operator_metas(match: Match, graph: Ground) -> list[Meta]:
+def operator_metas(match: Match, context: LegalityContext) -> list[Meta]:
     """What the operator gives for operands like these."""
     leaves = operands_of(match)
     arguments = call_arguments([match], lambda v: v.meta[:3])
     key = (match.pattern.op, literal_key(arguments), match.roots[0].region.autocast)
-    if key not in graph.tried:
-        tensors = dict(zip(leaves, fakes([v.meta for v in leaves], graph.mode), strict=True))
-        with trying(graph.mode):
-            out = match.pattern.op(*pytree.tree_map(lambda a: into(a, graph.mode), call_arguments([match], tensors.__getitem__)))
-        graph.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
-    return graph.tried[key]
+    if key not in context.tried:
+        tensors = dict(zip(leaves, fakes([v.meta for v in leaves], context.mode), strict=True))
+        with trying(context.mode):
+            out = match.pattern.op(
+                *pytree.tree_map(lambda a: into(a, context.mode), call_arguments([match], tensors.__getitem__))
+            )
+        context.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
+    return context.tried[key]
 
 
-def _around(v: Value, graph: Ground) -> bool:
+def _around(v: Value, context: LegalityContext) -> bool:
     """Is it a value of the graph around this body, to be passed in?"""
-    return not graph.view.shadow.owns(v)
+    return not context.view.shadow.owns(v)
 
 
 def _alive(v: Value) -> bool:
     """Does anybody read it in the end? Dead code of the model counts as nobody, and so does what a rule made of other values:
     those read the same, and whoever computes it computes them.
     """
-    return any(n.users for n in v.nodes) or not v.spelled and any(_alive(u) for u in v.users)
+    return any(n.users for n in v.nodes) or not v.replaces and any(_alive(u) for u in v.users)
 
 
 def _name(v: Value) -> str:

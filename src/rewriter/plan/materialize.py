@@ -12,7 +12,7 @@ from sloth.rewriter.graph.canonical import INT_MAX
 from sloth.rewriter.graph.value import Symbol, Value
 
 # By canonical operation: how it is written. `emit` adds to it.
-EMIT: dict[str, OpOverload] = {
+LOWERINGS: dict[str, OpOverload] = {
     "cast": torch.ops.aten.to.dtype,
     "view": torch.ops.aten.reshape.default,
     "expand": torch.ops.aten.expand.default,
@@ -21,36 +21,36 @@ EMIT: dict[str, OpOverload] = {
     "detach": torch.ops.aten.detach.default,
     "mul": torch.ops.aten.mul.Tensor,
 }
-OWN: set[OpOverload] = set()  # operators that were added
+REMATERIALIZED: set[OpOverload] = set()  # operators that were added
 
 
 def emit(op: str, operator: OpOverload) -> None:
     """Let rewrites write the canonical operation `op` as `operator`, called with its arguments in their order. Its result is not
-    kept for the backward pass (`made_again` in compile/passes.py).
+    kept for the backward pass (`rematerialize_cheap_ops` in compile/passes.py).
     """
-    EMIT[op] = operator
-    OWN.add(operator)
+    LOWERINGS[op] = operator
+    REMATERIALIZED.add(operator)
 
 
-def held(v: Value) -> list[Value]:
+def source_values(v: Value) -> list[Value]:
     """The values of the traced graph that an operand is made of: itself, or what it is a view, a cast … of."""
-    if not v.nodes and v.spelled:
-        return held(v.spelled[0])
-    return [h for x in v.inputs for h in held(x)] if _is_made_anew(v) else [v]
+    if not v.nodes and v.replaces:
+        return source_values(v.replaces[0])
+    return [h for x in v.inputs for h in source_values(x)] if _is_materialized(v) else [v]
 
 
-def made_anew(operands: Iterable[Value]) -> list[Value]:
+def materialized_values(operands: Iterable[Value]) -> list[Value]:
     """The values between operands and those of the traced graph that they are made of: a rewrite writes them out."""
-    made = [v.spelled[0] if not v.nodes and v.spelled else v for v in operands]
-    made = [v for v in made if _is_made_anew(v)]
-    return [*made, *made_anew([x for v in made for x in v.inputs])] if made else []
+    made = [v.replaces[0] if not v.nodes and v.replaces else v for v in operands]
+    made = [v for v in made if _is_materialized(v)]
+    return [*made, *materialized_values([x for v in made for x in v.inputs])] if made else []
 
 
-def _is_made_anew(v: Value) -> bool:
-    return not v.nodes and v.op in EMIT and not any(map(_symbolic, written(v)))
+def _is_materialized(v: Value) -> bool:
+    return not v.nodes and v.op in LOWERINGS and not any(map(_symbolic, lowered_args(v)))
 
 
-def written(v: Value) -> tuple:
+def lowered_args(v: Value) -> tuple:
     """The arguments that `v` is written with. A graph holds no symbols: bounds of a slice are counted from the end instead, one
     size of a view is left open.
     """

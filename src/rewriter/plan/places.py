@@ -7,15 +7,15 @@ from torch import fx
 
 from sloth.compat.dispatch import OpOverload
 from sloth.rewriter.graph.aliasing import writers
-from sloth.rewriter.graph.lower import View
+from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.plan.legality import operands_of
-from sloth.rewriter.plan.materialize import held
+from sloth.rewriter.plan.materialize import source_values
 
 
 class Places:
-    def __init__(self, view: View):
+    def __init__(self, view: LoweredGraph):
         self.view = view
         self.order = {n: i for i, n in enumerate(view.gm.graph.nodes)}
 
@@ -32,8 +32,10 @@ class Places:
 
     def sources(self, match: Match) -> list[fx.Node]:
         """The nodes of this graph that its operands are made of, and those that write to their memory."""
-        made_of = [h for v in operands_of(match) if self.view.shadow.owns(v) for h in held(v)]
-        return [n for h in made_of for n in (h.nodes[0], *(writers(h, self.view.writes, self.view.gm) if h.pinned else ()))]
+        made_of = [h for v in operands_of(match) if self.view.shadow.owns(v) for h in source_values(v)]
+        return [
+            n for h in made_of for n in (h.nodes[0], *(writers(h, self.view.writes, self.view.gm) if h.mutated_storage else ()))
+        ]
 
     def require_order(self, matches: list[Match]) -> None:
         """Raises Refused where an operand depends on a result: no place would do, wherever other calls are put."""
@@ -53,7 +55,7 @@ class Places:
             raise Refused("convexity", "an operand depends on a result")
         return found
 
-    def held_back(self, matches: list[Match], place: fx.Node) -> list[fx.Node]:
+    def nodes_to_sink(self, matches: list[Match], place: fx.Node) -> list[fx.Node]:
         """Nodes before `place` that read a result, in graph order: they must move behind the call."""
         moved = sorted(self.behind(matches, place), key=self.order.__getitem__)
         region = matches[0].roots[0].region
@@ -64,7 +66,7 @@ class Places:
     def in_written_memory(self, node: fx.Node) -> bool:
         """Does it read or write memory that somebody writes?"""
         values = (self.view.env.get(n) for n in (node, *node.all_input_nodes))
-        return any(v.pinned for v in values_in(values))
+        return any(v.mutated_storage for v in values_in(values))
 
 
 def computed(v: Value) -> list[fx.Node]:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sloth.compat.dispatch import FakeTensorMode
-from sloth.rewriter.graph.lower import View, shape_env_of
+from sloth.rewriter.graph.lower import LoweredGraph, shape_env_of
 from sloth.rewriter.graph.scratch import scratch_mode
 from sloth.rewriter.match.cost import Cost, Costs
 from sloth.rewriter.match.matcher import Match, Matcher, Refused
-from sloth.rewriter.match.pattern import Deferral, Pattern
+from sloth.rewriter.match.pattern import LazyOutputRule, Pattern
 from sloth.rewriter.plan import legality
-from sloth.rewriter.plan.choice import choose, together
+from sloth.rewriter.plan.choice import group_horizontally, select_non_overlapping
 from sloth.rewriter.plan.lazy_outputs import LazyOutputs
 from sloth.rewriter.plan.places import Places
 from sloth.rewriter.report import source, timed
@@ -33,7 +33,7 @@ class GraphPlan:
     out, whose place nothing else takes.
     """
 
-    view: View
+    view: LoweredGraph
     lazy: LazyOutputs
     placements: list[Placement] = field(default_factory=list)
     costs: dict[Match, Cost] = field(default_factory=dict)
@@ -51,8 +51,8 @@ class GraphPlan:
             return [[m] for m in placement]
         self.refused.append((placement[0], why))
         standing = [*self.matches, *self.beyond, *(m for waiting in todo for m in waiting)]
-        freed, self.losers = choose([m for m, _ in self.losers], standing)
-        return together(freed)
+        freed, self.losers = select_non_overlapping([m for m, _ in self.losers], standing)
+        return group_horizontally(freed)
 
 
 @dataclass
@@ -104,9 +104,9 @@ class Plan:
 
 
 def plan(
-    views: list[View],
+    views: list[LoweredGraph],
     entries: list[Pattern],
-    deferrals: Sequence[Deferral] = (),
+    deferrals: Sequence[LazyOutputRule] = (),
     limit: int | None = None,
     costs: Costs = Costs(),
     seconds: dict[str, float] | None = None,
@@ -123,9 +123,9 @@ def plan(
         with timed(seconds, "match"):
             matches = list(matcher.matches(view.shadow.values))
         with timed(seconds, "legality"):
-            legal = list(_legal(graph, matches, legality.Ground(view, mode, tried), costs))
-            accepted, graph.losers = choose([m for m in legal if not m.values & graph.lazy.reserved])
-            graph.placements = together(accepted)
+            legal = list(_legal(graph, matches, legality.LegalityContext(view, mode, tried), costs))
+            accepted, graph.losers = select_non_overlapping([m for m in legal if not m.values & graph.lazy.reserved])
+            graph.placements = group_horizontally(accepted)
             found.graphs.append(graph)
             found.settle(graph, Places(view).require_order)
     with timed(seconds, "rewrite"):
@@ -133,11 +133,11 @@ def plan(
     return found
 
 
-def _legal(graph: GraphPlan, matches: Iterable[Match], ground: legality.Ground, costs: Costs) -> Iterator[Match]:
+def _legal(graph: GraphPlan, matches: Iterable[Match], context: legality.LegalityContext, costs: Costs) -> Iterator[Match]:
     """The matches that may be made and pay; the others are noted as refused."""
     for match in matches:
         try:
-            legality.check(match, ground)
+            legality.check(match, context)
             graph.costs[match] = costs.of(match)
         except Refused as why:
             graph.refused.append((match, why))
