@@ -3,6 +3,8 @@
     model = torch.compile(model, backend="sloth")          # no import of sloth needed
     print(sloth.explain(model, batch))                     # what is rewritten, what is not, and why
 
+    model, tokenizer = sloth.FastLanguageModel.from_pretrained("some/model", load_in_4bit=True)   # load, adapt, train, save
+
 Everything is imported when first used: `import sloth` alone is free.
 """
 
@@ -10,6 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sloth.models.fast import FastLanguageModel, FastModel
+    from sloth.models.precision import is_bfloat16_supported
     from sloth.rewriter.explain import explain
     from sloth.rewriter.match.cost import cost
     from sloth.rewriter.match.pattern import Construct, PatternError
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
     from sloth.rewriter.report import Report
 
 _HOME = {
+    "FastLanguageModel": "sloth.models.fast",
+    "FastModel": "sloth.models.fast",
+    "is_bfloat16_supported": "sloth.models.precision",
     "explain": "sloth.rewriter.explain",
     "Report": "sloth.rewriter.report",
     "Construct": "sloth.rewriter.match.pattern",
@@ -26,7 +33,10 @@ _HOME = {
     "unregister": "sloth.rewriter.match.registry",
 }
 __version__ = "0.2.0"
-__all__ = ["Construct", "PatternError", "Report", "__version__", "cost", "explain", "pattern", "unregister"]
+__all__ = [
+    "Construct", "FastLanguageModel", "FastModel", "PatternError", "Report", "__version__", "cost", "explain",
+    "is_bfloat16_supported", "pattern", "unregister",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

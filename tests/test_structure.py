@@ -33,9 +33,11 @@ ARROWS = {
     "compat": set(),
     "doctor": {"__init__", "integrations", "rewriter", "options"},
     "tiny_model": set(),
+    "models": {"saving", "rewriter/backend", "options"},
+    "saving": set(),
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},
-    "__init__": {"rewriter/explain", "rewriter/report", "rewriter/match"},  # for type checkers alone
+    "__init__": {"rewriter/explain", "rewriter/report", "rewriter/match", "models"},  # for type checkers alone
     "__main__": {"doctor", "rewriter", "options", "warm", "tiny_model", "integrations", "compat"},
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))

@@ -4,8 +4,9 @@ Dynamo takes the sizes of the first batch for constants and compiles once more, 
 again for another number of rows. A trainer's batches are padded to the longest of their rows, so each of these is a compilation
 of the whole model for nothing. Where accelerate runs the training (Trainer, TRL, a loop of one's own with an Accelerator), the
 sizes of integer and boolean inputs of two dimensions (ids, masks, labels, positions) are symbols at once, equal sizes the same
-one, as with `dynamic=True`; floats stay constants, as without. Elsewhere, and with `dynamic=True` or `False`, sizes are what
-Dynamo makes of them.
+one, as with `dynamic=True`; floats stay constants, as without. So they are in models of FastLanguageModel, whoever feeds them:
+the backend that these are compiled with has the attribute `lengths_vary`. Elsewhere, and with `dynamic=True` or `False`, sizes are
+what Dynamo makes of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from sloth.compat.dispatch import is_traceable_wrapper_subclass
-from sloth.compat.dynamo import GuardSource, config, is_ours
+from sloth.compat.dynamo import GuardSource, config, innermost_backend, is_ours
 from sloth.integrations.integration import integration
 
 DIMENSIONS = 2  # batch and length
@@ -33,7 +34,9 @@ def _marking(context: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(context)
     def automatic_dynamic(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         made = context(e, tx, source, *args, **kwargs)
-        if not _is_tokens(e) or not is_ours(tx) or source.guard_source is not GuardSource.LOCAL or not sizes_vary():
+        if not _is_tokens(e) or not is_ours(tx) or source.guard_source is not GuardSource.LOCAL:
+            return made
+        if not (sizes_vary() or _is_asked(tx)):
             return made
         return replace(made, dynamic_sizes=[DimDynamic.DUCK if n > 1 else DimDynamic.STATIC for n in e.shape])
 
@@ -49,7 +52,17 @@ def _is_tokens(e: Any) -> bool:
 def sizes_vary() -> bool:
     """Does a trainer feed the model, and is it left to Dynamo which sizes are symbols?"""
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    return bool(state and state._shared_state) and config.assume_static_by_default and config.automatic_dynamic_shapes
+    return bool(state and state._shared_state) and _is_left_to_dynamo()
+
+
+def _is_asked(tx: Any) -> bool:
+    """Is the graph traced for a backend that says so?"""
+    wrapper = innermost_backend(tx.output.compiler_fn)
+    return getattr(getattr(wrapper, "compiler_fn", wrapper), "lengths_vary", False) and _is_left_to_dynamo()
+
+
+def _is_left_to_dynamo() -> bool:
+    return config.assume_static_by_default and config.automatic_dynamic_shapes
 
 
 @integration(

@@ -1,0 +1,52 @@
+"""Which activations are kept, and the switch between training and generating."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sloth.models.arguments import one_of
+
+# What scripts write, and whether it checkpoints and offloads.
+KINDS = {False: (False, False), True: (True, False), "sloth": (True, True), "unsloth": (True, True)}
+
+
+def kind_of(given: Any) -> tuple[bool, bool]:
+    """Whether layers are checkpointed, and whether their inputs wait in host memory. Raises ValueError that lists the kinds."""
+    return one_of("use_gradient_checkpointing", given, KINDS)
+
+
+def checkpoint(model: Any, wanted: bool) -> None:
+    """Switch checkpointing of layers on or off. It is not re-entrant: a re-entrant one needs inputs that require gradients.
+
+    Raises ValueError for a model that has none.
+    """
+    if not wanted:
+        if getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(model).__name__} cannot checkpoint its layers: give use_gradient_checkpointing=False")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
+    """Training mode: dropout is on, and keys and values are not kept. use_gradient_checkpointing: None leaves it as it is.
+
+    Returns the model.
+    """
+    if use_gradient_checkpointing is not None:
+        checkpoint(_of_transformers(model), kind_of(use_gradient_checkpointing)[0])
+    model.train()
+    _of_transformers(model).config.use_cache = False
+    return model
+
+
+def for_inference(model: Any) -> Any:
+    """Evaluation mode: dropout is off, keys and values are kept for `generate`. Returns the model."""
+    model.eval()
+    _of_transformers(model).config.use_cache = True
+    return model
+
+
+def _of_transformers(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,43 @@
+"""A model compiled in place: it stays what it was, with HF's names and methods, and its calls run sloth's graphs.
+
+`model.compile(…)` keeps the class, `state_dict()` (no `_orig_mod`), `save_pretrained` and `generate`, which runs uncompiled.
+Sizes of ids, masks and labels are symbols from the first graph on, whoever feeds the model
+(sloth.rewriter.dynamo.varying_sizes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache, wraps
+from typing import Any
+
+import torch
+
+OFFLOAD = "checkpoint_offload"
+
+
+@cache
+def _backend() -> Any:
+    from sloth.rewriter.backend import sloth as backend
+
+    @wraps(backend)
+    def sloth(*args: Any, **kwargs: Any) -> Any:
+        return backend(*args, **kwargs)
+
+    sloth.lengths_vary = True
+    return sloth
+
+
+def can_offload() -> bool:
+    """Does the backend keep inputs of checkpointed layers in host memory?"""
+    from sloth.options import Options
+
+    return any(f.name == OFFLOAD for f in fields(Options))
+
+
+def compile_in_place(model: torch.nn.Module, offload: bool = False) -> None:
+    """Compile the calls of `model`, and only of it. offload: `use_gradient_checkpointing="sloth"`."""
+    for module in model.modules():
+        module._compiled_call_impl = None  # of a model that has become a part of this one
+    options = {f"sloth.{OFFLOAD}": True} if offload and can_offload() else None
+    model.compile(backend=_backend(), options=options)
