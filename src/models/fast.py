@@ -83,8 +83,9 @@ class FastLanguageModel:
     @staticmethod
     def get_peft_model(
         model: Any, r: int = 16, target_modules: Any = None, lora_alpha: float = 16, lora_dropout: float = 0.0,
-        bias: str = "none", layers_to_transform: Any = None, layers_pattern: Any = None, use_gradient_checkpointing: bool | str = "sloth",
-        random_state: int = 3407, max_seq_length: int | None = None, use_rslora: bool = False, use_dora: bool = False,
+        bias: str = "none", layers_to_transform: Any = None, layers_pattern: Any = None,
+        use_gradient_checkpointing: bool | str = "sloth", random_state: int = 3407, max_seq_length: int | None = None,
+        use_rslora: bool = False, use_dora: bool = False,
         modules_to_save: Any = None, init_lora_weights: Any = True, loftq_config: Any = None,
         finetune_vision_layers: bool = True, finetune_language_layers: bool = True, finetune_attention_modules: bool = True,
         finetune_mlp_modules: bool = True, finetune_last_n_layers: int | None = None, **more: Any,

@@ -54,7 +54,8 @@ def load(
     tokenizer = AutoTokenizer.from_pretrained(
         _with_tokenizer(name, source), **(hub if adapter else of_source), **_of_files(loading)
     )
-    _fit(model, tokenizer, length, fix_tokenizer, vocabulary)
+    with drawn_from(seed):
+        _fit(model, tokenizer, length, fix_tokenizer, vocabulary)
     model.config.use_cache = False
     model.requires_grad_(full)
     if adapter:

@@ -63,7 +63,7 @@ def check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(there).free
     if free < size + SPARE:
         told = (
-            f"{(size + SPARE) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; nothing was written, nothing overwritten."
+            f"{(size + SPARE) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; nothing was written or overwritten."
             " An earlier save stays until the new one is whole. Free some space, or save to another disk"
         )
         raise OSError(errno.ENOSPC, told, str(folder))

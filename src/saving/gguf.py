@@ -32,7 +32,7 @@ def tools(methods: list[str]) -> tuple[Path, str | None]:
     if converter is None:
         raise RuntimeError(
             "GGUF is written by llama.cpp's converter, and there is none: git clone https://github.com/ggml-org/llama.cpp,"
-            f" pip install gguf, and set {WHERE} to that folder. Or save_pretrained_merged(…, save_method='merged_16bit'), and convert that"
+            f" pip install gguf, and set {WHERE} to that folder. Or save_pretrained_merged(…), and convert that folder"
         )
     other = [m for m in methods if m not in BY_CONVERTER]
     binaries = [*(f / b / "llama-quantize" for f in folders for b in ("build/bin", ".")), shutil.which("llama-quantize")]

@@ -5,8 +5,8 @@ again for another number of rows. A trainer's batches are padded to the longest 
 of the whole model for nothing. Where accelerate runs the training (Trainer, TRL, a loop of one's own with an Accelerator), the
 sizes of integer and boolean inputs of two dimensions (ids, masks, labels, positions) are symbols at once, equal sizes the same
 one, as with `dynamic=True`; floats stay constants, as without. So they are in models of FastLanguageModel, whoever feeds them:
-the backend that these are compiled with has the attribute `lengths_vary`. Elsewhere, and with `dynamic=True` or `False`, sizes are
-what Dynamo makes of them.
+the backend that these are compiled with has the attribute `lengths_vary`. Elsewhere, and with `dynamic=True` or `False`, sizes
+are what Dynamo makes of them.
 """
 
 from __future__ import annotations
