@@ -16,8 +16,8 @@ WHERE = "LLAMA_CPP"  # the folder of llama.cpp
 
 def methods_of(given: str | list[str] | tuple[str, ...]) -> list[str]:
     """Names of llama.cpp's types, in lower case. Raises ValueError for what is no name."""
-    names = [given] if isinstance(given, str) else list(given)
-    if not names or not all(isinstance(n, str) for n in names):
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in names):
         raise ValueError(
             f"quantization_method={given!r}: give a name of llama.cpp's such as 'q8_0' or 'q4_k_m', or a list of them"
         )
