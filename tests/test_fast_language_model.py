@@ -16,6 +16,8 @@ from tiny_checkpoint import LLAMA, batch_of, checkpoint, loaded, tokenizer_of
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
+from sloth.models.checkpointing import is_checkpointed
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -127,7 +129,7 @@ def test_rows_that_nf4_gets_wrong_on_a_cpu_are_refused(tmp_path: Path) -> None:
 
 def test_full_finetuning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, _ = loaded(folder, full_finetuning=True, load_in_4bit=None, use_gradient_checkpointing=True)
-    assert all(p.requires_grad for p in model.parameters()) and model.is_gradient_checkpointing
+    assert all(p.requires_grad for p in model.parameters()) and is_checkpointed(model)
     assert fast().get_peft_model(model) is model and "trains all weights" in caplog.text
 
 
@@ -136,7 +138,7 @@ def test_training_and_generating_are_switched(folder: Path) -> None:
     assert fast().for_inference(model) is model and not model.training and model.config.use_cache
     assert fast().for_training(model) is model and model.training and not model.config.use_cache
     fast().for_training(model, use_gradient_checkpointing=False)
-    assert not model.get_base_model().is_gradient_checkpointing
+    assert not is_checkpointed(model)
 
 
 # ---------------------------------------------------------------- adapters
@@ -161,7 +163,7 @@ def test_adapters_are_drawn_from_their_seed_alone(folder: Path) -> None:
 @pytest.mark.parametrize("kind, on", [(False, False), (True, True), ("sloth", True), ("unsloth", True)])
 def test_kinds_of_checkpointing(folder: Path, kind: Any, on: bool) -> None:
     base = fast().get_peft_model(loaded(folder)[0], use_gradient_checkpointing=kind).get_base_model()
-    assert base.is_gradient_checkpointing == on
+    assert is_checkpointed(base) == on
     how = getattr(base.model.layers[0], "_gradient_checkpointing_func", None)
     assert not on or how.keywords == {"use_reentrant": False}
 

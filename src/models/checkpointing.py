@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sloth.models.arguments import one_of
 
 # What scripts write, and whether it checkpoints and offloads.
@@ -21,12 +23,17 @@ def checkpoint(model: Any, wanted: bool) -> None:
     Raises ValueError for a model that has none.
     """
     if not wanted:
-        if getattr(model, "is_gradient_checkpointing", False):
+        if is_checkpointed(model):
             model.gradient_checkpointing_disable()
         return
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} cannot checkpoint its layers: give use_gradient_checkpointing=False")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def is_checkpointed(model: torch.nn.Module) -> bool:
+    """Does any of its layers checkpoint?"""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
