@@ -184,6 +184,10 @@ def test_adapters_alone(folder: Path, tmp_path: Path) -> None:
         loaded(folder)[0].save_pretrained_merged(tmp_path / "x", save_method="lora")
     with pytest.raises(ValueError, match="one of merged_16bit, merged_4bit, lora"):
         model.save_pretrained_merged(tmp_path / "x", save_method="merged")
+    with pytest.raises(ValueError, match=r"push_to_hub_merged\(repo_id"):
+        model.save_pretrained_merged(tmp_path / "x", tokenizer, push_to_hub=True)
+    with pytest.raises(TypeError, match=r"knows no argument shard_size\. Did you mean max_shard_size"):
+        model.save_pretrained_merged(tmp_path / "x", tokenizer, shard_size="1GB")
     assert not (tmp_path / "x").exists()
 
 

@@ -33,7 +33,7 @@ ARROWS = {
     "compat": set(),
     "doctor": {"__init__", "integrations", "rewriter", "options"},
     "tiny_model": set(),
-    "models": {"saving", "rewriter/backend", "options"},
+    "models": {"saving", "rewriter/backend", "rewriter/notices", "options"},
     "saving": set(),
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},

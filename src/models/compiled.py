@@ -38,6 +38,7 @@ def can_offload() -> bool:
 def compile_in_place(model: torch.nn.Module, offload: bool = False) -> None:
     """Compile the calls of `model`, and only of it. offload: `use_gradient_checkpointing="sloth"`."""
     for module in model.modules():
-        module._compiled_call_impl = None  # of a model that has become a part of this one
+        if module._compiled_call_impl is not None:  # of a model that has become a part of this one
+            module._compiled_call_impl = None
     options = {f"sloth.{OFFLOAD}": True} if offload and can_offload() else None
     model.compile(backend=_backend(), options=options)

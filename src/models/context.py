@@ -25,17 +25,17 @@ def lengthen(config: Any, length: int | None, scaling: dict[str, Any] | None = N
     """
     text = config.get_text_config()
     name = next((n for n in LIMITS if isinstance(getattr(text, n, None), int)), None)
-    limit = getattr(text, name) if name else None
+    limit: int | None = getattr(text, name) if name else None
     if scaling is not None:
         if not isinstance(scaling, dict) or not ("rope_type" in scaling or "type" in scaling):
             raise ValueError(
                 f"rope_scaling={scaling!r} is no dict with a rope_type, such as {{'rope_type': 'yarn', 'factor': 4.0}}"
             )
         _write(text, lambda old: _by_hand(old, scaling, limit))
-        if name and length is not None:
+        if name and limit is not None and length is not None:
             setattr(text, name, max(length, limit))
         return f"rope_scaling is {scaling}, as given"
-    if length is None or limit is None or length <= limit:
+    if name is None or limit is None or length is None or length <= limit:
         return None
     if not getattr(text, "rope_parameters", None):
         if getattr(text, "alibi", False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,7 @@ from sloth.models.checkpointing import checkpoint, kind_of
 from sloth.models.context import lengthen
 from sloth.models.precision import device_map_of, dtype_of, quantisation_of, settle
 from sloth.models.tokens import give_pad_token, grow_embedding, tell_model
-
-log = logging.getLogger("sloth")
+from sloth.rewriter.notices import speak, tell_once
 
 
 def load(
@@ -30,6 +28,7 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    speak()
     checkpointed, _ = kind_of(checkpointing)
     adapter = _adapter_of(name, hub)
     source, of_source = (adapter["base_model_name_or_path"], _of_base(adapter, hub)) if adapter else (name, hub)
@@ -42,7 +41,7 @@ def load(
         raise ValueError(f"full_finetuning=True: {name} holds adapters. Merge them first: model.save_pretrained_merged(…)")
     told = lengthen(config, length, scaling)
     if told:
-        log.info("sloth: %s", told)
+        tell_once(told)
     given = {"quantization_config": quantised} if quantised is not None else {}
     if attention is not None:
         given["attn_implementation"] = attention
@@ -58,11 +57,12 @@ def load(
         _fit(model, tokenizer, length, fix_tokenizer, vocabulary)
     model.config.use_cache = False
     model.requires_grad_(full)
+    base = model
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, name, is_trainable=True, **_for_peft(hub))
-    checkpoint(model.get_base_model() if adapter else model, checkpointed and (full or bool(adapter)))
+    checkpoint(base, checkpointed and (full or bool(adapter)))
     return model.train(), tokenizer
 
 
@@ -79,11 +79,10 @@ def _fit(model: Any, tokenizer: Any, length: int | None, fix_tokenizer: bool, vo
         pad, grows = give_pad_token(tokenizer, rows)
         if grows or len(tokenizer) > rows:
             grow_embedding(model, len(tokenizer))
-            log.info(
-                "sloth: the tokenizer had no token to pad with: %s is new, and the embedding has %d rows instead of %d. Who loads"
-                " adapters onto the base by himself calls resize_token_embeddings(%d) before",
-                pad, len(tokenizer), rows, len(tokenizer),
-            )  # fmt: skip
+            tell_once(
+                f"the tokenizer had no token to pad with: {pad} is new, and the embedding has {len(tokenizer)} rows instead of"
+                f" {rows}. Who loads adapters onto the base by himself calls resize_token_embeddings({len(tokenizer)}) before"
+            )
     tell_model(model, tokenizer, length)
 
 

@@ -100,6 +100,7 @@ def settle(model: torch.nn.Module) -> None:
     And keep it from repacking weights for good when a CPU with bf16 instructions first evaluates: their scales become bf16, and
     training behind it lacks the gradients through these layers. Raises ValueError that names the layer.
     """
+    layer: Any
     for name, layer in model.named_modules():
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is None:

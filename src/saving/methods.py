@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from sloth.saving.merged import base_of, dtype_for, planned, write
 METHODS = ("merged_16bit", "merged_4bit", "lora")
 ALIASES = {"merged_4bit_forced": "merged_4bit", "adapters": "lora"}
 GB = 5_000_000_000
+WITHOUT_EFFECT = ("is_main_process", "maximum_memory_usage", "safe_serialization", "temporary_location")  # of scripts for Unsloth
 
 
 def save_pretrained_merged(
     model: Any, save_directory: str | os.PathLike, tokenizer: Any = None, save_method: str = "merged_16bit", *,
-    max_shard_size: int | str = GB, dtype: torch.dtype | None = None,
+    max_shard_size: int | str = GB, dtype: torch.dtype | None = None, **more: Any,
 ) -> None:  # fmt: skip
     """Save a folder that plain transformers (or PEFT: "lora") loads, with the tokenizer if it is given.
 
@@ -29,10 +31,15 @@ def save_pretrained_merged(
     "merged_4bit": that in NF4; "lora": the adapters alone. The folder is replaced whole or not at all; files in it that are not
     a model's stay. The model in memory stays as it is.
 
-    Raises ValueError for an unknown method and for a model that cannot be merged, OSError (ENOSPC) before anything is written
-    where the disk has no room.
+    Raises TypeError for an unknown argument, ValueError for an unknown method and for a model that cannot be merged, OSError
+    (ENOSPC) before anything is written where the disk has no room.
     """
     method = _method(save_method)
+    if more.pop("push_to_hub", False):
+        raise ValueError("push_to_hub=True: push_to_hub_merged(repo_id, tokenizer, save_method) saves and uploads")
+    if strange := sorted(more.keys() - set(WITHOUT_EFFECT)):
+        near = get_close_matches(strange[0], ("max_shard_size", "save_directory", "save_method", "tokenizer", "dtype"), 1)
+        raise TypeError(f"save_pretrained_merged knows no argument {strange[0]}.{f' Did you mean {near[0]}?' if near else ''}")
     if method == "lora" and not hasattr(model, "peft_config"):
         raise ValueError("save_method='lora' saves adapters, and this model has none: give 'merged_16bit'")
     if method == "lora":

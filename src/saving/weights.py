@@ -63,7 +63,7 @@ def _plain_shape(held: Tensor) -> torch.Size:
     return held.shape if state is None else torch.Size(state.shape)
 
 
-def _tensors(module: nn.Module, prefix: str, merged: _Merged) -> Iterator[tuple[str, Tensor, Callable[[], Tensor] | None]]:
+def _tensors(module: Any, prefix: str, merged: _Merged) -> Iterator[tuple[str, Tensor, Callable[[], Tensor] | None]]:
     """Name, tensor as the model holds it, and what computes it where that is not what is written."""
     if _is(module, "peft.utils.other", "ModulesToSaveWrapper"):
         adapter = next((a for a in module.active_adapters if a in module.modules_to_save), None)
@@ -140,6 +140,7 @@ def _merged(layer: Any) -> nn.Module:
     """The base layer of a copy in fp32, adapters merged into it. Raises ValueError where a weight is not finite then."""
     base = layer.get_base_layer()
     stand_in: dict[int, Any] = {}
+    plain: Any
     if (read := _reader(base)) is not None:
         plain = nn.Linear(base.in_features, base.out_features, device="meta")
         plain.weight = nn.Parameter(read(), requires_grad=False)
