@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -121,8 +122,6 @@ def _loftq(model: Any, loftq: Any, weights: Any) -> dict[str, Any]:
         )
     if weights not in (None, True, "loftq"):
         raise ValueError(f"loftq_config and init_lora_weights={weights!r} both say how adapters start: give one of them")
-    try:
-        import scipy  # noqa: F401  PEFT's LoftQ asks for it
-    except ModuleNotFoundError as e:
-        raise ImportError("loftq_config: PEFT's LoftQ needs scipy: pip install scipy") from e
+    if find_spec("scipy") is None:
+        raise ImportError("loftq_config: PEFT's LoftQ needs scipy: pip install scipy")
     return {"loftq_config": loftq, "init_lora_weights": "loftq"}

@@ -20,11 +20,11 @@ OFFLOAD = "checkpoint_offload"
 def _backend() -> Any:
     from sloth.rewriter.backend import sloth as backend
 
-    @wraps(backend)
+    @wraps(backend)  # by its name Dynamo's teachers know it
     def sloth(*args: Any, **kwargs: Any) -> Any:
         return backend(*args, **kwargs)
 
-    sloth.lengths_vary = True
+    vars(sloth)["lengths_vary"] = True
     return sloth
 
 
