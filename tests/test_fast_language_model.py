@@ -61,7 +61,7 @@ def test_nf4_by_default(folder: Path) -> None:
     assert tokenizer.model_max_length == 64 and model.config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_eight_and_sixteen_bits_and_layers_that_are_skipped(folder: Path) -> None:
+def test_eight_and_sixteen_bits_and_layers_that_are_skipped(folder: Path, tmp_path: Path) -> None:
     import bitsandbytes as bnb
     from transformers import BitsAndBytesConfig
 
@@ -74,6 +74,11 @@ def test_eight_and_sixteen_bits_and_layers_that_are_skipped(folder: Path) -> Non
     some, _ = loaded(folder, quantization_config=skipping, load_in_4bit=None)
     assert isinstance(some.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
     assert type(some.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    some.save_pretrained(tmp_path)
+    tokenizer_of().save_pretrained(tmp_path)
+    again, _ = loaded(tmp_path, load_in_4bit=None)
+    assert type(again.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert isinstance(again.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
 
 
 def test_a_checkpoint_that_was_quantised_before(folder: Path, tmp_path: Path) -> None:
@@ -166,6 +171,20 @@ def test_kinds_of_checkpointing(folder: Path, kind: Any, on: bool) -> None:
     assert is_checkpointed(base) == on
     how = getattr(base.model.layers[0], "_gradient_checkpointing_func", None)
     assert not on or how.keywords == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("kind, offloaded", [(True, False), ("sloth", True)])
+def test_offloading_is_asked_for_where_the_backend_can(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, offloaded: bool
+) -> None:
+    from sloth.models import compiled
+
+    asked = []
+    model, _ = loaded(folder)
+    monkeypatch.setattr(compiled, "can_offload", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append(how["options"]))
+    fast().get_peft_model(model, use_gradient_checkpointing=kind)
+    assert asked == [{"sloth.checkpoint_offload": True} if offloaded else None]
 
 
 def test_what_adapters_may_be(folder: Path) -> None:
@@ -299,7 +318,8 @@ def test_an_embedding_grows_only_if_it_must(folder: Path, tmp_path: Path) -> Non
 # ---------------------------------------------------------------- contexts
 
 
-def test_a_longer_context_scales_rope(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_longer_context_scales_rope(folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
     caplog.set_level("INFO", "sloth")
     short, _ = loaded(folder)
     assert "RoPE" not in caplog.text

@@ -75,8 +75,9 @@ def _prefix(folder: Path, process: int) -> str:
 
 def _sweep(folder: Path) -> None:
     """Remove what a save left that was killed."""
-    for left in folder.parent.glob(f".{folder.name}.saving-*"):
-        process = left.name.removeprefix(f".{folder.name}.saving-").partition("-")[0]
+    beginning = f".{folder.name}.saving-"
+    for left in folder.parent.iterdir():
+        process = left.name.removeprefix(beginning).partition("-")[0] if left.name.startswith(beginning) else ""
         if process.isdigit() and int(process) != os.getpid() and not _runs(int(process)):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -99,7 +100,11 @@ def _umask() -> int:
 
 def _must_stay(folder: Path) -> bool:
     """A folder that a process works in, or that a disk is mounted at, cannot change places."""
-    return folder.exists() and (folder.is_mount() or Path.cwd().is_relative_to(folder))
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed under the process
+        return folder.is_mount()
+    return folder.exists() and (folder.is_mount() or here.is_relative_to(folder))
 
 
 def _kept(folder: Path, drops: tuple[str, ...]) -> list[Path]:

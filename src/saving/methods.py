@@ -29,7 +29,7 @@ def save_pretrained_merged(
 
     "merged_16bit": dequantised base plus adapters, computed in fp32 and rounded once, to the model's 16 bits (dtype: to another);
     "merged_4bit": that in NF4; "lora": the adapters alone. The folder is replaced whole or not at all; files in it that are not
-    a model's stay. The model in memory stays as it is.
+    a model's stay. The model in memory stays as it is. Of the processes of a run the first one saves.
 
     Raises TypeError for an unknown argument, ValueError for an unknown method and for a model that cannot be merged, OSError
     (ENOSPC) before anything is written where the disk has no room.
@@ -42,6 +42,8 @@ def save_pretrained_merged(
         raise TypeError(f"save_pretrained_merged knows no argument {strange[0]}.{f' Did you mean {near[0]}?' if near else ''}")
     if method == "lora" and not hasattr(model, "peft_config"):
         raise ValueError("save_method='lora' saves adapters, and this model has none: give 'merged_16bit'")
+    if not _is_first():
+        return
     if method == "lora":
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         with replaced(Path(save_directory), size) as folder:
@@ -69,6 +71,8 @@ def push_to_hub_merged(
     with tempfile.TemporaryDirectory(prefix="sloth-push-") as made:
         folder = Path(made, repo_id.rpartition("/")[2])
         save_pretrained_merged(model, folder, tokenizer, save_method, max_shard_size=max_shard_size, dtype=dtype)
+        if not _is_first():
+            return None
         return _upload(folder, repo_id, token, private, commit_message, revision, create_pr)
 
 
@@ -84,6 +88,8 @@ def save_pretrained_gguf(
     if tokenizer is None:
         raise ValueError("a GGUF file holds the tokenizer: give it")
     gguf.tools(methods)  # before the work
+    if not _is_first():
+        return []
     kind = dtype_for(model)
     found, _ = planned(model, kind)
     size = sum(w.size for w in found.values()) * (len(methods) + 2)
@@ -105,7 +111,15 @@ def push_to_hub_gguf(
     with tempfile.TemporaryDirectory(prefix="sloth-push-") as made:
         folder = Path(made, repo_id.rpartition("/")[2])
         save_pretrained_gguf(model, folder, tokenizer, quantization_method)
+        if not _is_first():
+            return None
         return _upload(folder, repo_id, token, private, commit_message, None, False)
+
+
+def _is_first() -> bool:
+    """Of the processes that train together: each has the whole model."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not ready or torch.distributed.get_rank() == 0
 
 
 def _method(given: str) -> str:
