@@ -516,6 +516,11 @@ def _() -> None:
     assert isinstance(triton.jit(while_tracing), launching.InterpretedFunction) is interpreted
 
 
+@uses("triton.driver")
+def the_driver_is_made_when_asked_for() -> None:
+    assert (launching.active_driver() is not None) == torch.cuda.is_available()
+
+
 @uses("triton.raw_stream", "triton.StaticallyLaunchedCudaKernel")
 def _() -> None:
     assert (launching.raw_stream is not None) >= torch.cuda.is_available() and launching.static_launcher(object(), 0) is None

@@ -22,6 +22,16 @@ except ImportError:
         """No kernel is one."""
 
 
+def active_driver() -> Any:
+    """Triton's driver of this machine's GPU, made if there is none yet. None where that fails: whoever needs it is told then."""
+    try:
+        from triton.runtime import driver
+
+        return driver.active
+    except Exception:
+        return None
+
+
 @contextmanager
 def kernels_unread() -> Iterator[None]:
     """Meanwhile `torch.library.triton_op` does not read the sources of a function, and of all that it calls, to find the kernels

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.compat import installed
+from sloth.kernels.common.ahead import compile_ahead
 from sloth.kernels.linear.dequantize_4bit import (
     NESTED_BLOCK,
     compute_dequantize_4bit,
@@ -36,8 +37,8 @@ FEW_ROWS = 32  # without gradients bitsandbytes' own product of packed weights i
 
 emit("weight_4bit", dequantize_4bit)
 called_together(dequantize_4bit, dequantize_4bit_together, 3, together)
-called_directly(dequantize_4bit, compute_dequantize_4bit)
-called_directly(dequantize_4bit_together, compute_dequantize_4bit_together)
+called_directly(dequantize_4bit, compute_dequantize_4bit, compile_ahead)
+called_directly(dequantize_4bit_together, compute_dequantize_4bit_together, compile_ahead)
 
 
 @rule("bitsandbytes::dequantize_4bit")

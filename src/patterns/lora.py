@@ -6,6 +6,7 @@ Each projection is one match. Projections that read the same x (q, k and v; gate
 import torch
 import torch.nn.functional as F
 
+from sloth.kernels.common.ahead import compile_ahead
 from sloth.kernels.linear.adapter import adapter
 from sloth.kernels.linear.gemm import compute_sum_of_products, sum_of_products
 from sloth.kernels.linear.lora import lora_linear
@@ -16,8 +17,8 @@ from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
 
-called_directly(sum_of_products, compute_sum_of_products)
-called_directly(lora_grad_b, compute_lora_grad_b)
+called_directly(sum_of_products, compute_sum_of_products, compile_ahead)
+called_directly(lora_grad_b, compute_lora_grad_b, compile_ahead)
 
 
 def is_up_projection(v: Value) -> bool:

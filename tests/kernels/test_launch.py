@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import threading
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -10,8 +12,10 @@ from common import DEVICE
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sloth.kernels.common import launch as module
+from sloth.kernels.common.ahead import compile_ahead, wait_for_kernels
+from sloth.kernels.common.device import H100, pretending
 from sloth.kernels.common.launch import launch_cached
-from sloth.kernels.linear.lora_grad_b import _strip_kernel, _sum_kernel
+from sloth.kernels.linear.lora_grad_b import _strip_kernel, _sum_kernel, compute_lora_grad_b
 from sloth.kernels.linear.lowrank_gemm import _lowrank_gemm_kernel
 
 
@@ -110,6 +114,52 @@ def test_rows_are_any_number(kernel, names):
     decorator, *_ = ast.parse(inspect.getsource(kernel.fn)).body[0].decorator_list  # the interpreter does not keep it
     (told,) = (ast.literal_eval(k.value) for k in decorator.keywords if k.arg == "do_not_specialize")
     assert set(names) <= set(told) <= set(inspect.signature(kernel.fn).parameters)
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that compiles what it is told, and says what. Tensors of a CPU, and of "meta", are taken to be on it."""
+    compiled = []
+    monkeypatch.setattr(module, "_launcher_of", lambda kernel, *_: lambda *launched: compiled.append("launched"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    for kernel in (_strip_kernel, _sum_kernel, _lowrank_gemm_kernel):
+        warmup = lambda *args, name=kernel.fn.__name__, **how: compiled.append(name)  # noqa: E731
+        monkeypatch.setattr(kernel, "warmup", warmup, raising=False)
+    monkeypatch.setattr(module, "InterpretedFunction", ())
+    monkeypatch.setattr(module, "_any_sizes", lambda kernel, operands: [False] * 9)
+    with pretending(H100):
+        yield compiled
+
+
+def test_what_was_compiled_ahead_is_only_launched(gpu):
+    """By a function that is called with tensors without memory, in a thread of its own."""
+    compile_ahead(compute_lora_grad_b, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+    wait_for_kernels()
+    assert gpu == ["_strip_kernel", "_sum_kernel"]
+    g, b, t = (torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16)))
+    compute_lora_grad_b(g, b, t, 0.5)
+    assert gpu[2:] == ["launched", "launched"]
+
+
+def test_whoever_launches_first_waits(gpu):
+    go, function = threading.Event(), compute_lora_grad_b
+    slow = lambda *args: (go.wait(60), function(*args))  # noqa: E731
+    compile_ahead(slow, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+    threading.Timer(0.2, go.set).start()
+    function(*(torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16))), 0.5)
+    assert gpu == ["_strip_kernel", "_sum_kernel", "launched", "launched"]
+
+
+def test_what_cannot_be_compiled_ahead_is_compiled_when_it_is_called(gpu):
+    compile_ahead(compute_lora_grad_b, torch.device("cpu"), "no tensor")
+    wait_for_kernels()
+    compute_lora_grad_b(*(torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16))), 0.5)
+    assert gpu == ["_strip_kernel", "launched", "_sum_kernel", "launched"]
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="launches on a GPU")

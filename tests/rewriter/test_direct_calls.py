@@ -10,6 +10,7 @@ from torch._inductor.utils import run_and_get_code
 from sloth.kernels.linear.dequantize_4bit import dequantize_4bit, dequantize_4bit_together
 from sloth.kernels.linear.gemm import sum_of_products
 from sloth.kernels.linear.lora_grad_b import lora_grad_b
+from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy_forward
 from sloth.rewriter.backend import patterns
 from sloth.rewriter.compile import direct_calls
 from sloth.rewriter.compile.direct_calls import called_directly
@@ -29,6 +30,10 @@ PLAIN = (None, None, None, 64, "nf4")
 CASES = {
     sum_of_products: lambda: ([matrix(48, 16), matrix(48, 64)], [matrix(16, 32), matrix(64, 32)], [0.5, 1.0], matrix(32)),
     lora_grad_b: lambda: (matrix(48, 32), matrix(32, 16), matrix(48, 16), 0.5),
+    linear_cross_entropy_forward: lambda: (
+        matrix(48, 64), matrix(96, 64), None, None, None, torch.arange(48, device=DEVICE), torch.tensor(40.0, device=DEVICE),
+        -100, "sum", None, 1.0, None, 0.0, 0.0, 1.0, [True, False, False, False, False], 0
+    ),
     dequantize_4bit: lambda: (*packed(16, 64), *PLAIN, [16, 64], torch.bfloat16),
     dequantize_4bit_together: lambda: (
         *map(list, zip(packed(16, 64), packed(8, 64), strict=True)), [], [], [], 64, "nf4", [16, 64, 8, 64], torch.bfloat16

@@ -4,6 +4,7 @@ the graphs that a GPU would get are traced with tensors of a CPU.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,28 @@ class Device:
 
 H100 = Device(triton=True, multiprocessors=132, shared_memory=232_448, hopper=True, roomy=True)
 _pretended: dict[str, Device] = {}  # by type
+_ahead = threading.local()  # device: for which this thread compiles kernels with tensors of "meta"
 
 
 def device_of(device: torch.device) -> Device:
+    if device.type == "meta":
+        device = compiled_for() or device
     return _pretended.get(device.type) or _found(device)
+
+
+def compiled_for() -> torch.device | None:
+    """The device for which this thread compiles kernels instead of launching them, if it does."""
+    return getattr(_ahead, "device", None)
+
+
+@contextmanager
+def standing_in(device: torch.device) -> Iterator[None]:
+    """Meanwhile, in this thread, tensors of "meta" stand for those of the device, and kernels are compiled, not launched."""
+    _ahead.device = device
+    try:
+        yield
+    finally:
+        _ahead.device = None
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from torch.library import wrap_triton
 
 from sloth.compat.dispatch import detect_fake_mode
 from sloth.compat.triton import InterpretedFunction, kernels_unread, raw_stream, static_launcher
-from sloth.kernels.common.device import device_of
+from sloth.kernels.common.ahead import wait_for_kernels
+from sloth.kernels.common.device import compiled_for, device_of
 from sloth.kernels.common.language import TensorDescriptor
 
 
@@ -21,7 +22,24 @@ def use_triton(x: torch.Tensor) -> bool:
 
 def launch(kernel):
     """The kernel as a node that Inductor can see, or as it is under Triton's interpreter (TRITON_INTERPRET=1)."""
-    return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
+    if isinstance(kernel, InterpretedFunction):
+        return kernel
+    return _OnlyCompiled(kernel) if compiled_for() else wrap_triton(kernel)
+
+
+class _OnlyCompiled:
+    """In the place of a kernel that is compiled ahead: what would launch it compiles it, and Triton's launcher of it."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **how: _bound(self.kernel.warmup(*args, grid=grid, **how), grid)
+
+
+def _bound(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """Triton's own launcher: C code, which gcc compiles now."""
+    return compiled[grid + (1,) * (3 - len(grid))]
 
 
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -61,17 +79,21 @@ def launch_cached(
     device = torch.cuda.current_device()
     kinds = map(_size_kind, numbers, _any_sizes(kernel, len(operands)))
     key = id(kernel), device, *map(_kind, operands), *kinds, *constants.values(), *options.values()
+    if key not in _launchers:
+        wait_for_kernels()
     if (launcher := _launchers.get(key)) is None:
         compiled = kernel.warmup(*operands, *numbers, grid=grid, **constants, **options)
         launcher = _launchers[key] = _launcher_of(compiled, device, list(constants.values()))
-    launcher(grid, operands, numbers)
+    if compiled_for() is None:
+        launcher(grid, operands, numbers)
 
 
 def _launcher_of(compiled: Any, device: int, constants: list) -> Launcher:
     """Through torch's launcher where it takes the kernel. Triton's own is C code, a third of a second of gcc for each kernel."""
     static = static_launcher(compiled, device)
     if static is None:
-        return lambda grid, operands, numbers: compiled[grid + (1,) * (3 - len(grid))](*operands, *numbers, *constants)
+        _bound(compiled, (1,))
+        return lambda grid, operands, numbers: _bound(compiled, grid)(*operands, *numbers, *constants)
     run, constant = static.run, set(static.full_constexprs)
 
     def launch(grid: tuple[int, ...], operands: list, numbers: list[int]) -> None:

@@ -232,8 +232,7 @@ def _by_rows(r: _Rows, keep: bool) -> tuple[Tensor, Tensor]:
     return dw, kept
 
 
-@torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd")
-def linear_cross_entropy_forward_impl(
+def compute_linear_cross_entropy(
     hidden, weight, bias, lora_a_out, lora_b, target, items, ignore_index, reduction, softcap, scale, class_weight,
     label_smoothing, z_loss, up_scale, need, budget,
 ):  # fmt: skip
@@ -245,6 +244,9 @@ def linear_cross_entropy_forward_impl(
     dw, lse = _by_rows(r, lean)
     dh, dt = r.dh.view(hidden.shape) if r.need_h else r.dh, r.dt.view(lora_a_out.shape) if r.need_t else r.dt
     return r.total(), r.count, r.unit, dh, dw, r.db.to(_kept(weight.dtype, budget)), dt, r.dlora_b, lse
+
+
+torch.library.impl("sloth::linear_cross_entropy_forward", "CompositeExplicitAutograd", compute_linear_cross_entropy)
 
 
 @torch.library.register_fake("sloth::linear_cross_entropy_forward")

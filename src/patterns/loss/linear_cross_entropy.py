@@ -9,7 +9,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy
+from sloth.kernels.common.ahead import compile_ahead
+from sloth.kernels.loss.linear_cross_entropy import (
+    compute_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_forward,
+)
 from sloth.kernels.loss.linear_cross_entropy_rows import linear_cross_entropy_rows
 from sloth.lazy.functions import lazy
 from sloth.patterns.lora import LORA
@@ -24,7 +29,10 @@ from sloth.patterns.loss.cross_entropy import (
     weighted,
     with_z_loss,
 )
+from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.match.registry import pattern
+
+called_directly(linear_cross_entropy_forward, compute_linear_cross_entropy, compile_ahead)
 
 DIMS = {  # flat: sliced_logits.py
     "hidden": "B*S H", "weight": "V H", "target": "B*S int64", "bias": "V", "items": "int64", "class_weight": "V",

@@ -15,14 +15,20 @@ from typing import Any
 from sloth.compat import inductor
 from sloth.compat.dispatch import OpOverload
 from sloth.integrations.integration import integration
+from sloth.rewriter.compile.kernels_ahead import compiled_ahead
 
 _DIRECT: dict[OpOverload, Callable[..., Any]] = {}
 _enter: list[Callable[[OpOverload], None]] = []  # once Inductor is imported
 
 
-def called_directly(op: OpOverload, function: Callable[..., Any]) -> None:
-    """Let graphs that Inductor compiled call `function`, which takes the arguments of `op` and returns what it returns."""
+def called_directly(op: OpOverload, function: Callable[..., Any], compile_ahead: Callable[..., None] | None = None) -> None:
+    """Let graphs that Inductor compiles call `function`, which takes the arguments of `op` and returns what it returns.
+    `compile_ahead(function, device, *args, **kwargs)` is told of each call in a graph that is compiled for a GPU; tensors among
+    the arguments then have no memory.
+    """
     _DIRECT[op] = function
+    if compile_ahead is not None:
+        compiled_ahead(op, partial(compile_ahead, function))
     for enter in _enter:
         enter(op)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,8 +19,10 @@ from torch import fx
 import sloth
 from sloth.compat.dispatch import enter_autocast, exit_autocast
 from sloth.compat.inductor import InductorOptions, config
+from sloth.compat.triton import active_driver
 from sloth.integrations.integration import integration
 from sloth.rewriter.compile.drop_rng_tag import drop_rng_tag_from_sdpa
+from sloth.rewriter.compile.kernels_ahead import compile_kernels_ahead
 from sloth.rewriter.compile.passes import (
     Pass,
     in_one_call,
@@ -41,7 +44,7 @@ AUTOCAST = tuple(f"{f.__module__}.{f.__qualname__}" for f in (enter_autocast, ex
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        late = (rematerialize_cheap_ops, in_one_call, reuse_operand_buffers)
+        late = (rematerialize_cheap_ops, in_one_call, reuse_operand_buffers, compile_kernels_ahead)
         passes = {
             "joint_custom_pre_pass": (save_checkpoint_boundaries, drop_rng_tag_from_sdpa),
             "post_grad_custom_post_pass": late,
@@ -91,6 +94,12 @@ def start_workers(gm: fx.GraphModule) -> None:
 
         if not Path(cache_dir(), "fxgraph").exists():
             AsyncCompile.use_process_pool()
+
+
+def start_driver() -> None:
+    """On a machine with a GPU, let Triton make its driver meanwhile: it runs gcc for seconds, once for each of its caches."""
+    if torch.cuda.is_available():
+        threading.Thread(target=active_driver, name="sloth-triton-driver", daemon=True).start()
 
 
 @contextmanager

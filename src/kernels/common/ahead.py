@@ -1,0 +1,48 @@
+"""Kernels of opaque operators are compiled while Inductor compiles the graph around them.
+
+An operator that is opaque to the compiler would compile its kernels when it is first called: seconds of the first step, in which
+the GPU waits, one kernel after the other. Which kernels these are is known as soon as the call stands in a graph. A thread of its
+own calls the operator's function with tensors that have no memory (of device "meta"): products and allocations cost nothing
+there, and where a kernel would be launched it is compiled. Triton's passes and ptxas run without Python's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
+from typing import Any
+
+import torch
+
+from sloth.kernels.common.device import standing_in
+
+_jobs: set[Future] = set()
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    """One: kernels that several operators launch are compiled once."""
+    return ThreadPoolExecutor(1, "sloth-compiles-ahead")
+
+
+def compile_ahead(function: Callable[..., Any], device: torch.device, *args: Any, **kwargs: Any) -> None:
+    """Compile what `function` launches on the device for arguments like these, whose tensors are on "meta". What it raises is
+    raised again where the operator is called.
+    """
+    job = _thread().submit(_compile, function, device, args, kwargs)
+    _jobs.add(job)
+    job.add_done_callback(_jobs.discard)
+
+
+def _compile(function: Callable[..., Any], device: torch.device, args: tuple, kwargs: dict[str, Any]) -> None:
+    with torch.no_grad(), torch.cuda.device(device), standing_in(device):
+        torch.cuda.mem_get_info(device)  # so that this thread has the device's context, which loading a kernel needs
+        function(*args, **kwargs)
+
+
+def wait_for_kernels() -> None:
+    """Until what was asked for is compiled: another thread would compile it a second time. For that thread itself, nothing."""
+    if _jobs and not threading.current_thread().name.startswith("sloth-compiles-ahead"):
+        wait(list(_jobs))
