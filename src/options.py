@@ -25,6 +25,7 @@ OPTIONS = {
     "sloth.always": "the same, of those to rewrite wherever it is legal, though the cost stage says that it does not pay",
     "sloth.limit": "how many rewrites are made in a graph, in its order; halving it finds the one that is to blame",
     "sloth.linear_cross_entropy.budget": "bytes of logits at a time; any number of an entry's operator is set so",
+    "sloth.checkpoint_offload": "True: inputs of checkpointed layers wait in host memory for their backward pass",
     "sloth.inner_backend": "what compiles the rewritten graph instead of Inductor: the name of any Dynamo backend",
 }
 
@@ -32,7 +33,7 @@ OPTIONS = {
 @dataclass(frozen=True)
 class Options:
     """inner: the compiler behind; rest: what is Inductor's; arguments: of operators, by entry; entries, deferrals: all that are
-    wanted; limit: of rewrites in a graph.
+    wanted; limit: of rewrites in a graph; checkpoint_offload: inputs of layers wait in host memory for their backward pass.
     """
 
     inner: str = "inductor"
@@ -42,6 +43,7 @@ class Options:
     deferrals: tuple[LazyOutputRule, ...] = ()
     limit: int | None = None
     always: frozenset[str] = frozenset()
+    checkpoint_offload: bool = False
 
 
 def parse(options: dict[str, Any] | None) -> Options:
@@ -60,6 +62,9 @@ def parse(options: dict[str, Any] | None) -> Options:
     limit = own.get("sloth.limit")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ValueError(f"sloth.limit is a number of rewrites, 0 or more, not {limit!r}")
+    offload = own.get("sloth.checkpoint_offload", False)
+    if offload not in (False, True):
+        raise ValueError(f"sloth.checkpoint_offload is True or False (in {VARIABLE}: 1 or 0), not {offload!r}")
     disabled = _named("sloth.disable", own)
     only = _named("sloth.only", own) if "sloth.only" in own else None
 
@@ -75,6 +80,7 @@ def parse(options: dict[str, Any] | None) -> Options:
         tuple(d for d in deferrals() if is_wanted(d, (d.construct,))),
         limit,
         frozenset(_named("sloth.always", own)),
+        bool(offload),
     )
 
 

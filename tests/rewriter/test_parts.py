@@ -159,6 +159,19 @@ def test_models(name, checkpointing):
     assert found >= 4 and compiled <= 4
 
 
+def test_sizes_come_in_the_order_of_the_graph(monkeypatch):
+    """Or caches on disk would not know a part again: symbols are in sets, whose order is another one in every process."""
+    found = []
+    split = regions.split_repeated_regions
+    monkeypatch.setattr(regions, "split_repeated_regions", lambda *args: (found.extend(parts := split(*args)), parts)[1])
+    monkeypatch.setattr(regions, "_free_symbols", lambda n, own=regions._free_symbols: sorted(own(n), key=str, reverse=True))
+    x = torch.randn(3, 5, 7, 8, device=DEVICE)
+    torch.compile(stack(), backend="sloth", options=AOT, dynamic=True)(x)
+    order = {n: i for i, n in enumerate(found[0].calls[0].graph.nodes)}
+    sizes = [[order[n] for n in part.inputs if isinstance(n.meta["example_value"], torch.SymInt)] for part in found]
+    assert max(map(len, sizes)) == 3 and all(each == sorted(each) for each in sizes)
+
+
 def test_results_by_heads_do_not_cross(monkeypatch):
     """As many tensors would cross between attention and the reshaping of its result."""
     found, split = [], regions.split_repeated_regions

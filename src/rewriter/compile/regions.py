@@ -31,6 +31,7 @@ from sloth.compat.dispatch import (
     set_grad_enabled,
     tracing,
 )
+from sloth.rewriter.compile.checkpoint_offload import HostCopies, inputs_that_leave
 from sloth.rewriter.compile.structural_key import Bodies, body_of, call_key, graph_key, tensor_key
 from sloth.rewriter.graph.aliasing import may_be_written, may_write, storages, tensors
 from sloth.rewriter.graph.value import Symbol
@@ -73,8 +74,11 @@ def compile_by_region(
     example_inputs: Sequence[Any],
     compile_one: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
     starting: Callable[[int, list[fx.GraphModule]], None] = lambda parts, modules: None,
+    offload: bool = False,
 ) -> Compiled:
-    """What `compile_one` makes of the graph. starting: is told before, of how many parts it is and which are compiled."""
+    """What `compile_one` makes of the graph. starting: is told before, of how many parts it is and which are compiled. offload:
+    inputs of layers wait in host memory for their backward pass.
+    """
     context = TracingContext.try_get()
     known = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     compiled: dict[int, Compiled] = {}
@@ -86,7 +90,13 @@ def compile_by_region(
             with tracing(copy(context)):  # one of its own: facts of what is compiled are noted in it
                 compiled[same] = compile_one(module, given)
         run.append((compiled[same], part))
-    return RegionSequence(gm, run) if run else compile_one(gm, example_inputs)
+    if run:
+        memory = _memory(gm)
+        sharing = lambda n: {m for s in storages(n, gm) for m in memory[s]}  # noqa: E731
+        return RegionSequence(gm, run, inputs_that_leave([part for _, part in run], sharing) if offload else {})
+    if offload:
+        warn_once("sloth.checkpoint_offload: the graph does not repeat itself in layers, and nothing waits in host memory")
+    return compile_one(gm, example_inputs)
 
 
 def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[CompileRegion, fx.GraphModule | None, int]]:
@@ -125,8 +135,13 @@ def split_repeated_regions(gm: fx.GraphModule, bodies: Bodies) -> list[CompileRe
         return []
     found = []
     for i, piece in enumerate(pieces):
-        inputs = dict.fromkeys(a for n in piece for a in n.all_input_nodes if made_in.get(a) != i and a not in blocks[i])
-        sizes = dict.fromkeys(symbols[s] for n in (*inputs, *piece) for s in _free_symbols(n))
+        before = dict.fromkeys(a for n in piece for a in n.all_input_nodes if a.op == "get_attr" and made_in[a] != i)
+        piece = [*before, *piece]  # a body that was named before the cut
+        inputs = dict.fromkeys(
+            a for n in piece for a in n.all_input_nodes if a not in before and made_in.get(a) != i and a not in blocks[i]
+        )
+        read = {s for n in (*inputs, *piece) for s in _free_symbols(n)}
+        sizes = dict.fromkeys(node for s, node in symbols.items() if s in read)  # in an order that caches know again
         outputs = [n for n in piece if _crosses(n) and any(made_in.get(u) != i for u in n.users)]
         found.append(CompileRegion(piece, list(sizes | inputs), outputs, blocks[i], blocks[i + 1]))
     return found
@@ -290,9 +305,11 @@ def _fake(n: fx.Node, mode: FakeTensorMode) -> Any:
 
 
 class RegionSequence:
-    """One part after the other. What no later one reads is let go."""
+    """One part after the other. What no later one reads is let go; what is in `leaving`, by the number of its part, waits in host
+    memory for the backward pass.
+    """
 
-    def __init__(self, gm: fx.GraphModule, run: list[tuple[Compiled, CompileRegion]]):
+    def __init__(self, gm: fx.GraphModule, run: list[tuple[Compiled, CompileRegion]], leaving: dict[int, fx.Node]):
         place = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
         inputs = len(place)
         for n in (n for _, part in run for n in part.outputs):
@@ -302,22 +319,29 @@ class RegionSequence:
         self.returned = [(place[x], None) if isinstance(x, fx.Node) else (None, x) for x in returned]
         last = {n: i for i, (_, part) in enumerate(run) for n in part.inputs}
         last |= dict.fromkeys((x for x in returned if isinstance(x, fx.Node)), len(run))
+        self.offloads = bool(leaving)
         self.steps = []
         for i, (compiled, part) in enumerate(run):
             done = [place[n] for n in part.inputs if last[n] == i]
             written = [(place[n], _layout(n.meta["example_value"])) for n in part.outputs]
-            self.steps.append((compiled, [place[n] for n in part.inputs], done, written))
+            leaves = part.inputs.index(leaving[i]) if i in leaving else None
+            self.steps.append((compiled, [place[n] for n in part.inputs], done, written, leaves))
 
     def __call__(self, *args: Any) -> tuple:
         values = [*args, *[None] * self.made]
-        for compiled, read, done, written in self.steps:
+        copies = HostCopies() if self.offloads and torch.is_grad_enabled() else None
+        for compiled, read, done, written, leaves in self.steps:
             given = [values[i] for i in read]
             for i in done:
                 values[i] = None
             results = compiled(*given)
+            if copies is not None and leaves is not None:
+                copies.take(given[leaves], results)
             del given
             for (i, layout), value in zip(written, results, strict=True):
                 values[i] = value if layout is None else _laid_out(value, layout(value))
+        if copies is not None:
+            copies.close()
         return tuple([x if i is None else values[i] for i, x in self.returned])
 
 

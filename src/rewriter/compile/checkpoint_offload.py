@@ -1,0 +1,129 @@
+"""The inputs of layers wait in host memory until their backward pass (`options={"sloth.checkpoint_offload": True}`).
+
+Of a checkpointed layer autograd keeps the input, and of all layers together these are most of what a step needs beyond the model.
+When a layer has run, its input is copied to pinned memory on a stream beside, and the device's memory is given back once the next
+layer has run too. In the backward pass it is brought back before the layer needs it, while the layer behind it computes. So there
+are two or three of them on the device, however many layers there are.
+
+    forward    layer i computes | copy x_i to the host          backward   layer i computes | copy x_{i-1} to the device
+               layer i+1 computes; x_i's memory is given back              layer i-1 computes
+
+The tensor itself stays where it is: only its memory goes and comes back, with the same bytes, so that autograd's graph, versions
+and saved tensors know nothing of it. Only what a single layer reads, and nobody outside of the graph, may go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def inputs_that_leave(regions: Sequence[Any], sharing: Callable[[fx.Node], set[fx.Node]]) -> dict[int, fx.Node]:
+    """By the number of a region of the graph, what may leave the device when it has run: made by an earlier region, read by this
+    one alone, and nothing that other regions or the caller see lies in its memory. The last two, of the last layer and of what
+    follows it, stay: their backward passes are next.
+
+    sharing: all nodes of the graph that lie in the memory of one.
+    """
+    made_in = {n: i for i, region in enumerate(regions) for n in region.calls}
+    seen = {n for region in regions for n in (*region.outputs, *(a for a in region.inputs if a not in made_in))}
+    found: dict[int, fx.Node] = {}
+    for i, region in enumerate(regions):
+        for n in region.inputs:
+            is_tensor = isinstance(n.meta.get("example_value"), torch.Tensor)
+            if is_tensor and n in made_in and all(made_in.get(u) == i for u in n.users) and seen & sharing(n) == {n}:
+                found[i] = n
+    return dict(list(found.items())[:-2])
+
+
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def can_wait(x: Any) -> bool:
+    """Is it a tensor of a GPU that fills its memory?"""
+    return isinstance(x, torch.Tensor) and x.is_cuda and _is_whole(x)
+
+
+def _is_whole(x: torch.Tensor) -> bool:
+    return x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.numel() * x.itemsize > 0
+
+
+class HostCopy:
+    """The input of one layer: on the device, in the host's memory, or on its way. before: that of the layer before."""
+
+    def __init__(self, x: torch.Tensor, before: HostCopy | None):
+        self.memory: torch.Tensor | None  # flat, with a version of its own; none once all is done
+        self.memory = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+        self.nbytes, self.before = x.untyped_storage().nbytes(), before
+        self.beside = _stream_beside(x.device) if x.is_cuda else None
+        self.host: torch.Tensor | None = torch.empty(x.numel(), dtype=x.dtype, pin_memory=x.is_cuda)
+        self.done = self._copy(self.host, self.memory)
+        self.is_away = False
+
+    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+        """When it is done: to be waited for by whoever reads `to`, or gives the memory of `source` away."""
+        if self.beside is None:
+            to.copy_(source)
+            return None
+        self.beside.wait_stream(torch.cuda.current_stream(self.beside.device))
+        with torch.cuda.stream(self.beside):
+            to.copy_(source, non_blocking=True)
+        return self.beside.record_event()
+
+    def _wait(self) -> None:
+        if self.done is not None:
+            torch.cuda.current_stream(self.beside.device).wait_event(self.done)
+            self.done = None
+
+    def leave(self) -> None:
+        """Give the device's memory back."""
+        self._wait()
+        self.memory.untyped_storage().resize_(0)
+        self.is_away = True
+
+    def fetch(self) -> None:
+        """Start to bring it back, if it is away."""
+        if not self.is_away:
+            return
+        self.memory.untyped_storage().resize_(self.nbytes)
+        self.done = self._copy(self.memory, self.host)
+        if self.beside is not None:
+            self.memory.record_stream(self.beside)  # if all of it is dropped before the copy is done
+        self.host, self.is_away = None, False
+
+    def arrive(self, *_: Any) -> None:
+        """Now it is needed, and the one before it next. A hook of gradients: it returns none."""
+        self.fetch()
+        self._wait()
+        if self.before is not None:
+            self.before.fetch()
+        self.memory = self.before = None  # autograd may let it go as soon as the layer is done
+
+
+class HostCopies:
+    """Those of one forward pass."""
+
+    def __init__(self) -> None:
+        self.last: HostCopy | None = None
+
+    def take(self, x: torch.Tensor, results: Sequence[Any]) -> None:
+        """The input of a layer that has given these results, and will be needed when their gradients are there."""
+        wanted = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
+        if not wanted or not can_wait(x):
+            return
+        copy = HostCopy(x, self.last)
+        for r in wanted:
+            r.register_hook(copy.arrive)
+        self.close()
+        self.last = copy
+
+    def close(self) -> None:
+        """The one that was taken last, by now copied, leaves."""
+        if self.last is not None:
+            self.last.leave()
