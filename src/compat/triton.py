@@ -14,6 +14,10 @@ try:
 except ImportError:
     raw_stream = None
 try:
+    from triton.runtime import driver  # of the machine's GPU, made when its `active` is asked for
+except ImportError:
+    driver = None
+try:
     # what @triton.jit gives under TRITON_INTERPRET=1
     from triton.runtime.interpreter import InterpretedFunction  # pyright: ignore[reportAssignmentType]
 except ImportError:
@@ -25,8 +29,6 @@ except ImportError:
 def active_driver() -> Any:
     """Triton's driver of this machine's GPU, made if there is none yet. None where that fails: whoever needs it is told then."""
     try:
-        from triton.runtime import driver
-
         return driver.active
     except Exception:
         return None
