@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class Step(NamedTuple):
 class Trace(NamedTuple):
     steps: list[Step]
     output: Any  # a pytree of Refs and literals
+    autocasts: bool = False  # did ambient autocast change anything?
 
 
 class _Recorder(SchemaCheckMode):
@@ -56,6 +58,7 @@ class _Recorder(SchemaCheckMode):
         self.steps: list[Step] = []
         self.alive: list[Any] = [*inputs]  # ids must not be used twice
         self.refs = {id(t): Ref(-1, i) for i, t in enumerate(inputs)}
+        self.autocasts = False
 
     def ref(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -77,7 +80,7 @@ class _Recorder(SchemaCheckMode):
         """Make the casts of ambient autocast steps of their own: they leave no trace but the dtype of the result."""
         if not isinstance(out, torch.Tensor) or not torch.is_autocast_enabled(out.device.type):
             return args, kwargs
-        if func._schema.is_mutable:
+        if func._schema.is_mutable or not _may_be_cast(func, out.device.type):
             return args, kwargs
         if not _mixed(func, args, out.device):  # mixed dtypes only autocast lets pass
             with torch.autocast(out.device.type, enabled=False):
@@ -86,6 +89,8 @@ class _Recorder(SchemaCheckMode):
                         return args, kwargs
                 except RuntimeError:
                     pass
+
+        self.autocasts = True
 
         def cast(x):
             if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == out.dtype:
@@ -115,6 +120,12 @@ class _Recorder(SchemaCheckMode):
         return out
 
 
+@cache
+def _may_be_cast(func: OpOverload, device: str) -> bool:
+    """Has autocast a rule for the operation, or for what it is made of?"""
+    return any(has_kernel(func.name(), key) for key in (f"Autocast{device.upper()}", "CompositeImplicitAutograd"))
+
+
 def _mixed(func: OpOverload, args: Any, device: torch.device) -> bool:
     """Are there operands of different dtypes that autocast makes the same? Fake tensors take them as they are."""
     dtypes = {t.dtype for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor) and t.is_floating_point()}
@@ -140,7 +151,7 @@ def trace(fn: Callable[..., Any], metas: Sequence[Meta], mode: FakeTensorMode | 
     recorder = _Recorder(inputs)
     with torch.no_grad(), mode or nullcontext(), enable_python_dispatcher(), recorder:
         out = fn(*inputs)
-    return Trace(recorder.steps, pytree.tree_map(recorder.ref, out))
+    return Trace(recorder.steps, pytree.tree_map(recorder.ref, out), recorder.autocasts)
 
 
 def op_name(op: OpOverload) -> str:

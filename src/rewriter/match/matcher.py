@@ -265,11 +265,13 @@ class Matcher:
 
     def exact(self, variant: Variant, metas: list[Meta], numbers: dict[str, Any], autocast: Autocast) -> Graph:
         """The reference with a match's own shapes, dtypes and numbers, traced once for all sites alike."""
-        key = (variant, literal_key(([m[:3] for m in metas], tuple(numbers.values()))), autocast)
-        if key not in self.traced:
+        how = (variant, literal_key(([m[:3] for m in metas], tuple(numbers.values()))))
+        if (how, autocast) not in self.traced:
             with under(autocast), comparing_nothing(self.mode):
-                self.traced[key] = variant.graph(metas, numbers, self.mode)
-        return self.traced[key]
+                graph = self.traced[how, autocast] = variant.graph(metas, numbers, self.mode)
+            if not graph.autocasts:  # nor would it without
+                self.traced[how, OFF] = graph
+        return self.traced[how, autocast]
 
     def second_look(self, variant: Variant, graph: Graph, b: Bindings) -> tuple[Match | None, Difference]:
         tensors = {name: b[p] for name, p in graph.inputs.items() if p in b}

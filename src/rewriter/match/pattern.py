@@ -62,13 +62,14 @@ class Construct:
 @dataclass(frozen=True)
 class Graph:
     """A traced reference: its inputs and results in normal form, which literals stand for which numbers, and which are computed
-    of such (`-limit`).
+    of such (`-limit`). autocasts: with another ambient autocast it may be another one.
     """
 
     inputs: dict[str, Value]
     roots: tuple[Value, ...]
     sentinels: dict[Any, str]
     computed: frozenset[Any] = frozenset()
+    autocasts: bool = False
 
     @property
     def main(self) -> Value:
@@ -170,7 +171,7 @@ class Variant:
         inputs = [shadow.add("input", (t,), m) for t, m in zip(self.tensors, metas, strict=True)]
         output = Normal(shadow).replay(traced, inputs)
         roots = output if isinstance(output, tuple) else (output,)
-        return Graph(dict(zip(self.tensors, inputs, strict=True)), roots, sentinels or {})
+        return Graph(dict(zip(self.tensors, inputs, strict=True)), roots, sentinels or {}, autocasts=traced.autocasts)
 
 
 @dataclass(eq=False)
