@@ -6,8 +6,8 @@ Weights in NF4 (random, written once to a temporary folder), `prepare_model_for_
 16 on all seven projections, AdamW in 8 bits, 4 rows of lognormal length (median 245 tokens, 24 … 2048), accumulation 2, 30 steps.
 padded: to the longest of each batch, as DataCollatorForSeq2Seq does; packed: the same rows in one without padding, told apart by
 their positions (DataCollatorWithFlattening). Every contender runs in a process of its own, with caches of its own that are empty;
-those of `--warm` once more with the caches of their first run. Unsloth is set up as its users do: its own adapters and
-checkpointing. Peers that are not installed are left out.
+those of `--warm` once more with the caches of their first run. sloth-offload: inputs of layers wait in host memory. Unsloth is
+set up as its users do: its own adapters and checkpointing, which does the same. Peers that are not installed are left out.
 
 total_s: all of `trainer.train()`, compilation with it; first_s: until the first optimizer step is done; steps_s: all others.
 """
@@ -29,7 +29,8 @@ import torch
 from measuring import machine, optional, parse, parser, write
 from qlora import RANK, SHAPES, TARGETS, write_checkpoint
 
-CONTENDERS = ("sloth", "unsloth", "eager", "liger", "inductor")
+CONTENDERS = ("sloth", "sloth-offload", "unsloth", "eager", "liger", "inductor")
+OFFLOAD = {"sloth-offload": {"SLOTH_OPTIONS": "sloth.checkpoint_offload=1"}}
 NEEDS = {"unsloth": "unsloth", "liger": "liger_kernel"}
 ROWS, ACCUMULATE, LONGEST = 4, 2, 2048
 WORDS = 900  # of the vocabulary that texts are made of
@@ -88,7 +89,8 @@ def train(contender: str, recipe: str, folder: str, steps: int) -> dict[str, Any
             torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
-    compiling = {"sloth": {"torch_compile_backend": "sloth"}, "inductor": {"torch_compile": True}}.get(contender, {})
+    ours = {"torch_compile_backend": "sloth"}
+    compiling = {"sloth": ours, **dict.fromkeys(OFFLOAD, ours), "inductor": {"torch_compile": True}}.get(contender, {})
     checkpointing = {"gradient_checkpointing": contender != "unsloth", "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=ROWS, gradient_accumulation_steps=ACCUMULATE, max_steps=steps,
@@ -130,7 +132,7 @@ def run(contender: str, recipe: str, folder: str, steps: int, caches: Path) -> d
     try:
         done = subprocess.run(
             command,
-            env=os.environ | places | offline,
+            env=os.environ | places | offline | OFFLOAD.get(contender, {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

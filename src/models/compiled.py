@@ -7,13 +7,10 @@ Sizes of ids, masks and labels are symbols from the first graph on, whoever feed
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import cache, wraps
 from typing import Any
 
 import torch
-
-OFFLOAD = "checkpoint_offload"
 
 
 @cache
@@ -28,17 +25,9 @@ def _backend() -> Any:
     return sloth
 
 
-def can_offload() -> bool:
-    """Does the backend keep inputs of checkpointed layers in host memory?"""
-    from sloth.options import Options
-
-    return any(f.name == OFFLOAD for f in fields(Options))
-
-
 def compile_in_place(model: torch.nn.Module, offload: bool = False) -> None:
     """Compile the calls of `model`, and only of it. offload: `use_gradient_checkpointing="sloth"`."""
     for module in model.modules():
         if module._compiled_call_impl is not None:  # of a model that has become a part of this one
             module._compiled_call_impl = None
-    options = {f"sloth.{OFFLOAD}": True} if offload and can_offload() else None
-    model.compile(backend=_backend(), options=options)
+    model.compile(backend=_backend(), options={"sloth.checkpoint_offload": True} if offload else None)

@@ -45,12 +45,12 @@ def _stream_beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def can_wait(x: Any) -> bool:
-    """Is it a tensor of a GPU that fills its memory?"""
-    return isinstance(x, torch.Tensor) and x.is_cuda and _is_whole(x)
+def is_on_gpu(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_cuda
 
 
 def _is_whole(x: torch.Tensor) -> bool:
+    """Does it fill its memory?"""
     return x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.numel() * x.itemsize > 0
 
 
@@ -115,7 +115,7 @@ class HostCopies:
     def take(self, x: torch.Tensor, results: Sequence[Any]) -> None:
         """The input of a layer that has given these results, and will be needed when their gradients are there."""
         wanted = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
-        if not wanted or not can_wait(x):
+        if not wanted or not is_on_gpu(x) or not _is_whole(x):
             return
         copy = HostCopy(x, self.last)
         for r in wanted:

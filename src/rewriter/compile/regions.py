@@ -31,6 +31,7 @@ from sloth.compat.dispatch import (
     set_grad_enabled,
     tracing,
 )
+from sloth.rewriter.compile import checkpoint_offload
 from sloth.rewriter.compile.checkpoint_offload import HostCopies, inputs_that_leave
 from sloth.rewriter.compile.structural_key import Bodies, body_of, call_key, graph_key, tensor_key
 from sloth.rewriter.graph.aliasing import may_be_written, may_write, storages, tensors
@@ -94,7 +95,7 @@ def compile_by_region(
         memory = _memory(gm)
         sharing = lambda n: {m for s in storages(n, gm) for m in memory[s]}  # noqa: E731
         return RegionSequence(gm, run, inputs_that_leave([part for _, part in run], sharing) if offload else {})
-    if offload:
+    if offload and any(map(checkpoint_offload.is_on_gpu, example_inputs)):
         warn_once("sloth.checkpoint_offload: the graph does not repeat itself in layers, and nothing waits in host memory")
     return compile_one(gm, example_inputs)
 
