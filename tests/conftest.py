@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cover import cover
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels on the CPU
@@ -26,6 +26,7 @@ torch.set_num_threads(1)  # there is a worker for each core
 _HOW = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", max_examples=10, **_HOW)
 settings.register_profile("nightly", max_examples=30, **_HOW)
+settings.register_profile("faults", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])  # as found, not shrunk
 settings.load_profile("ci")
 
 

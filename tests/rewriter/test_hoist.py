@@ -131,6 +131,22 @@ def test_a_mask_that_is_written_later_is_read_before():
     torch.testing.assert_close(found, fn(x, keys), equal_nan=True)
 
 
+def test_a_mask_that_is_written_once_it_has_a_name_is_read_behind_the_writes():
+    """Told of its transpose, the operator copies it: what it is told would be of the zeros."""
+
+    def fn(x, keys):
+        written = torch.zeros(2, 1, 12, 12, dtype=torch.bool)
+        mask = written.mT
+        written[..., :6, :] = keys[:, None, :6, None]
+        return layer(x, mask)
+
+    x, keys = torch.randn(2, 12, 32), torch.rand(2, 12) < 0.5
+    keys[:, 0] = True
+    torch._dynamo.reset()
+    found = torch.compile(fn, backend="sloth", options={"sloth.inner_backend": "eager"})(x, keys)
+    torch.testing.assert_close(found, fn(x, keys))
+
+
 def test_one_query():
     """A single position: its length cannot be told from the batch in a mask's shape."""
     x, keys = torch.randn(2, 1, 32), torch.tensor([[True], [False]])
