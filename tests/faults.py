@@ -197,7 +197,7 @@ FAULTS = [
     Fault(
         PATTERNS, "a mask that differs from head to head is taken for one of the batch",
         "patterns/attention/attention_dense_mask.py", "(len(shape) == 2 or len(shape) == 4 and is_one(shape[1]))",
-        "len(shape) in (2, 4)", "patterns/test_attention_by_mask.py -k alone",
+        "len(shape) in (2, 4)", "patterns/test_attention_by_mask.py -k each_head",
     ),
     Fault(
         PATTERNS, "a packed MLP: gate and up exchanged in one variant",

@@ -146,6 +146,14 @@ def test_what_is_left_alone(mask):
     assert site.status == "check" and LEFT_ALONE[mask] in site.reason
 
 
+def test_one_mask_for_each_head_where_there_are_as_many_sequences():
+    """[1, 4, S, S] is that of the heads, whatever the batch."""
+    q, mask = torch.randn(4, 4, S, 8, device=DEVICE), torch.rand(1, 4, S, S, device=DEVICE) < 0.6
+    torch._dynamo.reset()
+    attend = lambda q, mask: torch.nn.functional.scaled_dot_product_attention(q, q, q, mask | (mask.sum(-1, True) == 0))  # noqa: E731
+    torch.testing.assert_close(torch.compile(attend, backend="sloth", options=AOT)(q, mask), attend(q, mask))
+
+
 def test_dropout():
     model, x = made(prefix, dropout=0.5)
     torch._dynamo.reset()
