@@ -38,8 +38,8 @@ class Fault(NamedTuple):
     likely: str  # files of tests/, and perhaps the words of those that run first
 
 
-KERNELS, FORM, LEGALITY, PATTERNS, LAZY, PLAN, REGIONS = (
-    "kernels", "normal form", "legality", "patterns", "lazy logits", "narrowing, hoisting", "regions, passes",
+KERNELS, FORM, MATCHER, LEGALITY, CHOICE, PATTERNS, LAZY, PLAN, REGIONS = (
+    "kernels", "normal form", "matcher", "legality", "plans", "patterns", "lazy logits", "narrowing, hoisting", "regions, passes",
 )  # fmt: skip
 
 # fmt: off
@@ -145,6 +145,31 @@ FAULTS = [
         "if True or x is None", "rewriter/test_normal_form.py rewriter/test_legality.py rewriter/test_shadow.py",
     ),
     Fault(
+        FORM, "rsub(a, b) is a − b",
+        "rewriter/graph/normal_form.py", 'return n.add("sub", (b, a), c.meta)',
+        'return n.add("sub", (a, b), c.meta)', "rewriter/test_normal_form.py",
+    ),
+    Fault(
+        FORM, "what does not return its derivative is taken for a linear layer",
+        "rewriter/graph/autograd_functions.py", " and _same(uncast(d.args[1]), uncast(weight))",
+        "", "rewriter/test_functions.py",
+    ),
+    Fault(
+        MATCHER, "sub is commutative",
+        "rewriter/graph/canonical.py", 'COMMUTATIVE = frozenset({"add", "mul"})',
+        'COMMUTATIVE = frozenset({"add", "mul", "sub"})', "rewriter/test_match.py",
+    ),
+    Fault(
+        MATCHER, "one tensor of the reference may be two",
+        "rewriter/match/matcher.py", "            if b[p] is g:",
+        "            if True:", "rewriter/test_match.py",
+    ),
+    Fault(
+        MATCHER, "dtypes on the way are not compared",
+        "rewriter/match/matcher.py", "elif self.exact and p.meta is not None and p.meta.dtype != g.meta.dtype:",
+        "elif False:", "rewriter/test_match.py rewriter/test_dtype_parameters.py",
+    ),
+    Fault(
         LEGALITY, "what is written in place after it was read is matched",
         "rewriter/plan/legality.py", ">= min([first, *copies])",
         "> 10**9 + min([first, *copies])", "rewriter/test_memory.py rewriter/test_legality.py",
@@ -178,6 +203,31 @@ FAULTS = [
         LEGALITY, "random calls change places",
         "rewriter/plan/places.py", "or _random(n) or",
         "or", "rewriter/test_rewrite.py rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "an operator without a backward where a gradient is wanted",
+        "rewriter/plan/legality.py", "if not has_backward(match.pattern.op):",
+        "if False:", "rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "what an option hands over may need a gradient",
+        "rewriter/plan/legality.py", "[len(match.tensors) :] if v.meta.requires_grad]",
+        "[len(match.tensors) :] if False]", "patterns/test_alibi.py rewriter/test_legality.py",
+    ),
+    Fault(
+        CHOICE, "matches overlap",
+        "rewriter/plan/choice.py", "next((taken[v] for v in _own(m) if v in taken), None)",
+        "None", "rewriter/test_rewrite.py rewriter/test_plan.py",
+    ),
+    Fault(
+        CHOICE, "matches with other numbers share a call",
+        "rewriter/plan/choice.py", "(op, literal_key(tuple(shared)), m.roots",
+        "(op, m.roots", "rewriter/test_rewrite.py patterns/test_lora.py",
+    ),
+    Fault(
+        CHOICE, "a call does not wait for what writes to its operands",
+        "rewriter/plan/places.py", "if h.mutated_storage else ()",
+        "if False else ()", "rewriter/test_memory.py",
     ),
     Fault(
         PATTERNS, "j < i + a is read as j ≤ i + a: a window is one key too wide",
@@ -230,6 +280,41 @@ FAULTS = [
         "product", "test_lazy_logits.py test_many_logits.py",
     ),
     Fault(
+        LAZY, "versions of a head's weights are not asked",
+        "lazy/head.py", "(versions(*self.tensors), versions(hidden)) != (self.versions, version)",
+        "versions(hidden) != version", "test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "versions of hidden states are not asked",
+        "lazy/head.py", "(versions(*self.tensors), versions(hidden)) != (self.versions, version)",
+        "versions(*self.tensors) != self.versions", "test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "detached logits have gradients",
+        "lazy/functions.py", "    with torch.no_grad():\n        return _with(x)",
+        "    return _with(x)", "test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "views do not show what was written",
+        "lazy/tensor.py", "return parent is not None and (parent.written or _overwritten(parent)) and _is_view(x)",
+        "return False", "test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "of several results of the same logits, one gives a gradient",
+        "lazy/tensor.py", "for steps, fn, beside, grads, _ in terms:",
+        "for steps, fn, beside, grads, _ in terms[:1]:", "test_losses_of_logits.py test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "steps run under the autocast of whoever reads",
+        "lazy/functions.py", "with torch.autocast(*ambient):",
+        "if ambient:", "test_lazy_logits.py test_losses_of_logits.py",
+    ),
+    Fault(
+        LAZY, "the bias has the gradient of the last rows",
+        "lazy/tensor.py", "self.db += dz.sum",
+        "self.db = dz.sum", "test_lazy_logits.py test_many_logits.py",
+    ),
+    Fault(
         PLAN, "a result with two readers is kept narrow",
         "rewriter/plan/narrow.py", "return len(readers) == 1 and self.takes",
         "return len(readers) > 0 and self.takes", "rewriter/test_narrow.py",
@@ -238,6 +323,11 @@ FAULTS = [
         PLAN, "what is computed of written memory is hoisted",
         "rewriter/plan/hoist.py", "if any(v.mutated_storage for n in _nodes(given) for v in values_in((view.env.get(n),))):",
         "if False:", "rewriter/test_hoist.py -k written",
+    ),
+    Fault(
+        PLAN, "a sum of two results that both become narrow",
+        "rewriter/plan/narrow.py", " and not self.is_narrow(others[0])",
+        "", "rewriter/test_narrow.py",
     ),
     Fault(
         REGIONS, "parts with and without gradients share what they are compiled to",
@@ -253,6 +343,11 @@ FAULTS = [
         REGIONS, "a kernel writes over an operand that is read later",
         "rewriter/compile/passes.py", "all(order[u] <= order[call] for u in n.users)",
         "True", "rewriter/test_written_over.py",
+    ),
+    Fault(
+        REGIONS, "calls that read each other are made one",
+        "rewriter/compile/passes.py", " or set(n.all_input_nodes) & set(row)",
+        "", "rewriter/test_in_one_call.py",
     ),
 ]
 # fmt: on
