@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sloth.lazy import functions
 from sloth.lazy import tensor as module
 from sloth.lazy.functions import LazyLogits, lazy, materialize
 
@@ -294,6 +295,17 @@ def test_weights_that_have_changed_since_are_noticed(how):
             late()
 
 
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+@torch.no_grad()
+def test_what_was_written_since_is_noticed(which):
+    """By whomever, no optimizer among them: a tensor's version says so."""
+    hidden, weight = torch.randn(S, H), torch.randn(V, H)
+    x = lazy(hidden, weight)
+    {"hidden": hidden, "weight": weight}[which].mul_(2)
+    with pytest.raises(RuntimeError, match="have changed since"):
+        x.sum()
+
+
 @pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
 def test_autocast_is_that_of_the_call(device):
     """On a GPU it makes softmax fp32."""
@@ -303,6 +315,13 @@ def test_autocast_is_that_of_the_call(device):
         ours, theirs = x.bfloat16().softmax(-1), real.bfloat16().softmax(-1)
     assert ours.dtype == theirs.dtype == materialize(ours).dtype
     torch.testing.assert_close(materialize(ours), theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_a_step_runs_under_the_autocast_of_its_call():
+    x = lazy(torch.randn(3, H), torch.randn(V, H))
+    with torch.autocast("cpu", torch.bfloat16):
+        step = functions._as_here(x, lambda: torch.is_autocast_enabled("cpu"))
+    assert step() and not torch.is_autocast_enabled("cpu")
 
 
 def test_other_optimizers_do_not_matter():

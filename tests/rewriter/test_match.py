@@ -477,3 +477,13 @@ def test_tracing_references_leaves_random_numbers_and_threads_alone() -> None:
             variant._loose = None
             variant.loose()
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+def test_a_difference_has_an_order() -> None:
+    """A LayerNorm of mean − x is one with the other sign."""
+
+    def fn(m: Any, x: Tensor) -> Tensor:
+        h = x.mean(-1, keepdim=True) - x
+        return m.w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+    assert not matched(checked(Call(fn), torch.randn(2, 3, 8).requires_grad_()))["layer_norm"]
