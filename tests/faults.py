@@ -210,11 +210,6 @@ FAULTS = [
         "if False:", "rewriter/test_legality.py",
     ),
     Fault(
-        LEGALITY, "what an option hands over may need a gradient",
-        "rewriter/plan/legality.py", "[len(match.tensors) :] if v.meta.requires_grad]",
-        "[len(match.tensors) :] if False]", "patterns/test_alibi.py rewriter/test_legality.py",
-    ),
-    Fault(
         CHOICE, "matches overlap",
         "rewriter/plan/choice.py", "next((taken[v] for v in _own(m) if v in taken), None)",
         "None", "rewriter/test_rewrite.py rewriter/test_plan.py",

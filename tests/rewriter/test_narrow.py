@@ -116,6 +116,20 @@ def test_what_is_read_as_it_is_stays_wide(how):
     assert results(rewritten(Read(how), inputs()[0]), OPS.lora_linear) == [torch.float32]
 
 
+def test_of_two_terms_of_a_sum_not_both_are_narrow():
+    """Their sum would be too, and eager's is in fp32."""
+
+    class Two(Read):
+        def __init__(self):
+            super().__init__(None)
+            self.q = Projection(H, H)
+
+        def forward(self, x):
+            return self.p(x) + self.q(x)
+
+    assert torch.float32 in results(rewritten(Two(), inputs()[0]), OPS.lora_linear)
+
+
 class Normed(Read):
     def __init__(self, how):
         super().__init__(how)
