@@ -187,9 +187,8 @@ def same(ours: dict[str, Tensor | None], eager: dict[str, Tensor | None], tolera
             assert ours[name] is None, f"{name}: eager has none"
         else:
             assert ours[name] is not None, f"{name}: missing"
-            torch.testing.assert_close(
-                ours[name], theirs, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-            )
+            close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+            torch.testing.assert_close(ours[name], theirs, **close, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def checked(

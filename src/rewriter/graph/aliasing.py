@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sloth.compat.dispatch import HigherOrderOperator, OpOverload
+from sloth.compat.dispatch import HigherOrderOperator, OpOverload, is_traceable_wrapper_subclass
 from sloth.rewriter.graph.canonical import ALIASES
 from sloth.rewriter.graph.value import Value
 
@@ -38,6 +38,11 @@ def tensors(example: Any) -> Iterator[torch.Tensor]:
             yield from tensors(x)
 
 
+def is_plain(node: fx.Node) -> bool:
+    """Are its tensors none of a subclass that holds others (DTensor, torchao's)?"""
+    return not any(map(is_traceable_wrapper_subclass, tensors(node.meta.get("example_value"))))
+
+
 def root(v: Value) -> Value:
     """Whose memory `v` may share."""
     while v.op in ALIASES:
@@ -55,6 +60,13 @@ def _places(v: Value, gm: fx.GraphModule) -> set[int]:
     """The memory that `v`, or what it is a view of, lies in; empty where that is not known."""
     found = {s for n in v.nodes for s in storages(n, gm)}
     return found | _places(v.args[0], gm) if v.op in ALIASES else found
+
+
+def copies_by_layout(node: fx.Node) -> bool:
+    """Is it a call that copies its operand where the layout of that asks for it, and else gives a view of it?"""
+    target = node.target
+    name = target._schema.name.removeprefix("aten::") if isinstance(target, OpOverload) else getattr(target, "__name__", target)
+    return name in ("contiguous", "reshape", "reshape_as", "flatten", "ravel")
 
 
 def may_write(node: fx.Node) -> bool:

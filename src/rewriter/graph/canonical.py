@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from sloth.rewriter.graph.record import Trace, op_name, positional, resolve
+from sloth.rewriter.graph.record import Trace, is_factory, op_name, positional, resolve
 from sloth.rewriter.graph.value import Meta, Region, Value, ValueGraph, same_literal, values_in
 
 Rule = Callable[..., "Value | tuple | None"]
@@ -98,7 +98,7 @@ class Normal:
     def add(self, op: str, args: tuple, meta: Meta | None) -> Value:
         if meta is not None:
             floating = meta.dtype.is_floating_point or meta.dtype.is_complex
-            grad = floating and self.region.grad and op != "detach"
+            grad = floating and self.region.grad and op != "detach" and not is_factory(op)
             meta = meta._replace(requires_grad=grad and any(_wants_grad(a) for a in args))
         mutated_storage = self.mutated_storage or op in ALIASES and args[0].mutated_storage
         return self.shadow.add(op, args, meta, self.region, mutated_storage, self.origin, self.random)

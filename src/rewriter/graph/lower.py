@@ -31,6 +31,7 @@ from sloth.compat.dispatch import (
 from sloth.rewriter.graph.aliasing import may_write, root, storages, tensors
 from sloth.rewriter.graph.ambient import Autocast, current, under
 from sloth.rewriter.graph.autograd_functions import is_derivative
+from sloth.rewriter.graph.identity import held
 from sloth.rewriter.graph.normal_form import Normal
 from sloth.rewriter.graph.record import Ref, Trace, rebuilt, resolve, trace
 from sloth.rewriter.graph.value import Meta, Region, Symbol, Value, ValueGraph, literal_key, values_in
@@ -160,7 +161,8 @@ class _Builder:
             self.normal.origin = node
             self.normal.mutated_storage = node in self.written
             self.view.regions[node] = self.normal.region
-            result = self.view.env[node] = self.lower(node)
+            known = len(self.view.shadow.values)
+            result = self.view.env[node] = held(self.normal, node, self.view.gm, self.lower(node), known)
             if isinstance(result, Value):
                 result.nodes.append(node)
             self.view.writes += [(node, v) for v in self.normal.mutated]
@@ -243,12 +245,13 @@ class _Builder:
         source = self.normal.shadow.add(
             "opaque", (node.name, *_operands(node, self.view.env)), None, self.normal.region, True, node
         )
-        floating = lambda t: t.dtype.is_floating_point or t.dtype.is_complex  # noqa: E731
+        bodies = isinstance(node.target, HigherOrderOperator)  # of theirs, what is told is not relied on
+        linked = lambda t: (t.dtype.is_floating_point or t.dtype.is_complex) and (bodies or t.requires_grad)  # noqa: E731
         count = iter(range(1 << 30))
 
         def stand_in(x: Any) -> Any:
             if isinstance(x, torch.Tensor):
-                grad = floating(x) and self.normal.region.grad
+                grad = linked(x) and self.normal.region.grad
                 meta, mutated = Meta.of(x, grad), self.normal.mutated_storage
                 return self.normal.shadow.add("result", (source, next(count)), meta, self.normal.region, mutated, node)
             return type(x)(map(stand_in, x)) if type(x) in (tuple, list) else x

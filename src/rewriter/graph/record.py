@@ -63,10 +63,19 @@ class _Recorder(SchemaCheckMode):
     def ref(self, x: Any) -> Any:
         if isinstance(x, torch.Tensor):
             if id(x) not in self.refs:
-                self.refs[id(x)] = self.refs[id(self.twin(x))]
+                known = self.refs[id(self.twin(x))]
                 self.alive.append(x)
+                if self.is_made_of_tensors(known):  # x.data, which makes no call: the same numbers, and no gradient
+                    self.steps.append(Step(torch.ops.aten.detach.default, (known,), {}, (Meta.of(x),)))
+                    known = Ref(len(self.steps) - 1, 0)
+                self.refs[id(x)] = known
             return self.refs[id(x)]
         return x
+
+    def is_made_of_tensors(self, known: Ref) -> bool:
+        """Is it an input, or computed of one?"""
+        step = self.steps[known.step] if known.step >= 0 else None
+        return step is None or not is_factory(op_name(step.op)) and bool(_refs((step.args, step.kwargs)))
 
     def twin(self, x: torch.Tensor) -> torch.Tensor:
         """The known tensor that `x` is a shallow copy of: factories (zeros, arange …) hand out copies of what they made."""
@@ -108,7 +117,7 @@ class _Recorder(SchemaCheckMode):
         out = func(*args, **kwargs)
         args, kwargs = self.autocast(func, args, kwargs, out)
         flat = [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, tuple | list) else []
-        if not any(isinstance(t, torch.Tensor) for t in flat):
+        if not any(isinstance(t, torch.Tensor) for t in flat) and not func._schema.is_mutable:
             return out  # a size, a scalar: a literal where it is used
         refs_in, kw_in = pytree.tree_map(self.ref, (tuple(args), kwargs))
         step = len(self.steps)
@@ -133,6 +142,12 @@ def _mixed(func: OpOverload, args: Any, device: torch.device) -> bool:
     return len(dtypes) > 1 and has_kernel(func.name(), key)
 
 
+def _refs(args: Any) -> list[Ref]:
+    found: list[Ref] = []
+    resolve(args, found.append)
+    return found
+
+
 def _layout(t: torch.Tensor) -> tuple:
     return (*t.shape, *t.stride(), t.storage_offset())
 
@@ -152,6 +167,11 @@ def trace(fn: Callable[..., Any], metas: Sequence[Meta], mode: FakeTensorMode | 
     with torch.no_grad(), mode or nullcontext(), enable_python_dispatcher(), recorder:
         out = fn(*inputs)
     return Trace(recorder.steps, pytree.tree_map(recorder.ref, out), recorder.autocasts)
+
+
+def is_factory(name: str) -> bool:
+    """Does this ATen call make a tensor like another (zeros_like, new_full), of whose numbers it is no function?"""
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def op_name(op: OpOverload) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 from typing import NamedTuple
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sloth.rewriter.graph.aliasing import may_write
+from sloth.rewriter.graph.aliasing import copies_by_layout, may_write, storages
 from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
@@ -48,6 +49,8 @@ class Applied(NamedTuple):
 
 
 def _apply(plan: Plan, graph: GraphPlan) -> Applied:
+    if graph.placements:
+        _keep_copies(graph.view)
     rewriter = Rewriter(graph.view)
     plan.settle(graph, rewriter.apply)
     applied = Applied(*graph.lazy.apply(graph.matches))
@@ -55,6 +58,22 @@ def _apply(plan: Plan, graph: GraphPlan) -> Applied:
         rewriter.erase_remaining_dead_nodes()
         keep_narrow(graph.view.gm.graph, graph.view.regions)
     return applied
+
+
+def _keep_copies(view: LoweredGraph) -> None:
+    """Where a copy or what it is of is written, it stays a copy: an operator may give another layout, of which `contiguous` is a
+    view.
+    """
+    for n in [n for n in view.gm.graph.nodes if copies_by_layout(n)]:
+        value, places = view.env.get(n), [storages(x, view.gm) for x in (n, *n.all_input_nodes[:1])]
+        written = isinstance(value, Value) and any(v.mutated_storage for v in (value, *value.inputs))
+        if written and places[0] and not places[0] & places[-1]:
+            with view.gm.graph.inserting_after(n):
+                copy = view.gm.graph.call_function(torch.ops.aten.clone.default, (n,))
+            n.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            copy.meta.update(n.meta)
+            view.env[copy], view.regions[copy] = value, view.regions[n]
+            value.nodes[:] = [copy if x is n else x for x in value.nodes]
 
 
 class Rewriter:

@@ -70,8 +70,24 @@ class Places:
 
 
 def computed(v: Value) -> list[fx.Node]:
-    """The nodes that compute `v`. The others only copy one of these (contiguous, clone): views of their memory rely on them."""
-    return [n for n in v.nodes if not any(a in v.nodes for a in n.all_input_nodes)]
+    """The nodes that compute `v`. The others are made of one of these (contiguous, transposed twice): views of their memory
+    rely on their layout.
+    """
+    if len(v.nodes) < 2:
+        return [*v.nodes]
+    first = min(v.nodes)  # fx nodes compare by their place in the graph
+
+    def made_of_one(node: fx.Node) -> bool:
+        seen, todo = set(), [*node.all_input_nodes]
+        while todo:
+            if (n := todo.pop()) in v.nodes:
+                return True
+            if n not in seen and n > first:
+                seen.add(n)
+                todo += n.all_input_nodes
+        return False
+
+    return [n for n in v.nodes if not made_of_one(n)]
 
 
 def _random(n: fx.Node) -> bool:
