@@ -170,6 +170,16 @@ FAULTS = [
         "return _like(p, g)", "rewriter/test_match.py",
     ),
     Fault(
+        FORM, "x.data is taken for x",
+        "rewriter/graph/record.py", "if self.is_made_of_tensors(known):",
+        "if False:", "rewriter/test_links.py",
+    ),
+    Fault(
+        FORM, "a copy that is written is what it was copied from",
+        "rewriter/graph/identity.py", "if n.mutated_storage:",
+        "if False:", "rewriter/test_values.py rewriter/test_memory.py",
+    ),
+    Fault(
         LEGALITY, "what is written in place after it was read is matched",
         "rewriter/plan/legality.py", ">= min([first, *copies])",
         "> 10**9 + min([first, *copies])", "rewriter/test_memory.py rewriter/test_legality.py",
@@ -187,7 +197,22 @@ FAULTS = [
     Fault(
         LEGALITY, "an operator skips a tensor that needs a gradient",
         "rewriter/plan/legality.py", "[name for name in wanting if name in match.pattern.no_grad]",
-        "[]", "rewriter/test_legality.py",
+        "[]", "rewriter/test_links.py rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "an operator's backward is not tried",
+        "rewriter/plan/legality.py", "and v not in given]",
+        "and False]", "rewriter/test_links.py",
+    ),
+    Fault(
+        LEGALITY, "a result may need a gradient that needed none",
+        "rewriter/plan/legality.py", "[r for r in match.roots if not r.meta.requires_grad]",
+        "[]", "rewriter/test_links.py",
+    ),
+    Fault(
+        LEGALITY, "an operator's domain is not asked",
+        "rewriter/match/domain.py", "if number and not number(given):",
+        "if False:", "rewriter/test_values.py",
     ),
     Fault(
         LEGALITY, "a result of another dtype is taken",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from sloth.kernels.gated_act import backward_kernel, gated_act, gated_act_packed
 from sloth.rewriter.compile.passes import declare_inplace
 from sloth.rewriter.graph.value import Value, same_literal
+from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import computes_wide
@@ -58,6 +59,8 @@ def packed(act, up_first):
 
 
 declare_inplace(backward_kernel, du_ptr="u_ptr")
+domain(gated_act)
+domain(gated_act_packed)
 computes_wide(gated_act, ("gate", "up"))
 
 act_mul = pattern(

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from sloth.kernels.layer_norm import layer_norm
 from sloth.patterns.rms_norm import is_centred
 from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.domain import domain, finite
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 
@@ -22,6 +23,7 @@ def _calls(module: torch.nn.Module, arguments: dict) -> int:
     return int(type(module).__name__.endswith("LayerNorm"))
 
 
+domain(layer_norm, numbers={"eps": finite})
 LAYER_NORM = Construct("layer_norm", "LayerNorm", anchor=is_layer_norm, module=_calls)
 
 

@@ -13,6 +13,7 @@ from sloth.kernels.linear.lora import lora_linear
 from sloth.kernels.linear.lora_grad_b import compute_lora_grad_b, lora_grad_b
 from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.graph.value import Value, uncast
+from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
@@ -72,6 +73,8 @@ def own_input(match):
     return None if match.lora_input is match.x else match.lora_input
 
 
+domain(lora_linear)
+domain(adapter)
 rounds_once(lora_linear, sums=True)
 FROZEN = {"no_grad": ("weight",), "cheap": ("lora_input",)}
 lora = pattern(LORA, op=lora_linear, dims=DIMS, **FROZEN, name="lora", variant="linear", lora_input=own_input)(fused)

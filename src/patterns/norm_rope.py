@@ -11,6 +11,7 @@ square is that of another row), behind the turn (Hunyuan), LayerNorm with a weig
 from sloth.kernels.norm_rope import norm_rope
 from sloth.patterns.rms_norm import RMS_NORM, gemma, helium, llama, olmo2
 from sloth.patterns.rope import NO_GRAD, ROPE, SIZES, halves, one_table_for_all_heads, partial, plain
+from sloth.rewriter.match.domain import domain, finite
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
 
@@ -59,4 +60,5 @@ both = pattern(
 for _name, (_reference, _dims, _options) in _others:
     both.variant(_name, _dims, **_options)(_reference)
 both.check(one_table_for_all_heads)
+domain(norm_rope, numbers={"eps": finite})
 rounds_once(norm_rope, streams=("q", "k"))

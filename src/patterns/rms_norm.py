@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from sloth.kernels.rms_norm import add_rms_norm, rms_norm
 from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.domain import domain, finite
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import adds, rounds_once
@@ -115,12 +116,8 @@ for _name, (_form, _options) in FORMS.items():
     add_norm.variant(_name, **_options)(after_addition(_form))
 
 
+domain(rms_norm, numbers={"eps": finite})
+domain(add_rms_norm, numbers={"eps": finite})
 rounds_once(rms_norm)
 rounds_once(add_rms_norm, result=1)
 adds(add_rms_norm, ("x", "residual"))
-
-
-@norm.check
-@add_norm.check
-def floating_point(match):
-    match.require(match.x.meta.dtype.is_floating_point, f"x is {match.x.meta.dtype}")

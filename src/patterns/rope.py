@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels.rope import rope, rope_single
 from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
@@ -114,6 +115,8 @@ for _name, _turn, _tables, _options in _others:
     single.variant(_name, _tables, **_options)(_turn)
 
 
+domain(rope)
+domain(rope_single)
 rounds_once(rope, streams=("q", "k"))
 rounds_once(rope_single, streams=("x",))
 

@@ -13,6 +13,7 @@ from sloth.patterns.attention.index_expr import is_truth
 from sloth.patterns.attention.mask_analysis import Interval, meaning, why_not
 from sloth.rewriter.graph.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.graph.value import Value, same_literal
+from sloth.rewriter.match.domain import INTEGERS, domain, positive
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.hoist import shares
@@ -52,6 +53,9 @@ def _reaches(start: Value, neighbours: Callable[[Value], Iterable[Value]], throu
 ATTENTION = Construct("attention", "attention", anchor=lambda v: is_masked(v) or is_spelled(v))
 DIMS = {"query": "B H S D", "key": "B H T D", "value": "B H T E", "attn_mask": "B 1 S T"}
 GROUPED = {"query": "B 2*G S D", "key": "B G T D", "value": "B G T E"}
+domain(  # a score that is hidden is −inf before torch's kernels scale it, and a maximum is taken of scores as they come
+    attention, {"scale": positive, "softcap": positive}, documents=INTEGERS, valid=INTEGERS, visible=INTEGERS
+)
 shares(attention, attention_bounds, "bounds", when=lambda call: call.meta["example_value"].shape[2] != 1)
 for function in (attention, F.scaled_dot_product_attention):
     casts_in_autocast(function, ("query", "key", "value"))

@@ -16,6 +16,7 @@ from sloth.patterns.attention.alibi import of_keys
 from sloth.patterns.attention.attention import ATTENTION, BY_TORCH, proven, repeated
 from sloth.patterns.attention.mask_analysis import Interval, meaning, why_not
 from sloth.rewriter.graph.value import Value, same_literal
+from sloth.rewriter.match.domain import inverse
 from sloth.rewriter.match.registry import pattern
 
 DIMS = {
@@ -193,7 +194,7 @@ VARIANTS = {  # how scores are made and what is done with them, tensors, numbers
 
 
 def options(numbers: str) -> dict:
-    return TOLD | {"scale": lambda match: 1.0 / match.divisor} if "divisor" in numbers else TOLD
+    return TOLD | {"scale": lambda match: inverse(match.divisor)} if "divisor" in numbers else TOLD
 
 
 _how = VARIANTS.pop("fp32")

@@ -13,6 +13,7 @@ from sloth.kernels.loss.cross_entropy import cross_entropy
 from sloth.kernels.loss.cross_entropy_terms import cross_entropy_terms
 from sloth.rewriter.graph.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.domain import INDICES, domain, finite, inverse, not_zero
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 
@@ -79,6 +80,9 @@ def loss(prepare, reduction, flatten):
     return {"plain": plain, "softcap": softcapped, "scale": scaled, "divisor": divided}
 
 
+NUMBERS = {"softcap": not_zero, "scale": finite}
+domain(cross_entropy, NUMBERS, target=INDICES)
+domain(cross_entropy_terms, NUMBERS, target=INDICES)
 LOGITS = {True: {"logits": "B S V", "target": "B*S int64"}, False: {"logits": "N V", "target": "N int64"}}
 
 entry = pattern(CROSS_ENTROPY, op=cross_entropy, dims=LOGITS[True], name="cross_entropy", variant="mean", reduction="mean")(
@@ -97,7 +101,7 @@ for _reduction in ("mean", "sum"):
                     "fp32" if _prepare is not same else "",
                     "" if _flatten else "flat",
                 )
-                _options = {"scale": lambda match: 1.0 / match.divisor} if _name == "divisor" else {}
+                _options = {"scale": lambda match: inverse(match.divisor)} if _name == "divisor" else {}
                 entry.variant("_".join(filter(None, _parts)), LOGITS[_flatten], reduction=_reduction, **_options)(_reference)
 
 

@@ -20,6 +20,7 @@ from sloth.lazy.functions import lazy
 from sloth.patterns.lora import LORA
 from sloth.patterns.loss.cross_entropy import (
     CROSS_ENTROPY,
+    NUMBERS,
     adds_something,
     in_its_own_precision,
     loss,
@@ -30,6 +31,7 @@ from sloth.patterns.loss.cross_entropy import (
     with_z_loss,
 )
 from sloth.rewriter.compile.direct_calls import called_directly
+from sloth.rewriter.match.domain import FLOATS, INDICES, INTEGERS, domain, inverse
 from sloth.rewriter.match.registry import pattern
 
 called_directly(linear_cross_entropy_forward, compute_linear_cross_entropy, compile_ahead)
@@ -77,6 +79,8 @@ def with_z_loss_items(hidden, weight, target, items, *, ignore_index: int, z_los
     return loss + z_loss * logits.logsumexp(dim=-1).to(dtype=loss.dtype).pow(2).mean()
 
 
+domain(linear_cross_entropy, NUMBERS, target=INDICES, items=FLOATS + INTEGERS)
+domain(linear_cross_entropy_rows, NUMBERS, target=INDICES)
 HOW = {"dims": DIMS, "no_grad": ("class_weight",), "deferred": lazy, "also": (LORA,)}
 ADAPTER = ("lora_a_out", "lora_b")
 entry = pattern(CROSS_ENTROPY, op=linear_cross_entropy, **HOW, name="linear_cross_entropy", variant="mean", reduction="mean")(
@@ -92,14 +96,14 @@ for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
                 if _bias and _name != "plain" or _more and _prepare is not same:
                     continue  # no model does both
                 _parts = (_reduction, "" if _name == "plain" else _name, "fp32" if _prepare is not same else "", *_bias, *_more)
-                _options = {"scale": lambda match: 1.0 / match.divisor} if _name == "divisor" else {}
+                _options = {"scale": lambda match: inverse(match.divisor)} if _name == "divisor" else {}
                 entry.variant("_".join(filter(None, _parts)), reduction=_reduction, **_options)(
                     headed(_reference, (*_bias, *_more))
                 )
 
 for _reduction, _more in (("mean", ()), ("sum", ()), ("sum", ("items",))):
     for _name, _reference in loss(same, _reduction, False).items():
-        _options = {"scale": lambda match: 1.0 / match.divisor} if _name == "divisor" else {}
+        _options = {"scale": lambda match: inverse(match.divisor)} if _name == "divisor" else {}
         _parts = _reduction, "" if _name == "plain" else _name, "adapter", *_more
         if _name == "plain" or (_reduction, _more) != ("sum", ()):
             entry.variant("_".join(filter(None, _parts)), reduction=_reduction, **_options)(

@@ -42,7 +42,8 @@ def pattern(
     op: an operator of torch.library (an OpOverload, its packet, or what `custom_op`/`triton_op` return), with a registered
         backward unless it is only wanted where no gradient flows. Its arguments are found by name.
     dims: for each tensor its sizes by letters, "B S D" or "B S 2*I", with " int64" behind for indices. `sizes` fixes letters.
-    no_grad: tensors that the operator gives no gradient to; where one of them needs it, the match is refused.
+    no_grad: tensors that the operator gives no gradient to on some device; where one of them needs it, the match is refused. What
+        its backward gives no gradient to here is found out without.
     recompute: its result is large and cheap: computed again in the backward pass by whoever needs it there, not kept.
     cheap: tensors of which a dropout or cast is computed again too, where the backward pass wants it, instead of keeping it.
     deferred: what a linear layer computes row by row on the way and the graph gives out (logits) is left to `deferred(hidden,

@@ -55,11 +55,13 @@ def _own(m: Match) -> list[Value]:
 
 
 def group_horizontally(accepted: list[Match]) -> list[list[Match]]:
-    """Matches that one call can stand for: their operator takes lists, and all its other arguments are the same."""
+    """Matches that one call can stand for: their operator takes lists, and all its other arguments are the same. Where a result
+    of a call needs a gradient, all of them do.
+    """
     groups: dict[object, list[Match]] = {}
     for m in accepted:
         op = m.pattern.op
         shared = [a for p, a in zip(op._schema.arguments, match_arguments(m), strict=True) if not is_list(p)]
-        key = (op, literal_key(tuple(shared)), m.roots[0].region) if takes_many(op) else m
+        key = (op, literal_key(tuple(shared)), m.roots[0].region, m.roots[0].meta.requires_grad) if takes_many(op) else m
         groups.setdefault(key, []).append(m)
     return list(groups.values())

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from sloth.compat.dispatch import is_traceable_wrapper_subclass
 from sloth.lazy.weights import RematerializedWeight
+from sloth.rewriter.graph.aliasing import is_plain
 from sloth.rewriter.graph.ambient import OFF, dtype_of
 from sloth.rewriter.graph.canonical import POINTWISE
 from sloth.rewriter.graph.lower import LoweredGraph
@@ -234,9 +234,7 @@ def _layer(node: fx.Node, view: LoweredGraph) -> Layer | None:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Not a DTensor, say."""
-    example = node.meta.get("example_value")
-    return isinstance(example, torch.Tensor) and not is_traceable_wrapper_subclass(example)
+    return isinstance(node.meta.get("example_value"), torch.Tensor) and is_plain(node)
 
 
 def _remade_layer(node: fx.Node, view: LoweredGraph) -> Layer | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,13 +11,14 @@ import torch
 from torch import fx
 
 from sloth.compat.dispatch import FakeTensorMode, OpOverload, has_kernel, opdef_of, pytree
-from sloth.rewriter.graph.aliasing import root, storages, writers
+from sloth.rewriter.graph.aliasing import copies_by_layout, is_plain, root, storages, writers
 from sloth.rewriter.graph.ambient import under
 from sloth.rewriter.graph.canonical import ALIASES, POINTWISE, VIEWS
 from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.record import fakes, rebuilt
 from sloth.rewriter.graph.scratch import Compared, into, trying
 from sloth.rewriter.graph.value import Meta, Value, literal_key, same_literal, values_in
+from sloth.rewriter.match.domain import outside
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.match.pattern import ARGUMENTS
 from sloth.rewriter.notices import warn_once
@@ -31,7 +32,7 @@ class LegalityContext:
 
     view: LoweredGraph
     mode: FakeTensorMode
-    tried: dict[Any, list[Meta]] = field(default_factory=dict)
+    tried: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def order(self) -> dict[fx.Node, int]:
@@ -52,12 +53,19 @@ def check(match: Match, context: LegalityContext) -> None:
                 raise Refused("error", f"{match.pattern.name} raises {why}") from e
 
 
+def plain(match: Match, context: LegalityContext) -> None:
+    """Its tensors are plain ones: a subclass that holds other tensors (DTensor, torchao's) says itself what an operator does."""
+    of = [*match.values, *match.roots, *(h for o in operands_of(match) for h in source_values(o))]
+    if dressed := [n for v in of for n in v.nodes if not is_plain(n)]:
+        raise Refused("subclass", f"`{dressed[0].name}` is a {type(dressed[0].meta['example_value']).__name__}")
+
+
 def memory(match: Match, context: LegalityContext) -> None:
     """Of memory that somebody writes, it reads only what tensors of the pattern lie in, and when all of it is written; a result
     may be written later, by its readers, like the fresh tensor it is.
     """
     tensors = [h for t in match.tensors.values() for h in source_values(t)]
-    others = [h for o in operands_of(match)[len(match.tensors) :] for h in source_values(o)]
+    others = [h for o in other_operands(match) for h in source_values(o)]
     fresh = {r for r in match.roots if not any(u in match.values for u in r.users)}
     for v in (*match.values - fresh, *others):
         if v.mutated_storage and not (v in match.values and v.op in ALIASES and root(v) in map(root, tensors)):
@@ -68,11 +76,17 @@ def memory(match: Match, context: LegalityContext) -> None:
         copies = [context.order[n] for v in _views(h) for n in v.nodes if storages(n, view.gm) != storages(h.nodes[0], view.gm)]
         if any(context.order[w] >= min([first, *copies]) for w in writers(h, view.writes, view.gm)):
             raise Refused("mutation", f"{_name(h)} is written in place after it is read")
+    for r in match.roots:  # `contiguous` of a result copies it or does not: its layout says so, and an operator's may be another
+        own = storages(r.nodes[0], view.gm) if r.nodes else ()
+        for v in _views(r, ALIASES | {"copy"}):
+            copied = any(storages(n, view.gm) != own or copies_by_layout(n) for n in v.nodes)
+            if copied and (r.mutated_storage or v.mutated_storage):
+                raise Refused("mutation", f"{_name(v)} may be a copy of {_name(r)}, and one of them is written in place")
 
 
-def _views(v: Value) -> list[Value]:
+def _views(v: Value, ops: Set[str] = ALIASES) -> list[Value]:
     """It, and what a view of it is."""
-    return [v, *(w for u in v.users if u.op in ALIASES for w in _views(u))]
+    return [v, *(w for u in v.users if u.op in ops and u.args[0] is v for w in _views(u, ops))]
 
 
 def regions(match: Match, context: LegalityContext) -> None:
@@ -88,6 +102,8 @@ def operands(match: Match, context: LegalityContext) -> None:
     for v in operands_of(match):
         if hidden := [h for h in ([v] if _around(v, context) else source_values(v)) if not h.nodes]:
             raise Refused("hidden", f"operand {hidden[0].op} is computed inside one call")
+        if made := [h for h in source_values(v) if h in match.roots]:
+            raise Refused("convexity", f"{_name(made[0])} is an operand and a result")
     for v in match.roots:
         if not v.nodes:
             raise Refused("hidden", f"result {v.op} is computed inside one call")
@@ -111,17 +127,28 @@ def escapes(match: Match, context: LegalityContext) -> None:
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
 
 
+def domain(match: Match, context: LegalityContext) -> None:
+    """Operands and numbers are such that the operator's formula holds for them, as it states itself."""
+    names = (a.name for a in match.pattern.op._schema.arguments)
+    if why := outside(match.pattern.op, dict(zip(names, match_arguments(match), strict=True))):
+        raise Refused("domain", why)
+
+
 def gradients(match: Match, context: LegalityContext) -> None:
-    """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it."""
-    if unbound := [v for v in operands_of(match)[len(match.tensors) :] if v.meta.requires_grad]:
+    """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it; and
+    no result needs a gradient that needed none.
+    """
+    if unbound := [v for v in other_operands(match) if v.meta.requires_grad]:
         raise Refused("gradient", f"{_name(unbound[0])} is no operand of the pattern, and needs a gradient")
     wanting = [name for name, v in match.tensors.items() if v.meta.requires_grad]
-    if not wanting or not any(r.meta.requires_grad for r in match.roots):
+    if not wanting or not match.roots[0].region.grad:
         return
     if not has_backward(match.pattern.op):
         raise Refused("gradient", f"{match.pattern.op} has no registered backward")
     if skipped := [name for name in wanting if name in match.pattern.no_grad]:
         raise Refused("gradient", f"{match.pattern.op} gives no gradient to {', '.join(skipped)}")
+    if frozen := [r for r in match.roots if not r.meta.requires_grad]:
+        raise Refused("gradient", f"{_name(frozen[0])} needs no gradient, and would where {', '.join(wanting)} need one")
 
 
 def conditions(match: Match, context: LegalityContext) -> None:
@@ -149,8 +176,22 @@ def results(match: Match, context: LegalityContext) -> None:
             )
 
 
+def backward(match: Match, context: LegalityContext) -> None:
+    """The operator's backward, tried on operands like these, gives a gradient to each that needs one."""
+    if not any(r.meta.requires_grad for r in match.roots):
+        return
+    try:
+        given = operator_gradients(match, context)
+    except Compared as e:
+        raise Refused("sizes", f"the backward of {match.pattern.op}: {e}") from e
+    if lost := [name for name, v in match.tensors.items() if v.meta.requires_grad and v not in given]:
+        raise Refused("gradient", f"{match.pattern.op} gives no gradient to {', '.join(lost)}")
+
+
 # The operator is tried last, on operands that its pattern asks for: torch logs what fails on fakes.
-RULES: tuple[Callable[[Match, LegalityContext], None], ...] = (memory, regions, operands, gradients, escapes, conditions, results)
+RULES: tuple[Callable[[Match, LegalityContext], None], ...] = (
+    plain, memory, regions, operands, domain, gradients, escapes, conditions, results, backward
+)  # fmt: skip
 
 
 def has_backward(op: OpOverload) -> bool:
@@ -184,6 +225,12 @@ def operands_of(match: Match) -> list[Value]:
     return list(dict.fromkeys((*match.tensors.values(), *values_in(match_arguments(match)))))
 
 
+def other_operands(match: Match) -> list[Value]:
+    """Those that are no tensors of the pattern."""
+    own = set(match.tensors.values())
+    return [v for v in operands_of(match) if v not in own]
+
+
 def call_arguments(matches: Sequence[Match], tensor: Callable[[Value], Any]) -> tuple:
     """The arguments of one call for these matches, its tensors made by `tensor`."""
     op = matches[0].pattern.op
@@ -209,6 +256,27 @@ def operator_metas(match: Match, context: LegalityContext) -> list[Meta]:
             )
         context.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
     return context.tried[key]
+
+
+def operator_gradients(match: Match, context: LegalityContext) -> set[Value]:
+    """The operands that its backward gives a gradient to. Tried on fakes: it is no question of numbers."""
+    leaves = operands_of(match)
+    key = ("backward", match.pattern.op, literal_key(call_arguments([match], lambda v: (leaves.index(v), *v.meta))))
+    key = (*key, match.roots[0].region.autocast)
+    if key not in context.tried:
+        tensors = dict(zip(leaves, fakes([v.meta for v in leaves], context.mode), strict=True))
+        wanted = [v for v in leaves if v.meta.requires_grad]
+        for v in wanted:
+            tensors[v].requires_grad_()
+        with trying(context.mode), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+            out = match.pattern.op(
+                *pytree.tree_map(lambda a: into(a, context.mode), call_arguments([match], tensors.__getitem__))
+            )
+            out = [t for t in ((out,) if isinstance(out, torch.Tensor) else out)[: len(match.roots)] if t.requires_grad]
+            of, ones = [tensors[v] for v in wanted], [torch.empty_like(t) for t in out]
+            found = torch.autograd.grad(out, of, ones, allow_unused=True) if out else [None] * len(of)
+        context.tried[key] = {leaves.index(v) for v, g in zip(wanted, found, strict=True) if g is not None}
+    return {leaves[i] for i in context.tried[key]}
 
 
 def _around(v: Value, context: LegalityContext) -> bool:
