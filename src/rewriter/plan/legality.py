@@ -17,7 +17,7 @@ from sloth.rewriter.graph.canonical import ALIASES, POINTWISE, VIEWS
 from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.record import fakes, rebuilt
 from sloth.rewriter.graph.scratch import Compared, into, trying
-from sloth.rewriter.graph.value import Meta, Value, literal_key, same_literal, values_in
+from sloth.rewriter.graph.value import Meta, Symbol, Value, literal_key, same_literal, values_in
 from sloth.rewriter.match.domain import outside
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.match.pattern import ARGUMENTS
@@ -258,12 +258,17 @@ def operator_metas(match: Match, context: LegalityContext) -> list[Meta]:
     return context.tried[key]
 
 
+_GRADIENTS: dict[Any, set[int]] = {}  # for each signature, the operands that the operator gives a gradient to
+
+
 def operator_gradients(match: Match, context: LegalityContext) -> set[Value]:
     """The operands that its backward gives a gradient to. Tried on fakes: it is no question of numbers."""
     leaves = operands_of(match)
     key = ("backward", match.pattern.op, literal_key(call_arguments([match], lambda v: (leaves.index(v), *v.meta))))
     key = (*key, match.roots[0].region.autocast)
-    if key not in context.tried:
+    sizes = pytree.tree_leaves(call_arguments([match], lambda v: tuple(v.meta.shape)))
+    tried = context.tried if any(isinstance(s, Symbol) for s in sizes) else _GRADIENTS  # symbols are of one graph
+    if key not in tried:
         tensors = dict(zip(leaves, fakes([v.meta for v in leaves], context.mode), strict=True))
         wanted = [v for v in leaves if v.meta.requires_grad]
         for v in wanted:
@@ -275,8 +280,8 @@ def operator_gradients(match: Match, context: LegalityContext) -> set[Value]:
             out = [t for t in ((out,) if isinstance(out, torch.Tensor) else out)[: len(match.roots)] if t.requires_grad]
             of, ones = [tensors[v] for v in wanted], [torch.empty_like(t) for t in out]
             found = torch.autograd.grad(out, of, ones, allow_unused=True) if out else [None] * len(of)
-        context.tried[key] = {leaves.index(v) for v, g in zip(wanted, found, strict=True) if g is not None}
-    return {leaves[i] for i in context.tried[key]}
+        tried[key] = {leaves.index(v) for v, g in zip(wanted, found, strict=True) if g is not None}
+    return {leaves[i] for i in tried[key]}
 
 
 def _around(v: Value, context: LegalityContext) -> bool:
