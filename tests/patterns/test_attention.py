@@ -60,7 +60,7 @@ def sites_of(reports):
 MASKS = {
     causal_gathered: (None, MATCHED), narrow_window: (None, MATCHED), chunked: (None, MATCHED), strict: (None, MATCHED),
     padded: (PADDING.long(), MATCHED), packed_window: (RESTART, MATCHED), falling: (RESTART, MATCHED),
-    written: (RESTART, "mutation"),
+    written: (RESTART, MATCHED),
 }  # fmt: skip
 
 

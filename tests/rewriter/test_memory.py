@@ -42,10 +42,8 @@ AT_REST: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "in a copy from behind": lambda m, x: (h := x * 2, h.mul_(2), llama_norm(h.clone(), m.w) + h)[-1],
     "made behind the writes of another": lambda m, x: (
         g := x * 2, g.add_(1), a := llama_norm(g, m.w), h := x * 3, h.add_(1), a + llama_norm(h, m.v))[-1],
-    "a copy from before": lambda m, x: (h := x * 2, c := h.clone(), h.add_(1), llama_norm(c, m.w) + h)[-1],
     "a copy that is written itself": lambda m, x: (
         h := x.detach() * 2, h.mul_(2), c := h.clone(), c.mul_(3), llama_norm(c, m.w) + h)[-1],
-    "a sum of nothing from before": lambda m, x: (h := x * 2, c := h + 0, h.add_(1), llama_norm(c, m.w) + h)[-1],
 }  # fmt: skip
 
 
@@ -77,6 +75,8 @@ NOT_AT_REST: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "behind, through a view": lambda m, x: (h := x.detach() * 2, n := llama_norm(h, m.w), h[:, 1:].add_(1), n + h)[-1],
     "behind, read through a view": lambda m, x: (
         h := x.detach() * 2, n := llama_norm(h[:, 1:], m.w), h.add_(1), n + h[:, 1:])[-1],
+    "a copy from before": lambda m, x: (h := x * 2, c := h.clone(), h.add_(1), llama_norm(c, m.w) + h)[-1],
+    "a sum of nothing from before": lambda m, x: (h := x * 2, c := h + 0, h.add_(1), llama_norm(c, m.w) + h)[-1],
     "between": mean_first,
 }  # fmt: skip
 

@@ -82,6 +82,11 @@ def may_write(node: fx.Node) -> bool:
     return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or node.op == "call_module"
 
 
+def written_storages(writes: Iterable[tuple[fx.Node, Value]], gm: fx.GraphModule) -> frozenset[int]:
+    """The memory that these calls write to: of the operands that they may, where that is known, or of all that hold the value."""
+    return frozenset(s for call, v in writes for n in may_be_written(call) or v.nodes for s in storages(n, gm))
+
+
 def may_be_written(node: fx.Node) -> list[fx.Node]:
     """The operands that this call may write to."""
     if not may_write(node):

@@ -19,16 +19,17 @@ from sloth.rewriter.graph.canonical import Normal
 from sloth.rewriter.graph.value import Value
 
 
-def held(n: Normal, node: fx.Node, gm: fx.GraphModule, result: Any, known: int) -> Any:
-    """`result`, what the node's call was lowered to, with values of its own where it is not that. known: how many values there
-    were before this node.
+def held(n: Normal, node: fx.Node, gm: fx.GraphModule, written: frozenset[int], result: Any, known: int) -> Any:
+    """`result`, what the node's call was lowered to, with values of its own where it is not that. written: the memory that calls
+    of the graph write to. known: how many values there were before this node.
     """
 
     def kept(v: Value, _: Any) -> Value:
-        """A copy of what is written, or that is written, is itself."""
+        """A copy that is written is itself. One that is not, of what is, legality knows of (`memory`)."""
         if v.mutated_storage:
             own, theirs = storages(node, gm), {s for x in v.nodes for s in storages(x, gm)}
-            return n.add("copy", (v,), v.meta) if v.id < known and own and theirs and own.isdisjoint(theirs) else v
+            apart = v.id < known and theirs and own.isdisjoint(theirs) and not own.isdisjoint(written)
+            return n.add("copy", (v,), v.meta) if apart else v
         return n.add("copy", (v,), v.meta) if n.mutated_storage else v
 
     result = _each(result, None, kept)

@@ -28,7 +28,7 @@ from sloth.compat.dispatch import (
     exit_inference_mode,
     set_grad_enabled,
 )
-from sloth.rewriter.graph.aliasing import may_write, root, storages, tensors
+from sloth.rewriter.graph.aliasing import may_write, root, storages, tensors, written_storages
 from sloth.rewriter.graph.ambient import Autocast, current, under
 from sloth.rewriter.graph.autograd_functions import is_derivative
 from sloth.rewriter.graph.identity import held
@@ -87,7 +87,8 @@ def lower(gm: fx.GraphModule) -> list[LoweredGraph]:
             builder = _Builder(LoweredGraph(body, path, region), mode, memo)
             written = builder.run()
             if written:  # somebody writes in place: once more, with that memory marked as mutated
-                builder = _Builder(LoweredGraph(body, path, region), mode, memo, written)
+                places = written_storages(builder.view.writes, body)
+                builder = _Builder(LoweredGraph(body, path, region), mode, memo, written, places)
                 builder.run()
             seen[id(body)] = builder.view
             _pass(builder.view, region, operands, around, call)
@@ -128,8 +129,11 @@ def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
 
 
 class _Builder:
-    def __init__(self, view: LoweredGraph, mode: FakeTensorMode, memo: dict[Any, Any], written: frozenset[fx.Node] = frozenset()):
-        self.view, self.mode, self.memo, self.written = view, mode, memo, written
+    def __init__(
+        self, view: LoweredGraph, mode: FakeTensorMode, memo: dict[Any, Any], written: frozenset = frozenset(), places=frozenset()
+    ):
+        self.view, self.mode, self.memo = view, mode, memo
+        self.written, self.places = written, places  # nodes in memory that is written or like such; that memory
         self.outside = current()
         self.normal = Normal(view.shadow)
         self.normal.region = view.region
@@ -162,7 +166,7 @@ class _Builder:
             self.normal.mutated_storage = node in self.written
             self.view.regions[node] = self.normal.region
             known = len(self.view.shadow.values)
-            result = self.view.env[node] = held(self.normal, node, self.view.gm, self.lower(node), known)
+            result = self.view.env[node] = held(self.normal, node, self.view.gm, self.places, self.lower(node), known)
             if isinstance(result, Value):
                 result.nodes.append(node)
             self.view.writes += [(node, v) for v in self.normal.mutated]
