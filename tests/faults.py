@@ -176,8 +176,8 @@ FAULTS = [
     ),
     Fault(
         FORM, "a copy that is written is what it was copied from",
-        "rewriter/graph/identity.py", "if n.mutated_storage:",
-        "if False:", "rewriter/test_values.py rewriter/test_memory.py",
+        "rewriter/graph/identity.py", "if n.mutated_storage else v",
+        "if False else v", "rewriter/test_values.py rewriter/test_memory.py",
     ),
     Fault(
         LEGALITY, "what is written in place after it was read is matched",

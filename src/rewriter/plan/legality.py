@@ -258,17 +258,22 @@ def operator_metas(match: Match, context: LegalityContext) -> list[Meta]:
     return context.tried[key]
 
 
-_GRADIENTS: dict[Any, set[int]] = {}  # for each signature, the operands that the operator gives a gradient to
+_GRADIENTS: dict[Any, set[int]] = {}  # for each kind of call, the operands that the operator gives a gradient to
 
 
 def operator_gradients(match: Match, context: LegalityContext) -> set[Value]:
-    """The operands that its backward gives a gradient to. Tried on fakes: it is no question of numbers."""
+    """The operands that its backward gives a gradient to. Tried on fakes, once in a process for operands of the same dtypes and
+    dimensions: it is no question of numbers, nor of sizes, but of which of these are symbols.
+    """
     leaves = operands_of(match)
-    key = ("backward", match.pattern.op, literal_key(call_arguments([match], lambda v: (leaves.index(v), *v.meta))))
-    key = (*key, match.roots[0].region.autocast)
-    sizes = pytree.tree_leaves(call_arguments([match], lambda v: tuple(v.meta.shape)))
-    tried = context.tried if any(isinstance(s, Symbol) for s in sizes) else _GRADIENTS  # symbols are of one graph
-    if key not in tried:
+
+    def kind(v: Value) -> tuple:
+        sizes = tuple(isinstance(s, Symbol) for s in v.meta.shape)
+        return leaves.index(v), sizes, v.meta.dtype, v.meta.device.type, v.meta.requires_grad
+
+    given = pytree.tree_map(lambda a: type(a) if isinstance(a, Symbol) else a, call_arguments([match], kind))
+    key = match.pattern.op, literal_key(given), match.roots[0].region.autocast
+    if key not in _GRADIENTS:
         tensors = dict(zip(leaves, fakes([v.meta for v in leaves], context.mode), strict=True))
         wanted = [v for v in leaves if v.meta.requires_grad]
         for v in wanted:
@@ -280,8 +285,8 @@ def operator_gradients(match: Match, context: LegalityContext) -> set[Value]:
             out = [t for t in ((out,) if isinstance(out, torch.Tensor) else out)[: len(match.roots)] if t.requires_grad]
             of, ones = [tensors[v] for v in wanted], [torch.empty_like(t) for t in out]
             found = torch.autograd.grad(out, of, ones, allow_unused=True) if out else [None] * len(of)
-        tried[key] = {leaves.index(v) for v, g in zip(wanted, found, strict=True) if g is not None}
-    return {leaves[i] for i in tried[key]}
+        _GRADIENTS[key] = {leaves.index(v) for v, g in zip(wanted, found, strict=True) if g is not None}
+    return {leaves[i] for i in _GRADIENTS[key]}
 
 
 def _around(v: Value, context: LegalityContext) -> bool:
