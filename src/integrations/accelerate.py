@@ -15,6 +15,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
+import sloth.integrations.registry  # noqa: F401  what else is met before anybody compiles
 from sloth.integrations.integration import integration
 
 
