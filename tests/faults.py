@@ -291,13 +291,13 @@ FAULTS = [
     ),
     Fault(
         LAZY, "weights that changed before logits are read are not noticed",
-        "lazy/head.py", "if self.stale or gone or (versions",
-        "if gone or False and (versions", "test_lazy_logits.py",
+        "lazy/snapshot.py", "or not torch.equal(fingerprint(t), then):",
+        "or False:", "test_lazy_as_tensors.py",
     ),
     Fault(
         LAZY, "gradients of later chunks of rows replace those of earlier ones",
-        "lazy/tensor.py", "(add_product if rows.start else product)",
-        "product", "test_lazy_logits.py test_many_logits.py",
+        "lazy/gradient.py", "add_product(dz.t(), x, self.dw)",
+        "product(dz.t(), x, self.dw)", "test_lazy_logits.py test_many_logits.py",
     ),
     Fault(
         LAZY, "versions of a head's weights are not asked",

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy import rows as lazy_rows
 from sloth.lazy.functions import LazyLogits, lazy
 from sloth.rewriter.backend import listening
 
@@ -87,7 +87,7 @@ def work(rank: int, file: str) -> None:
     }  # what accelerate asks
     os.environ |= {name: str(value) for name, value in told.items()}
     dist.init_process_group("nccl" if GPUS else "gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    lazy_tensor.CHUNK = 4 * V * 4
+    lazy_rows.CHUNK = 4 * V * 4
     ids = torch.randint(0, V, (2, 12), generator=torch.Generator().manual_seed(rank)).to(device)
     for name, (loss, wrap) in CASES.items():
         expected, _ = gradients(DistributedDataParallel, loss, ids)

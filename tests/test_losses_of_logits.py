@@ -18,7 +18,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 
 from sloth.kernels.loss import linear_cross_entropy
-from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy import rows as lazy_rows
 from sloth.lazy.functions import LazyLogits, lazy
 
 B, S, H, V = 4, 24, 16, 512
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.fixture(autouse=True)
 def little_at_a_time(monkeypatch):
     """The logits of 10 positions, of 96, in fp32."""
-    monkeypatch.setattr(lazy_tensor, "CHUNK", 10 * V * 4)
+    monkeypatch.setattr(lazy_rows, "CHUNK", 10 * V * 4)
     monkeypatch.setitem(linear_cross_entropy.BUDGET, DEVICE, 10 * V * 4)
 
 
@@ -157,7 +157,7 @@ def test_as_exact_as_the_kernel_of_trl(loss, dtype, with_kernel):
     apply = logprob_entropy._LogProbEntropyFunction.apply
     with mock.patch.object(logprob_entropy._LogProbEntropyFunction, "apply", lambda z, *more: given.append(z) or apply(z, *more)):
         loss(logits)
-        assert given and all(type(z) is torch.Tensor and z.nbytes <= lazy_tensor.CHUNK for z in given) and logits.known is None
+        assert given and all(type(z) is torch.Tensor and z.nbytes <= lazy_rows.CHUNK for z in given) and logits.known is None
         given.clear()
         loss(F.linear(*tensors))
         assert all(z.numel() > 10 * V for z in given)
@@ -184,13 +184,13 @@ def test_never_all_logits_at_once(loss, kernel, monkeypatch):
 
     everything, weight = B * S * V * 4, V * H * 4
     assert largest(lambda: step(F.linear)) >= everything / 2  # of GRPO half of the positions
-    assert largest(lambda: step(lazy)) <= max(2 * lazy_tensor.CHUNK, weight) < everything / 4
+    assert largest(lambda: step(lazy)) <= max(2 * lazy_rows.CHUNK, weight) < everything / 4
 
 
 def test_never_all_logits_of_a_model(monkeypatch):
     """Policy and reference of DPO, forward and backward: the largest tensor is the head."""
     words = 30_000
-    monkeypatch.setattr(lazy_tensor, "CHUNK", words * 4)
+    monkeypatch.setattr(lazy_rows, "CHUNK", words * 4)
     config = LlamaConfig(
         vocab_size=words, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, use_cache=False
     )

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
-from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy import rows as lazy_rows
 from sloth.rewriter.backend import listening
 from sloth.rewriter.compile import inductor
 
@@ -77,7 +77,7 @@ TRAINERS = {  # trainer, its configuration and more of that, columns of the data
 def test_same_curve(name, tokenizer, tmp_path, monkeypatch):
     trainer, config, more, columns, heads, own = TRAINERS[name]
     monkeypatch.setattr(inductor, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
-    monkeypatch.setattr(lazy_tensor, "CHUNK", WORDS * 4)
+    monkeypatch.setattr(lazy_rows, "CHUNK", WORDS * 4)
     torch.manual_seed(0)
     LlamaForCausalLM(CONFIG).save_pretrained(start := tmp_path / "start")  # DPO loads its reference again
     found = []

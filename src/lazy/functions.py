@@ -13,25 +13,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sloth.kernels.common.launch import compute_dtype, without_autocast
 from sloth.kernels.linear.gemm import as_matrix
 from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy_forward
-from sloth.lazy.head import Step, stepped
+from sloth.lazy.gradient import Contribution, gradient, kind
+from sloth.lazy.rows import Step, stepped
 from sloth.lazy.tensor import (
     HANDLED_FUNCTIONS,
-    Contribution,
     LazyLogits,
-    LogitsSource,
-    accumulate,
     at_once,
     chunked_apply,
     is_lazy,
     lazy,
     made,
     materialize,
-    products_of,
+    merged,
 )
 
 __all__ = ["LazyLogits", "lazy", "materialize"]
@@ -41,17 +38,13 @@ __all__ = ["LazyLogits", "lazy", "materialize"]
 
 def _picked(x: LazyLogits, pick: Callable[[Tensor], Tensor]) -> Tensor:
     """Other rows of `x`."""
-    x.rows.check()
-    hidden, gate = pick(x.rows.hidden), x.rows.gate
-    gate = hidden if gate is x.rows.hidden else gate if gate is None else pick(gate)
-    return made(LogitsSource(x.rows.head, hidden, gate), x.steps, x.plain, _example(x), _wants_grad(x))
+    return made(x.rows.picked(pick), x.steps, x.plain, _example(x), x, _wants_grad(x))
 
 
 def _with(x: LazyLogits, *more: Step, plain: bool = True) -> Tensor:
     """`x` with something done to each row."""
-    x.rows.check()
     more = tuple(_as_here(x, step) for step in more)
-    return made(x.rows, x.steps + more, x.plain and plain, stepped(more, _example(x)), _wants_grad(x))
+    return made(x.rows, x.steps + more, x.plain and plain, stepped(more, _example(x)), x, _wants_grad(x))
 
 
 def _example(x: LazyLogits) -> Tensor:
@@ -86,7 +79,8 @@ def _cast(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     devices = {torch.device(a) for a in (*args, *kwargs.values()) if isinstance(a, str | torch.device)}
     if other or devices - {x.device, torch.device(x.device.type)}:
         return NotImplemented
-    return _with(x, lambda z: func(z, *args, **kwargs))
+    like = _example(x)
+    return x if func(like, *args, **kwargs) is like else _with(x, lambda z: func(z, *args, **kwargs))
 
 
 def _new(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> Tensor:
@@ -94,7 +88,7 @@ def _new(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> Tensor:
     return func(_example(x), *args, **kwargs)
 
 
-def _same(func: Callable, x: LazyLogits, **_: Any) -> Tensor:
+def _copied(func: Callable, x: LazyLogits, **_: Any) -> Tensor:
     return _with(x)
 
 
@@ -102,13 +96,15 @@ def _pointwise(func: Callable, x: LazyLogits, *others: Any, **kwargs: Any) -> An
     """With numbers, or with something else of the same logits: then what they share is computed once."""
     if kwargs or not all(isinstance(o, int | float) or _of_same_logits(x, o) for o in others):
         return NotImplemented
-    operands = (x, *others)
+    operands, fn = (x, *others), _as_here(x, func)
     parts = [o.steps for o in operands if isinstance(o, LazyLogits)]
     shared = next((i for i, steps in enumerate(zip(*parts, strict=False)) if len(set(steps)) > 1), min(map(len, parts)))
     rest = [o.steps[shared:] if isinstance(o, LazyLogits) else o for o in operands]
     like = func(*(_example(o) if isinstance(o, LazyLogits) else o for o in operands))
-    step = _as_here(x, lambda z: func(*(stepped(o, z) if isinstance(o, tuple) else o for o in rest)))
-    return made(x.rows, (*x.steps[:shared], step), False, like, _wants_grad(x))
+    steps = *x.steps[:shared], lambda z: fn(*(stepped(o, z) if isinstance(o, tuple) else o for o in rest))
+    if len(parts) == 1:
+        return made(x.rows, steps, False, like, x, _wants_grad(x))
+    return merged(x.rows, operands, fn, steps, like, _wants_grad(x))
 
 
 def _of_same_logits(x: LazyLogits, y: Any) -> bool:
@@ -140,9 +136,12 @@ def _index(func: Callable, x: LazyLogits, index: Any) -> Any:
 
 def _dims(part: Any) -> int:
     """How many dimensions an index takes up."""
-    if part is None or part is Ellipsis:
+    if part is None or part is Ellipsis or isinstance(part, bool):
         return 0
-    return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
+    if isinstance(part, slice | int):
+        return 1
+    part = torch.as_tensor(part)
+    return part.dim() if part.dtype in (torch.bool, torch.uint8) else 1
 
 
 def _view(func: Callable, x: LazyLogits, *size: Any, **kwargs: Any) -> Any:
@@ -157,17 +156,17 @@ def _view(func: Callable, x: LazyLogits, *size: Any, **kwargs: Any) -> Any:
 
 def _of_positions(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """flatten, unbind, split, … of dimensions before the last."""
-    found = func(torch.empty(x.shape, device="meta"), *args, **kwargs)
-    parts = found if isinstance(found, tuple | list) else (found,)
-    if any(not p.dim() or p.shape[-1] != x.shape[-1] for p in parts) or x.shape[-1] == 1:
+    if any(isinstance(o, Tensor) for o in (*args, *kwargs.values())):
         return NotImplemented
-    if found is not parts:
+    sizes, found = (x.shape[-1], x.shape[-1] + 1, x.rows.hidden.shape[-1]), []  # of the last dimension, which is left whole
+    for n in sizes:
+        one = func(torch.empty(*x.shape[:-1], n, device="meta"), *args, **kwargs)
+        found.append([tuple(p.shape) for p in (one if isinstance(one, tuple | list) else (one,))])
+    if any(len({p[:-1] for p in parts}) > 1 or tuple(p[-1] for p in parts if p) != sizes for parts in zip(*found, strict=True)):
+        return NotImplemented
+    if not isinstance(one, tuple | list):
         return _picked(x, lambda h: func(h, *args, **kwargs))
-    rows, like = x.rows, _example(x)
-    hidden = func(rows.hidden, *args, **kwargs)
-    gates = hidden if rows.gate is rows.hidden else [None] * len(parts) if rows.gate is None else func(rows.gate, *args, **kwargs)
-    parts = (LogitsSource(rows.head, h, g) for h, g in zip(hidden, gates, strict=True))
-    return tuple(made(part, x.steps, x.plain, like, _wants_grad(x)) for part in parts)
+    return tuple(_picked(x, lambda h, i=i: func(h, *args, **kwargs)[i]) for i in range(len(one)))
 
 
 # ---------------------------------------------------------------- what is computed by rows
@@ -223,24 +222,23 @@ class _CrossEntropy(torch.autograd.Function):
     """The operator for head and loss. Its gradients are those of the rows where no other result of them has some."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: LogitsSource, term: Contribution, divisor: Tensor | int, how: tuple, products: Tensor | None
-    ) -> Tensor:
-        ctx.need = [products is not None and g is not None for g in rows.gates]
+    def forward(ctx: Any, x: LazyLogits, fn: Callable, target: Tensor, divisor: Tensor | int, how: tuple, grad: bool) -> Tensor:
+        rows, ctx.need = x.rows, [n and grad for n in x.rows.need or [False] * 3]
         with without_autocast(rows.hidden):
             (layer,), need = rows.head.operands(rows.hidden), [*ctx.need, False, False]
-            loss, _, unit, *kept = linear_cross_entropy_forward(*layer, None, None, *term.beside, None, *how, 1.0, need, 0)
+            loss, _, unit, *kept = linear_cross_entropy_forward(*layer, None, None, target, None, *how, 1.0, need, 0)
         ctx.save_for_backward(unit, *kept[:3])
-        ctx.terms, ctx.term, ctx.divisor = rows.terms, term, divisor
+        ctx.part, ctx.divisor, ctx.like = Contribution(rows, x.steps, fn, (target,)), divisor, kind(x)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         unit, *kept = ctx.saved_tensors
+        grad = grad.detach()
         made = [d * (grad / unit) if need else None for d, need in zip(kept, ctx.need, strict=True)]
-        each = (grad / ctx.divisor).expand(ctx.term.beside[0].shape)
-        return None, None, None, None, accumulate(ctx.terms, ctx.term._replace(grads=(each,), made=made))
+        each = (grad / ctx.divisor).expand(ctx.part.beside[0].shape)
+        part = ctx.part._replace(grads=(each,), made=made)
+        return gradient(part.rows, part.steps, ctx.like, [part]), None, None, None, None, None
 
 
 def _cross_entropy(
@@ -270,8 +268,8 @@ def _cross_entropy(
     _, _, casts = x.rows.head.autocast
     if x.plain and not casts and reduction != "none":
         how = ignore_index, reduction, None, 1.0, weight, label_smoothing, 0.0
-        term = Contribution(x.steps, lambda z, t: of_rows(z.to(compute_dtype(z)), t), (target,))
-        return _CrossEntropy.apply(x.rows, term, divisor, how, products_of(x)).to(x.dtype)
+        wide = lambda z, t: of_rows(z.to(compute_dtype(z)), t)  # noqa: E731
+        return _CrossEntropy.apply(x, wide, target, divisor, how, _wants_grad(x)).to(x.dtype)
     nll = _chunked_apply(x, of_rows, target)
     return nll if reduction == "none" else nll.sum() / divisor
 
@@ -288,7 +286,8 @@ HANDLED_FUNCTIONS |= {
     **dict.fromkeys(_functions("detach"), _detach),
     **dict.fromkeys(_functions("float", "double", "half", "bfloat16", "to", "type_as"), _cast),
     **dict.fromkeys(_functions("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"), _new),
-    **dict.fromkeys([Tensor.contiguous, Tensor.clone, torch.clone], _same),
+    **dict.fromkeys([Tensor.clone, torch.clone], _copied),
+    Tensor.contiguous: lambda func, x, **_: x if x.layout_of.is_contiguous() else _with(x),
     **dict.fromkeys(_functions("add", "sub", "mul", "div", "true_divide", "neg", "exp", "tanh"), _pointwise),
     **dict.fromkeys(_functions("__add__", "__radd__", "__sub__", "__rsub__", "__neg__"), _pointwise),
     **dict.fromkeys(_functions("__mul__", "__rmul__", "__truediv__"), _pointwise),

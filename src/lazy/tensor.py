@@ -8,28 +8,28 @@ that takes part in autograd. What acts on each position alone stays lazy (casts,
 numbers of each row is computed some rows at a time, forward and backward; all else is given the logits themselves, which are
 computed once and kept.
 
-Backward, for some rows with d = ∂L/∂result:  z = h Wᵀ + b again,  dz by autograd through head, steps and results,  and
-    dh = dz W         dW = Σ dzᵀ h         db = Σ dz            the sums over rows in fp32, for each layer of the head
-All results of the same rows wait for each other in a backward pass: there is one dz of all of them, added up where those of real
-logits are, and rounded as those, and one product each for dh and dW.
+To autograd it is an ordinary tensor: what is computed of it hangs on it, what it is made of hangs behind it, and its gradient
+passes through it, so that hooks see it. Only that gradient is lazy too (gradient.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sloth.compat.dispatch import DisableTorchFunctionSubclass, current_graph_task_id, make_wrapper_subclass, pytree
-from sloth.kernels.common.launch import compute_dtype, without_autocast
-from sloth.kernels.linear.gemm import add_product, as_matrix, product
-from sloth.lazy.head import Head, Layer, RematerializedWeight, Step, gate_of, versions
-
-CHUNK = 64 * 2**20  # bytes of logits at a time
+from sloth.compat.dispatch import DisableTorchFunctionSubclass, make_wrapper_subclass, pytree
+from sloth.kernels.linear.gemm import as_matrix
+from sloth.lazy import rows as lazy_rows
+from sloth.lazy.autograd import Derived, Logits, Merged
+from sloth.lazy.gradient import Contribution, gradient, kind, real
+from sloth.lazy.head import Head, Layer, RematerializedWeight
+from sloth.lazy.rows import LogitsSource, Step, at_a_time, products_of_layers, stepped
+from sloth.lazy.snapshot import Claim, StaleLogits
 
 # By function: what it gives for lazy logits as its first argument; NotImplemented to have them read. `functions.py` fills it.
 HANDLED_FUNCTIONS: dict[Callable, Callable] = {}
@@ -37,44 +37,23 @@ HANDLED_FUNCTIONS: dict[Callable, Callable] = {}
 _GETTERS = (
     "shape", "dtype", "device", "requires_grad", "ndim", "layout", "itemsize", "nbytes", "grad_fn", "grad", "retains_grad",
     "output_nr", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_mkldnn", "is_sparse", "is_quantized",
-    "is_nested",
+    "is_nested", "_backward_hooks", "_post_accumulate_grad_hooks",
 )  # fmt: skip
 _ASKS = (
-    "size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point",
-    "is_complex", "is_signed", "get_device", "storage_offset", "__len__", "__hash__",
+    "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point",
+    "is_complex", "is_signed", "get_device", "__len__", "__hash__", "retain_grad", "register_hook",
+    "register_post_accumulate_grad_hook", "requires_grad_",
 )  # fmt: skip
+_SETTERS = "requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks"
 METADATA = {getattr(Tensor, name).__get__ for name in _GETTERS} | {getattr(Tensor, name) for name in _ASKS}
+METADATA |= {getattr(Tensor, name).__set__ for name in _SETTERS} | {Tensor.grad.__delete__}
 METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
+LAYOUT = {Tensor.stride, Tensor.is_contiguous, Tensor.storage_offset}
+AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+BARE = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.data_ptr}  # memory without a tensor
 KIND = {Tensor.to, Tensor.type_as}  # ask others than their first argument for dtype and device alone
-
-
-class Contribution(NamedTuple):
-    """A result of some rows, fn(steps(logits), *beside), and the gradients that came to it."""
-
-    steps: tuple[Step, ...]
-    fn: Callable
-    beside: tuple[Tensor, ...]
-    grads: tuple[Tensor | None, ...] = ()
-    made: Sequence[Tensor | None] | None = None  # what an operator has made of them already: dh, dW, db
-
-
-class LogitsSource:
-    """Some rows of a head's logits: what all that is computed of them shares."""
-
-    def __init__(self, head: Head, hidden: Tensor, gate: Tensor | None):
-        self.head, self.hidden, self.gate = head, hidden, gate  # gate: where the gradient of hidden states goes
-        self.version = versions(hidden)
-        self.terms: dict[int, list[Contribution]] = {}  # by backward pass: what has come so far
-        self.products = None  # what the layers give, as autograd sees it
-        if torch.is_grad_enabled() and any(g is not None for g in self.gates):
-            self.products = _Products.apply(head, self.terms, hidden.detach(), *self.gates)
-
-    @property
-    def gates(self) -> list[Tensor | None]:
-        return [self.gate, *self.head.gates]
-
-    def check(self) -> None:
-        self.head.check(self.hidden, self.version)
+IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__"}
 
 
 class LazyLogits(Tensor):
@@ -83,10 +62,10 @@ class LazyLogits(Tensor):
     rows: LogitsSource
     steps: tuple[Step, ...]
     plain: bool  # the steps are casts
-    connected: bool  # its gradient goes into hidden states and weights
     known: Tensor | None  # the logits, once they were read
     origin: tuple | None  # of lazy logits: (function, its arguments, which of its results)
-    written: bool  # somebody has written to it in place
+    written: bool  # somebody has written to it in place: `known` is the tensor now, to autograd too
+    claim: Claim | None
 
     def __repr__(self) -> str:
         return repr(materialize(self))
@@ -95,26 +74,62 @@ class LazyLogits(Tensor):
     @torch.compiler.disable  # compiled code that is given such a tensor breaks its graph where it uses it
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA:
+        if func in METADATA or func in AUTOGRAD or torch.jit.is_tracing():  # a trace knows this tensor, and no other
+            args, kwargs = pytree.tree_map_only(LazyLogits, _itself, (args, kwargs))
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
+        if func in LAYOUT and isinstance(first, LazyLogits):
+            return func(first.layout_of, *args[1:], **kwargs)
         if func in HANDLED_FUNCTIONS and isinstance(first, LazyLogits) and is_lazy(first):
-            found = HANDLED_FUNCTIONS[func](func, *args, **kwargs)
+            found = _handled(func, args, kwargs)
             if found is not NotImplemented:
                 return _noted(found, func, args, kwargs)
         if func in KIND and not isinstance(first, LazyLogits):
             like = lambda t: t.new_empty(0)  # noqa: E731
             return func(*pytree.tree_map_only(LazyLogits, like, args), **pytree.tree_map_only(LazyLogits, like, kwargs))
-        if _writes(func) and isinstance(first, LazyLogits):
-            _share(first)
-        return func(*pytree.tree_map_only(LazyLogits, materialize, args), **pytree.tree_map_only(LazyLogits, materialize, kwargs))
+        for written in _written(func, args, kwargs):
+            _share(written)
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, LazyLogits)]
+        real_args, real_kwargs = pytree.tree_map_only(LazyLogits, materialize, (args, kwargs))
+        found = func(*real_args, **real_kwargs)
+        shown = [t for t in given if t.is_view and not t.written and not _is_joined(t) and _shows(func, found, t.known)]
+        if not shown:
+            return found
+        for t in shown:  # whoever writes to what was found writes to what the view is of
+            _join(t)
+        args, kwargs = pytree.tree_map_only(LazyLogits, materialize, (args, kwargs))
+        return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Below autograd, which has seen this tensor as it is: only the values are wanted."""
-        values = lambda t: materialize(t).detach()  # noqa: E731
+        aten = torch.ops.aten
+        if func in (aten.detach.default, aten.alias.default) or func is aten.view.default and [*args[1]] == [*args[0].shape]:
+            with torch.no_grad():
+                return _alias(args[0])
+        values = lambda t: _values(t) if torch.jit.is_tracing() else materialize(t).detach()  # noqa: E731
         return func(*pytree.tree_map_only(LazyLogits, values, args), **pytree.tree_map_only(LazyLogits, values, kwargs or {}))
+
+    def read(self) -> Tensor:
+        return materialize(self)
+
+    @cached_property
+    def layout_of(self) -> Tensor:
+        """What real logits would lie in memory as: a tensor without values, a view of its parent's where it would be one."""
+        if self.origin is not None:
+            with suppress(RuntimeError, IndexError, NotImplementedError):  # picked by values: a copy
+                return _of_origin(self, self.origin[1][0].layout_of)
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    @cached_property
+    def is_view(self) -> bool:
+        """Would it show what is written to what it was made of?"""
+        return self.origin is not None and _same_memory(self.layout_of, self.origin[1][0].layout_of)
+
+
+def _same_memory(x: Any, y: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def lazy(
@@ -130,14 +145,30 @@ def lazy(
     further columns of `hidden`; the step then takes what each gives.
     """
     head = Head([(weight, bias), *more], step, autocast)
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))
-    return made(LogitsSource(head, hidden, gate_of(hidden)), (), plain, head.example(hidden), grad)
+    rows, like = LogitsSource(head, hidden), head.example(hidden)
+    given = [hidden, *(t if isinstance(t, Tensor) else None for t in head.given)]
+    rows.need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
+    x = Logits.apply(rows, lambda: _wrapper(like, rows.hidden), *given) if any(rows.need) else _wrapper(like, rows.hidden)
+    return _filled(x, rows, (), plain)
 
 
-def made(rows: LogitsSource, steps: tuple[Step, ...], plain: bool, like: Tensor, grad: bool) -> Tensor:
-    x = _Connected.apply(rows, steps, like, rows.products) if grad else _wrapper(like, rows.hidden)
-    x.rows, x.steps, x.plain, x.connected, x.known = rows, steps, plain, grad, None
-    x.origin, x.written = None, False
+def made(rows: LogitsSource, steps: tuple[Step, ...], plain: bool, like: Tensor, of: LazyLogits, grad: bool) -> Tensor:
+    """Made of other lazy logits by picking rows, or by a step; like: its dtype."""
+    x = Derived.apply(rows, steps, lambda: _wrapper(like, rows.hidden), of) if grad else _wrapper(like, rows.hidden)
+    return _filled(x, rows, steps, plain)
+
+
+def merged(
+    rows: LogitsSource, operands: Sequence[Any], fn: Callable, steps: tuple[Step, ...], like: Tensor, grad: bool
+) -> Tensor:
+    """fn(*operands), numbers or things of the same logits, which `steps` compute of these."""
+    x = Merged.apply(rows, steps, lambda: _wrapper(like, rows.hidden), fn, *operands) if grad else _wrapper(like, rows.hidden)
+    return _filled(x, rows, steps, False)
+
+
+def _filled(x: Any, rows: LogitsSource, steps: tuple[Step, ...], plain: bool) -> LazyLogits:
+    x.rows, x.steps, x.plain, x.known = rows, steps, plain, None
+    x.origin, x.written, x.claim = None, False, rows.claim()
     return x
 
 
@@ -146,32 +177,69 @@ def _wrapper(like: Tensor, hidden: Tensor) -> LazyLogits:
     return make_wrapper_subclass(LazyLogits, size, dtype=like.dtype, device=hidden.device)
 
 
+def _alias(x: LazyLogits) -> Tensor:
+    """It once more, without its past."""
+    y = _filled(make_wrapper_subclass(LazyLogits, x.shape, dtype=x.dtype, device=x.device), x.rows, x.steps, x.plain)
+    y.origin = Tensor.detach, (x,), {}, None
+    return y
+
+
+def _itself(x: LazyLogits) -> Tensor:
+    """What autograd knows it as: written to, the logits; but without gradients it is what it was."""
+    if x.known is None and not _overwritten(x):
+        return x
+    past = materialize(x).grad_fn
+    if past is None:
+        return x.known if x.written else x
+    return x if type(past).__name__ == "_ReadBackward" else x.known
+
+
 def materialize(logits: Any) -> Any:
     """The logits themselves."""
     if not isinstance(logits, LazyLogits):
-        return logits
-    if logits.known is None and _overwritten(logits):
-        logits.known = _of_origin(logits)
-    if logits.known is None:
-        with torch.set_grad_enabled(logits.requires_grad):
-            direct = logits.connected or not logits.requires_grad
-            logits.known = _values(logits) if direct else _Values.apply(logits)
+        return real(logits)
+    if logits.written:
+        return logits.known
+    if _overwritten(logits):
+        logits.known, logits.written = _of_origin(logits), True
+    else:
+        grad = _is_part_of_graph(logits)
+        if logits.known is not None and _has_memory_of_parent(logits) and not _is_joined(logits):
+            logits.known = None  # read before what it is a view of
+        if logits.known is None or grad and not logits.known.requires_grad:
+            with torch.set_grad_enabled(grad):
+                logits.known = _Read.apply(logits) if grad else _values(logits)
+    logits.claim = None
     return logits.known
 
 
+def _is_part_of_graph(x: LazyLogits) -> bool:
+    with DisableTorchFunctionSubclass():
+        return x.requires_grad
+
+
+@torch.no_grad()
 def _values(x: LazyLogits) -> Tensor:
+    if x.known is not None:
+        return x.known.detach()
+    if _has_memory_of_parent(x):
+        return _of_origin(x).detach()
     x.rows.check()
-    return x.rows.head.logits(_products(x.rows.head.operands(x.rows.hidden)), x.steps)
-
-
-def _products(operands: Sequence[tuple], rows: slice = slice(None)) -> list[Tensor]:
-    """What each layer gives for these rows."""
-    with without_autocast(operands[0][0]):
-        return [F.linear(x[rows], weight, bias) for x, weight, bias in operands]
+    return stepped(x.steps, x.rows.head.logits(products_of_layers(x.rows.head.operands(x.rows.hidden))))
 
 
 def is_lazy(x: LazyLogits) -> bool:
-    return x.known is None and (x.connected or not x.requires_grad) and not _overwritten(x)
+    return x.known is None and not _has_memory_of_parent(x)
+
+
+def _handled(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """What the table gives. A call that it cannot do is done with the logits themselves, which know what is wrong with it."""
+    try:
+        return HANDLED_FUNCTIONS[func](func, *args, **kwargs)
+    except (StaleLogits, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        return NotImplemented
 
 
 # ---------------------------------------------------------------- writing in place, which views show
@@ -180,207 +248,119 @@ def is_lazy(x: LazyLogits) -> bool:
 def _noted(found: Any, func: Callable, args: tuple, kwargs: dict) -> Any:
     """Note for what stays lazy where it comes from."""
     for i, t in enumerate(found if isinstance(found, tuple) else (found,)):
-        if isinstance(t, LazyLogits):
+        if isinstance(t, LazyLogits) and t is not args[0]:
             t.origin = func, args, kwargs, i if isinstance(found, tuple) else None
     return found
 
 
-def _writes(func: Callable) -> bool:
-    name = func.__name__
-    return (
-        name.endswith("_")
-        and not name.endswith("__")
-        or name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
-    )
+def _written(func: Callable, args: tuple, kwargs: dict) -> list[LazyLogits]:
+    """What this call writes to."""
+    name, written = func.__name__, [kwargs.get("out")]
+    if name.endswith("_") and not name.endswith("__") or name in IN_PLACE or kwargs.get("inplace"):
+        written.append(args[0] if args else kwargs.get("input"))
+    return [t for t in pytree.tree_leaves(written) if isinstance(t, LazyLogits)]
 
 
 def _share(x: LazyLogits) -> None:
     """It is about to be written: if it is a view, of the memory that others see."""
-    x.written = True
-    if _is_view(x):
+    if x.is_view and not x.written:
         _share(x.origin[1][0])
-        x.known = _of_origin(x)
+        x.known, x.written, x.claim = _of_origin(x), True, None
+    materialize(x)
+    x.written = True
+
+
+def _shows(func: Callable, found: Any, known: Tensor) -> bool:
+    """Does a result lie in this memory?"""
+    leaves = pytree.tree_leaves(found)
+    return func in BARE or any(_same_memory(t, known) for t in leaves if isinstance(t, Tensor) and t.layout == torch.strided)
+
+
+def _has_memory_of_parent(x: LazyLogits) -> bool:
+    """Is it a view of what has been read, and may have been written to?"""
+    parent = x.origin and x.origin[1][0]
+    return parent is not None and (parent.known is not None or _has_memory_of_parent(parent)) and x.is_view
+
+
+def _is_joined(x: LazyLogits) -> bool:
+    """Does it lie, read, where it would as a view?"""
+    parent = x.origin[1][0]
+    return parent.known is not None and _same_memory(x.known, parent.known)
+
+
+def _join(x: LazyLogits) -> None:
+    """Let it lie where it would as a view: in the memory of what it was made of."""
+    parent = x.origin[1][0]
+    if parent.is_view and not parent.written:
+        _join(parent)
+    materialize(parent)
+    x.known = None
+    materialize(x)
 
 
 def _overwritten(x: LazyLogits) -> bool:
     """Is it a view of what somebody has written since?"""
     parent = x.origin and x.origin[1][0]
-    return parent is not None and (parent.written or _overwritten(parent)) and _is_view(x)
-
-
-def _is_view(x: LazyLogits) -> bool:
-    if x.origin is None:
-        return False
-    parent = torch.empty(x.origin[1][0].shape, dtype=x.origin[1][0].dtype, device="meta")
-    return _of_origin(x, parent).untyped_storage()._cdata == parent.untyped_storage()._cdata
+    return parent is not None and (parent.written or _overwritten(parent)) and x.is_view
 
 
 def _of_origin(x: LazyLogits, parent: Tensor | None = None) -> Tensor:
     """What the function that made it gives for the logits themselves."""
     func, (origin, *args), kwargs, i = x.origin
-    found = func(
-        materialize(origin) if parent is None else parent, *pytree.tree_map_only(LazyLogits, materialize, args), **kwargs
-    )
+    args, kwargs = pytree.tree_map_only(LazyLogits, materialize, (args, kwargs))
+    with torch.set_grad_enabled(_is_part_of_graph(x)):
+        found = func(materialize(origin) if parent is None else parent, *args, **kwargs)
     return found if i is None else found[i]
 
 
-# ---------------------------------------------------------------- gradients
+# ---------------------------------------------------------------- autograd
 
 
-class _Products(torch.autograd.Function):
-    """A stand-in without values for what the layers give. It hands on what has come of all that was computed of it."""
-
-    @staticmethod
-    def forward(ctx: Any, head: Head, terms: dict[int, list[Contribution]], hidden: Tensor, *gates: Any) -> Tensor:
-        ctx.head, ctx.terms, ctx.version = head, terms, versions(hidden)
-        ctx.save_for_backward(hidden)
-        return hidden.new_zeros(())
+class _Read(torch.autograd.Function):
+    """The logits themselves."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple:
-        (hidden,) = ctx.saved_tensors
-        ctx.head.check(hidden, ctx.version)
-        terms, need = ctx.terms.pop(current_graph_task_id(), ()), ctx.needs_input_grad[3:]
-        if len(terms) == 1 and terms[0].made is not None:
-            found = terms[0].made
-        else:
-            found = _gradients(ctx.head, hidden, terms, need) if terms else [None] * len(need)
-        return None, None, None, *found
+    def forward(ctx: Any, x: LazyLogits) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return _values(x)
 
-
-def accumulate(terms: dict[int, list[Contribution]], term: Contribution) -> Tensor | None:
-    """The term is for `_Products`, which autograd runs when all have come. It is given a gradient without a value."""
-    given = [g for g in term.grads if g is not None]
-    if not given:
-        return None
-    terms.setdefault(current_graph_task_id(), []).append(term)
-    return given[0].new_zeros(())
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        return grad
 
 
 class _ChunkedApply(torch.autograd.Function):
     """fn(logits of some rows [n, V], *beside of these rows) for all rows, one result or several."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: LogitsSource, steps: tuple[Step, ...], fn: Callable, beside: tuple[Tensor, ...], products: Tensor | None
-    ) -> tuple:
-        operands, found = rows.head.operands(as_matrix(rows.hidden)), []
-        for part in _chunks(operands):
-            one = fn(rows.head.logits(_products(operands, part), steps), *(b[part] for b in beside))
+    def forward(ctx: Any, x: LazyLogits, fn: Callable, *beside: Tensor) -> tuple:
+        rows, found = x.rows, []
+        operands = rows.head.operands(as_matrix(rows.hidden))
+        for part in at_a_time(operands):
+            one = fn(stepped(x.steps, rows.head.logits(products_of_layers(operands, part))), *(b[part] for b in beside))
             found.append(one if isinstance(one, tuple) else (one,))
         found = tuple(map(torch.cat, zip(*found, strict=True)))
-        ctx.terms, ctx.how = rows.terms, (steps, fn, beside)
         ctx.set_materialize_grads(False)
+        ctx.part, ctx.like = Contribution(rows, x.steps, fn, beside), kind(x)
         ctx.mark_non_differentiable(*(t for t in found if not t.is_floating_point()))
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return None, None, None, None, accumulate(ctx.terms, Contribution(*ctx.how, grads))
-
-
-class _Connected(torch.autograd.Function):
-    """A lazy tensor as autograd sees it where code takes it as it is (an autograd function of somebody's, C++)."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: LogitsSource, steps: tuple[Step, ...], like: Tensor, products: Tensor) -> Tensor:
-        ctx.terms, ctx.steps = rows.terms, steps
-        return _wrapper(like, rows.hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        grad = as_matrix(materialize(grad))
-        return None, None, None, accumulate(ctx.terms, Contribution(ctx.steps, lambda z: z, (), (grad,)))
-
-
-class _Values(torch.autograd.Function):
-    """The logits of a lazy tensor that somebody's autograd function has returned: what belongs before it is its own affair."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: LazyLogits) -> Tensor:
-        return _values(logits)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def _chunks(operands: Sequence[tuple], trained: int = 0, terms: int = 1) -> list[slice]:
-    """Rows at a time, fewer for many terms. Each chunk adds to all of dW: as many as the weights that are trained, of so many
-    bytes, have.
-    """
-    row = sum(len(weight) * weight.element_size() for _, weight, _ in operands)
-    n = max(1, max(CHUNK, trained) // row // terms)
-    return [slice(i, i + n) for i in range(0, max(len(operands[0][0]), 1), n)]
-
-
-def _gradients(head: Head, hidden: Tensor, terms: Sequence[Contribution], need: tuple[bool, ...]) -> list[Tensor | None]:
-    """dh, and dW and db of each layer, in fp32 (or fp64), computed some rows at a time; None for what is not needed."""
-    operands, wide = head.operands(as_matrix(hidden)), compute_dtype(hidden)
-    need_h, needs = need[0], list(zip(need[1::2], need[2::2], strict=True))
-    parts = [_Part(*o, *n, need_h, wide) for o, n in zip(operands, needs, strict=True)]
-    trained = sum(weight.nbytes for (_, weight, _), (need_w, _) in zip(operands, needs, strict=True) if need_w)
-    for rows in _chunks(operands, trained, len(terms)):
-        zs = [z.requires_grad_() for z in _products(operands, rows)]
-        for part, dz in zip(parts, _dz(head, zs, terms, rows), strict=True):
-            part.add(dz, rows)
-    dh = parts[0].dx if len(parts) == 1 or not need_h else torch.cat([p.dx for p in parts], 1)
-    return [dh.view(hidden.shape) if need_h else None, *(d for p in parts for d in (p.dw, p.db))]
-
-
-def _dz(head: Head, zs: list[Tensor], terms: Sequence[Contribution], rows: slice) -> tuple[Tensor, ...]:
-    """Of all terms; the steps that they share are computed once, and their gradients added up there, as those of a tensor are."""
-    wanted, given = [], []
-    with torch.enable_grad():
-        known = {(): head.logits(zs)}
-        for steps, fn, beside, grads, _ in terms:
-            for i, step in enumerate(steps):
-                if steps[: i + 1] not in known:
-                    known[steps[: i + 1]] = step(known[steps[:i]])
-            one = fn(known[steps], *(b[rows] for b in beside))
-            pairs = zip(one if isinstance(one, tuple) else (one,), grads, strict=True)
-            used = [(o, g[rows]) for o, g in pairs if g is not None]
-            wanted += [o for o, _ in used]
-            given += [g for _, g in used]
-    return torch.autograd.grad(wanted, zs, given)
-
-
-class _Part:
-    """The gradients of one layer, chunk by chunk; None for what is not needed."""
-
-    def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, need_w: bool, need_b: bool, need_x: bool, wide: torch.dtype
-    ):
-        self.x, self.weight = x, weight
-        self.dx = x.new_empty(x.shape, dtype=wide) if need_x else None
-        self.dw = x.new_empty(weight.shape, dtype=wide) if need_w else None
-        self.db = x.new_zeros(len(weight), dtype=wide) if need_b else None
-
-    def add(self, dz: Tensor, rows: slice) -> None:
-        if self.dx is not None:
-            product(dz, self.weight, self.dx[rows])
-        if self.dw is not None:
-            (add_product if rows.start else product)(dz.t(), self.x[rows], self.dw)
-        if self.db is not None:
-            self.db += dz.sum(0, dtype=self.db.dtype)
+        found = None
+        if any(g is not None for g in grads):
+            part = ctx.part._replace(grads=tuple(g if g is None else materialize(g).detach() for g in grads))
+            found = gradient(part.rows, part.steps, ctx.like, [part])
+        return found, None, *(None for _ in ctx.part.beside)
 
 
 def at_once(x: LazyLogits) -> bool:
     """Are they so few that all of them are computed at once?"""
-    return x.nbytes <= CHUNK
-
-
-def products_of(x: LazyLogits) -> Tensor | None:
-    """What gradients of its results go to."""
-    return x.rows.products if torch.is_grad_enabled() and x.requires_grad else None
+    return x.nbytes <= lazy_rows.CHUNK
 
 
 def chunked_apply(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
     """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
     x.rows.check()
-    found = _ChunkedApply.apply(x.rows, x.steps, fn, beside, products_of(x))
-    found = [t.view((*x.shape[:-1], *t.shape[1:])) for t in found]
+    found = [t.view((*x.shape[:-1], *t.shape[1:])) for t in _ChunkedApply.apply(x, fn, *beside)]
     return found[0] if len(found) == 1 else tuple(found)

@@ -10,7 +10,8 @@ from common import DEVICE
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy import rows as lazy_rows
+from sloth.lazy import snapshot
 from sloth.lazy.functions import LazyLogits
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
@@ -35,7 +36,7 @@ OPTIONS = {"sloth.inner_backend": "aot_eager"}
 def little_at_a_time(monkeypatch):
     """8 rows of fp32, so that few rows are many."""
     torch._dynamo.reset()
-    monkeypatch.setattr(lazy_tensor, "CHUNK", 8 * V * 4)
+    monkeypatch.setattr(lazy_rows, "CHUNK", 8 * V * 4)
 
 
 def model_of(name: str) -> nn.Module:
@@ -297,7 +298,8 @@ def test_it_can_be_switched_off():
     assert not isinstance(ours.logits, LazyLogits) and not sites
 
 
-def test_hidden_states_that_have_changed_are_noticed():
+def test_hidden_states_that_have_changed_are_noticed(monkeypatch):
+    monkeypatch.setattr(snapshot, "COPIED", 0)
     layer, x = Wide(16, V), torch.randn(64, 16, device=DEVICE)
     ours, _ = run(layer, x)
     x.zero_()

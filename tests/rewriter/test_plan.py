@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 from toys import Call, Stack, llama_norm, tables, turned
 
-from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy import rows as lazy_rows
 from sloth.rewriter.graph.lower import lower
 from sloth.rewriter.match.registry import deferrals, patterns
 from sloth.rewriter.plan.apply import apply
@@ -67,7 +67,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
 
 @pytest.fixture(autouse=True)
 def few_logits_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy_tensor, "CHUNK", V)
+    monkeypatch.setattr(lazy_rows, "CHUNK", V)
 
 
 def state(gm: fx.GraphModule) -> list[Any]:
@@ -155,7 +155,7 @@ def test_the_limit_acts_on_the_plan(limit: int) -> None:
 
 
 def test_logits_that_are_computed_at_once_are_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy_tensor, "CHUNK", 1 << 30)
+    monkeypatch.setattr(lazy_rows, "CHUNK", 1 << 30)
 
     def look(gm: fx.GraphModule) -> None:
         assert f"head refused, unprofitable: {2 * 4 * V * 4} bytes of logits are computed at once" in str(made(gm))

@@ -8,7 +8,7 @@ from math import prod
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sloth.lazy import tensor as lazy_tensor
+from sloth.lazy import rows as lazy_rows
 from sloth.lazy.functions import lazy
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.cost import cost
@@ -32,4 +32,4 @@ def head(layer: Value) -> bool:
 def few_logits(layer: Value) -> str | None:
     """Not more than is computed at a time. Where sizes are symbols, they may be more."""
     size = prod(layer.meta.shape) * layer.meta.dtype.itemsize
-    return f"{size} bytes of logits are computed at once" if statically_known_true(size <= lazy_tensor.CHUNK) else None
+    return f"{size} bytes of logits are computed at once" if statically_known_true(size <= lazy_rows.CHUNK) else None
