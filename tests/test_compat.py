@@ -219,6 +219,19 @@ def _() -> None:
     assert dispatch.current_graph_task_id() == -1 and len(set(seen)) == 2 and -1 not in seen
 
 
+@uses("dispatch.saved_tensors_hooks")
+def _() -> None:
+    """The first time and the second, a checkpoint's."""
+    seen = []
+
+    def fn(x: Tensor) -> Tensor:
+        seen.append(dispatch.saved_tensors_hooks(False)[0].__module__)
+        return x.exp()
+
+    torch.utils.checkpoint.checkpoint(fn, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
+    assert seen == ["torch.utils.checkpoint"] * 2 and dispatch.saved_tensors_hooks(False) is None
+
+
 @uses("dispatch.CompileContext", "dispatch.TracingContext", "dispatch.tracing")
 def _() -> None:
     """Inside of a backend: the graph's number, its fake tensors and its guards; a copy for a region."""

@@ -184,9 +184,14 @@ def asked_for(t, loss):
     return torch.autograd.grad(loss(t), t)[0]
 
 
+def read_on_the_way(t, loss):
+    """What the first run computes by rows, the second one meets read."""
+    checkpoint(lambda t: loss(t) + t.cumsum(-1).square().sum(), t, use_reentrant=False).backward()
+
+
 GRADIENTS = [
     hook_before, hook_after, hook_that_looks, hook_on_the_way, hook_on_a_factor, retained, as_inputs, asked_for, leaf,
-    in_two_parts, reentrant, not_reentrant, penalty,
+    in_two_parts, reentrant, not_reentrant, read_on_the_way, penalty,
 ]  # fmt: skip
 
 
@@ -202,6 +207,103 @@ def test_autograd_is_that_of_a_tensor(fn, loss):
         found.append([*(p.grad for p in leaves), given if given is None else given + 0])
     torch.testing.assert_close(*([t for t in ts if t is not None] for ts in found), rtol=1e-4, atol=1e-5)
     assert [t is None for t in found[0]] == [t is None for t in found[1]]
+
+
+def written_view(t):
+    t[0][..., :4].mul_(1.5)
+    return 0
+
+
+def written_view_of_a_view(t):
+    """Of a gradient that was kept, too: what seed 709 of test_lazy_programs.py found."""
+    a, b = t[0], t[0][:1]
+    c = b[..., :4]
+    b.retain_grad()
+    b.sum().backward(retain_graph=True)
+    c.mul_(1.5)
+    return a.exp().sum() + b.grad.sum()
+
+
+def written_view_of_a_clone(t):
+    a = t[0].clone()
+    a[:1][..., :4].mul_(1.5)
+    return a.logsumexp(-1).sum()
+
+
+def sibling_of_a_written_view(t):
+    a, b = t[0], t[:1]
+    a[..., :4].mul_(1.5)
+    return b.logsumexp(-1).sum()
+
+
+def view_from_before_a_write(t):
+    a = t[0]
+    t[0, :, :4].mul_(1.5)
+    return a.exp().sum()
+
+
+def shown_and_then_written(t):
+    c = t[0][..., :4]
+    t.mul_(1.5)
+    return c.square().sum()
+
+
+def written_without_gradients(t):
+    a = t[0]
+    c = a[..., :4]
+    with torch.no_grad():
+        c.mul_(1.5)
+    return c.square().sum() + a.exp().sum()
+
+
+def read_before_its_view_is_written(t):
+    a = t[0]
+    t.cumsum(-1)
+    c = a[..., :4]
+    c.mul_(1.5)
+    return c.sum()
+
+
+def hooked_view_that_is_shown(t):
+    a = t[0]
+    loss = a.sum(-1).sum()
+    c = a[..., :4]
+    a.register_hook(lambda g: g.clamp(max=1.5))
+    return loss + c.square().sum()
+
+
+def leaf_that_is_shown(t):
+    d = t.detach().requires_grad_()
+    d[..., :4].square().sum().backward()
+    return (d.grad * t).sum()
+
+
+WRITTEN = [
+    written_view, written_view_of_a_view, written_view_of_a_clone, sibling_of_a_written_view, view_from_before_a_write,
+    shown_and_then_written, written_without_gradients, read_before_its_view_is_written, hooked_view_that_is_shown,
+    leaf_that_is_shown,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", WRITTEN, ids=lambda f: f.__name__)
+def test_views_that_torch_made_of_them_are_written(fn):
+    """Nobody tells the lazy tensor: it finds out."""
+    found = []
+    for logits in (lazy, F.linear):
+        _, _, leaves = pair()
+        t = logits(leaves[0] * 2, leaves[1])
+        loss = fn(t)
+        found.append(torch.autograd.grad(loss + t.softmax(-1).square().sum() + t.square().mean(), leaves))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_view_that_is_used_and_then_written_is_refused():
+    """What hangs on it already would miss the write. Never another number than a tensor's."""
+    x, _, _ = pair()
+    a = x[0]
+    _loss = a.logsumexp(-1).sum()
+    with pytest.raises(RuntimeError, match="custom Function"):
+        a[..., :4].mul_(1.5)
 
 
 def test_once_not_twice():

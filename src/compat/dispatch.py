@@ -53,6 +53,8 @@ with suppress(AttributeError):
     make_wrapper_subclass = torch.Tensor._make_wrapper_subclass  # lazy logits: a tensor without memory
 with suppress(ImportError):
     from torch._C import _current_graph_task_id as current_graph_task_id  # which backward pass runs; -1: none
+with suppress(ImportError):
+    from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks  # is this part of a checkpoint?
 
 # ---------------------------------------------------------------- what is compiled just now
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.overrides import wrap_torch_function
 
 from sloth.integrations.integration import integration
-from sloth.lazy.tensor import HANDLED_FUNCTIONS, LazyLogits, chunked_apply
+from sloth.lazy.by_rows import chunked_apply
+from sloth.lazy.tensor import HANDLED_FUNCTIONS, LazyLogits
 
 KERNEL = "_fused_logprob_entropy"  # TRL's own name for it
 

@@ -17,13 +17,12 @@ from torch import Tensor
 from sloth.kernels.common.launch import compute_dtype, without_autocast
 from sloth.kernels.linear.gemm import as_matrix
 from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy_forward
+from sloth.lazy.by_rows import at_once, chunked_apply
 from sloth.lazy.gradient import Contribution, gradient, kind
 from sloth.lazy.rows import Step, stepped
 from sloth.lazy.tensor import (
     HANDLED_FUNCTIONS,
     LazyLogits,
-    at_once,
-    chunked_apply,
     is_lazy,
     lazy,
     made,

@@ -16,19 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sloth.compat.dispatch import DisableTorchFunctionSubclass, make_wrapper_subclass, pytree
-from sloth.kernels.linear.gemm import as_matrix
-from sloth.lazy import rows as lazy_rows
+from sloth.compat.dispatch import DisableTorchFunctionSubclass, make_wrapper_subclass, pytree, saved_tensors_hooks
 from sloth.lazy.autograd import Derived, Logits, Merged
-from sloth.lazy.gradient import Contribution, gradient, kind, real
+from sloth.lazy.gradient import real
 from sloth.lazy.head import Head, Layer, RematerializedWeight
-from sloth.lazy.rows import LogitsSource, Step, at_a_time, products_of_layers, stepped
+from sloth.lazy.rows import LogitsSource, Step, products_of_layers, stepped
 from sloth.lazy.snapshot import Claim, StaleLogits
 
 # By function: what it gives for lazy logits as its first argument; NotImplemented to have them read. `functions.py` fills it.
@@ -49,6 +47,7 @@ METADATA = {getattr(Tensor, name).__get__ for name in _GETTERS} | {getattr(Tenso
 METADATA |= {getattr(Tensor, name).__set__ for name in _SETTERS} | {Tensor.grad.__delete__}
 METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 LAYOUT = {Tensor.stride, Tensor.is_contiguous, Tensor.storage_offset}
+HANGS = {getattr(Tensor, name) for name in _ASKS[-4:]} | {getattr(Tensor, name).__set__ for name in _SETTERS}
 AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 BARE = {Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.data_ptr}  # memory without a tensor
 KIND = {Tensor.to, Tensor.type_as}  # ask others than their first argument for dtype and device alone
@@ -65,6 +64,7 @@ class LazyLogits(Tensor):
     known: Tensor | None  # the logits, once they were read
     origin: tuple | None  # of lazy logits: (function, its arguments, which of its results)
     written: bool  # somebody has written to it in place: `known` is the tensor now, to autograd too
+    views_used: bool  # of what is no view: something hangs on a view of it in autograd, or may
     claim: Claim | None
 
     def __repr__(self) -> str:
@@ -75,6 +75,8 @@ class LazyLogits(Tensor):
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA or func in AUTOGRAD or torch.jit.is_tracing():  # a trace knows this tensor, and no other
+            if func in HANGS:
+                _use(args[:1])
             args, kwargs = pytree.tree_map_only(LazyLogits, _itself, (args, kwargs))
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -95,10 +97,12 @@ class LazyLogits(Tensor):
         found = func(*real_args, **real_kwargs)
         shown = [t for t in given if t.is_view and not t.written and not _is_joined(t) and _shows(func, found, t.known)]
         if not shown:
+            _use(given)
             return found
         for t in shown:  # whoever writes to what was found writes to what the view is of
             _join(t)
         args, kwargs = pytree.tree_map_only(LazyLogits, materialize, (args, kwargs))
+        _use(given)
         return func(*args, **kwargs)
 
     @classmethod
@@ -108,6 +112,7 @@ class LazyLogits(Tensor):
         if func in (aten.detach.default, aten.alias.default) or func is aten.view.default and [*args[1]] == [*args[0].shape]:
             with torch.no_grad():
                 return _alias(args[0])
+        _use(args)
         values = lambda t: _values(t) if torch.jit.is_tracing() else materialize(t).detach()  # noqa: E731
         return func(*pytree.tree_map_only(LazyLogits, values, args), **pytree.tree_map_only(LazyLogits, values, kwargs or {}))
 
@@ -168,7 +173,7 @@ def merged(
 
 def _filled(x: Any, rows: LogitsSource, steps: tuple[Step, ...], plain: bool) -> LazyLogits:
     x.rows, x.steps, x.plain, x.known = rows, steps, plain, None
-    x.origin, x.written, x.claim = None, False, rows.claim()
+    x.origin, x.written, x.views_used, x.claim = None, False, False, rows.claim()
     return x
 
 
@@ -207,8 +212,14 @@ def materialize(logits: Any) -> Any:
         if logits.known is not None and _has_memory_of_parent(logits) and not _is_joined(logits):
             logits.known = None  # read before what it is a view of
         if logits.known is None or grad and not logits.known.requires_grad:
-            with torch.set_grad_enabled(grad):
-                logits.known = _Read.apply(logits) if grad else _values(logits)
+            if grad and _has_memory_of_parent(logits) and not _base(logits).views_used and _hangs_on_parent(logits):
+                _share(logits)
+            elif grad:
+                view = partial(_of_origin, logits, materialize(logits.origin[1][0])) if _has_memory_of_parent(logits) else None
+                with torch.enable_grad():
+                    logits.known = _Read.apply(logits, view)
+            else:
+                logits.known = _values(logits)
     logits.claim = None
     return logits.known
 
@@ -229,7 +240,13 @@ def _values(x: LazyLogits) -> Tensor:
 
 
 def is_lazy(x: LazyLogits) -> bool:
-    return x.known is None and not _has_memory_of_parent(x)
+    return x.known is None and not _has_memory_of_parent(x) and not _is_checkpointed()
+
+
+def _is_checkpointed() -> bool:
+    """A checkpoint finds what was saved by its order: run again, it must meet all logits as the first time, that is, read."""
+    hooks = saved_tensors_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _handled(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -247,10 +264,31 @@ def _handled(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 def _noted(found: Any, func: Callable, args: tuple, kwargs: dict) -> Any:
     """Note for what stays lazy where it comes from."""
-    for i, t in enumerate(found if isinstance(found, tuple) else (found,)):
+    results = found if isinstance(found, tuple) else (found,)
+    for i, t in enumerate(results):
         if isinstance(t, LazyLogits) and t is not args[0]:
             t.origin = func, args, kwargs, i if isinstance(found, tuple) else None
+    if not all(isinstance(t, LazyLogits) and (t is args[0] or t.is_view) for t in results):
+        _use(args)
     return found
+
+
+def _use(given: Any) -> None:
+    """Something hangs on these, from now on, in autograd. On a view of them alone it does not: that may be made anew."""
+    for t in given:
+        if isinstance(t, LazyLogits) and t.origin is not None and not t.written and t.is_view:
+            _base(t).views_used = True
+
+
+def _base(x: LazyLogits) -> LazyLogits:
+    """What all views of the same memory are views of."""
+    return _base(x.origin[1][0]) if x.is_view else x
+
+
+def _hangs_on_parent(x: LazyLogits) -> bool:
+    """Is it, and all that it is a view of, part of one graph? A leaf begins another."""
+    parent = x.origin[1][0] if x.is_view else None
+    return parent is None or x.origin[0] is not Tensor.detach and _is_part_of_graph(parent) and _hangs_on_parent(parent)
 
 
 def _written(func: Callable, args: tuple, kwargs: dict) -> list[LazyLogits]:
@@ -301,13 +339,20 @@ def _join(x: LazyLogits) -> None:
 def _overwritten(x: LazyLogits) -> bool:
     """Is it a view of what somebody has written since?"""
     parent = x.origin and x.origin[1][0]
-    return parent is not None and (parent.written or _overwritten(parent)) and x.is_view
+    return parent is not None and (parent.written or _has_other_past(parent) or _overwritten(parent)) and x.is_view
+
+
+def _has_other_past(x: LazyLogits) -> bool:
+    """Has somebody written to a view of it that is no lazy tensor, in a graph?"""
+    past = None if x.known is None else x.known.grad_fn
+    return past is not None and type(past).__name__ != "_ReadBackward"
 
 
 def _of_origin(x: LazyLogits, parent: Tensor | None = None) -> Tensor:
     """What the function that made it gives for the logits themselves."""
     func, (origin, *args), kwargs, i = x.origin
-    args, kwargs = pytree.tree_map_only(LazyLogits, materialize, (args, kwargs))
+    of_others = materialize if parent is None or not parent.is_meta else lambda t: t.layout_of  # not read for it
+    args, kwargs = pytree.tree_map_only(LazyLogits, of_others, (args, kwargs))
     with torch.set_grad_enabled(_is_part_of_graph(x)):
         found = func(materialize(origin) if parent is None else parent, *args, **kwargs)
     return found if i is None else found[i]
@@ -317,50 +362,13 @@ def _of_origin(x: LazyLogits, parent: Tensor | None = None) -> Tensor:
 
 
 class _Read(torch.autograd.Function):
-    """The logits themselves."""
+    """The logits themselves; as a view of what they are a view of, where that is read: autograd refuses to write to either."""
 
     @staticmethod
-    def forward(ctx: Any, x: LazyLogits) -> Tensor:
+    def forward(ctx: Any, x: LazyLogits, view: Callable[[], Tensor] | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        return _values(x)
+        return _values(x) if view is None else view()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        return grad
-
-
-class _ChunkedApply(torch.autograd.Function):
-    """fn(logits of some rows [n, V], *beside of these rows) for all rows, one result or several."""
-
-    @staticmethod
-    def forward(ctx: Any, x: LazyLogits, fn: Callable, *beside: Tensor) -> tuple:
-        rows, found = x.rows, []
-        operands = rows.head.operands(as_matrix(rows.hidden))
-        for part in at_a_time(operands):
-            one = fn(stepped(x.steps, rows.head.logits(products_of_layers(operands, part))), *(b[part] for b in beside))
-            found.append(one if isinstance(one, tuple) else (one,))
-        found = tuple(map(torch.cat, zip(*found, strict=True)))
-        ctx.set_materialize_grads(False)
-        ctx.part, ctx.like = Contribution(rows, x.steps, fn, beside), kind(x)
-        ctx.mark_non_differentiable(*(t for t in found if not t.is_floating_point()))
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        found = None
-        if any(g is not None for g in grads):
-            part = ctx.part._replace(grads=tuple(g if g is None else materialize(g).detach() for g in grads))
-            found = gradient(part.rows, part.steps, ctx.like, [part])
-        return found, None, *(None for _ in ctx.part.beside)
-
-
-def at_once(x: LazyLogits) -> bool:
-    """Are they so few that all of them are computed at once?"""
-    return x.nbytes <= lazy_rows.CHUNK
-
-
-def chunked_apply(x: LazyLogits, fn: Callable, *beside: Tensor) -> Any:
-    """fn(logits of some rows [n, V], *beside of these rows) -> [n, …], or several such, for all rows."""
-    x.rows.check()
-    found = [t.view((*x.shape[:-1], *t.shape[1:])) for t in _ChunkedApply.apply(x, fn, *beside)]
-    return found[0] if len(found) == 1 else tuple(found)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        return grad, None
