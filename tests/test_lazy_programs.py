@@ -18,6 +18,8 @@ from sloth.lazy.functions import lazy, materialize
 from sloth.lazy.snapshot import StaleLogits
 
 B, S, H, V = 2, 4, 6, 12
+FOUND = [709, 794, 799, 1161]  # what longer runs have found: writes to views of views
+VIEW = "This view was created inside a custom Function"  # torch: something hangs on it already, and would miss a write
 INDEX = torch.arange(B * S).view(B, S) % V
 Tensors = list[torch.Tensor]
 
@@ -145,6 +147,10 @@ def compare(seed: int) -> str:
             found = [materialize(t.detach()) for t in ours.seen[before:]]
         except StaleLogits:
             return f"refused, {done}"
+        except RuntimeError as e:
+            if VIEW not in str(e):
+                raise
+            return f"not written, {done}"
         torch.testing.assert_close(found, [t.detach() for t in theirs.seen[before:]], rtol=1e-4, atol=1e-5)
         assert [t.requires_grad for t in ours.seen] == [t.requires_grad for t in theirs.seen]
     try:
@@ -170,7 +176,7 @@ def test_programs(copied):
     """Small weights are copied, of large ones there is a fingerprint."""
     with mock.patch.object(snapshot, "COPIED", copied), mock.patch.object(rows, "CHUNK", 3 * V * 4):
         ends = []
-        for seed in range(200):
+        for seed in [*range(200), *FOUND]:
             try:
                 ends.append(compare(seed))
             except Exception as e:

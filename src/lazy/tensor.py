@@ -63,6 +63,7 @@ class LazyLogits(Tensor):
     plain: bool  # the steps are casts
     known: Tensor | None  # the logits, once they were read
     origin: tuple | None  # of lazy logits: (function, its arguments, which of its results)
+    version: int | None  # of memory that it was read from as a view that nobody may write to in a graph
     written: bool  # somebody has written to it in place: `known` is the tensor now, to autograd too
     views_used: bool  # of what is no view: something hangs on a view of it in autograd, or may
     claim: Claim | None
@@ -173,7 +174,7 @@ def merged(
 
 def _filled(x: Any, rows: LogitsSource, steps: tuple[Step, ...], plain: bool) -> LazyLogits:
     x.rows, x.steps, x.plain, x.known = rows, steps, plain, None
-    x.origin, x.written, x.views_used, x.claim = None, False, False, rows.claim()
+    x.origin, x.version, x.written, x.views_used, x.claim = None, None, False, False, rows.claim()
     return x
 
 
@@ -209,8 +210,8 @@ def materialize(logits: Any) -> Any:
         logits.known, logits.written = _of_origin(logits), True
     else:
         grad = _is_part_of_graph(logits)
-        if logits.known is not None and _has_memory_of_parent(logits) and not _is_joined(logits):
-            logits.known = None  # read before what it is a view of
+        if logits.known is not None and (_is_outdated(logits) or _has_memory_of_parent(logits) and not _is_joined(logits)):
+            logits.known = None  # read before what it is a view of, or before a write without gradients
         if logits.known is None or grad and not logits.known.requires_grad:
             if grad and _has_memory_of_parent(logits) and not _base(logits).views_used and _hangs_on_parent(logits):
                 _share(logits)
@@ -218,6 +219,7 @@ def materialize(logits: Any) -> Any:
                 view = partial(_of_origin, logits, materialize(logits.origin[1][0])) if _has_memory_of_parent(logits) else None
                 with torch.enable_grad():
                     logits.known = _Read.apply(logits, view)
+                logits.version = view and logits.known._version
             else:
                 logits.known = _values(logits)
     logits.claim = None
@@ -323,7 +325,8 @@ def _has_memory_of_parent(x: LazyLogits) -> bool:
 def _is_joined(x: LazyLogits) -> bool:
     """Does it lie, read, where it would as a view?"""
     parent = x.origin[1][0]
-    return parent.known is not None and _same_memory(x.known, parent.known)
+    shares = x.known is not None and parent.known is not None and _same_memory(x.known, parent.known)
+    return shares and (not parent.is_view or _is_joined(parent))
 
 
 def _join(x: LazyLogits) -> None:
@@ -342,9 +345,13 @@ def _overwritten(x: LazyLogits) -> bool:
     return parent is not None and (parent.written or _has_other_past(parent) or _overwritten(parent)) and x.is_view
 
 
+def _is_outdated(x: LazyLogits) -> bool:
+    return x.version is not None and x.version != x.known._version
+
+
 def _has_other_past(x: LazyLogits) -> bool:
     """Has somebody written to a view of it that is no lazy tensor, in a graph?"""
-    past = None if x.known is None else x.known.grad_fn
+    past = None if x.known is None or x.version is not None and not x.written else x.known.grad_fn
     return past is not None and type(past).__name__ != "_ReadBackward"
 
 

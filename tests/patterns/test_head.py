@@ -101,7 +101,7 @@ def test_models(name, how):
         assert is_lazy(ours.logits)
         assert (ours.logits.shape, ours.logits.dtype) == (eager.logits.shape, eager.logits.dtype) and ours.logits.requires_grad
         losses = [loss(out.logits, ids) for out in (ours, eager)]
-        assert is_lazy(ours.logits)
+        assert is_lazy(ours.logits) or loss is not next_token_loss and ours.logits.dtype == torch.float32  # its own float()
         torch.testing.assert_close(*losses, **tolerance)
         torch.testing.assert_close(*(torch.autograd.grad(x, parameters) for x in losses), **tolerance)
         torch.testing.assert_close(ours.logits + torch.zeros_like(eager.logits), eager.logits, **tolerance)
