@@ -242,6 +242,13 @@ def view_from_before_a_write(t):
     return a.exp().sum()
 
 
+def view_used_before_and_after_a_write(t):
+    a = t[0]
+    loss = a.sum(-1).sum()
+    t.mul_(1.5)
+    return loss + a.exp().sum()
+
+
 def shown_and_then_written(t):
     c = t[0][..., :4]
     t.mul_(1.5)
@@ -280,8 +287,8 @@ def leaf_that_is_shown(t):
 
 WRITTEN = [
     written_view, written_view_of_a_view, written_view_of_a_clone, sibling_of_a_written_view, view_from_before_a_write,
-    shown_and_then_written, written_without_gradients, read_before_its_view_is_written, hooked_view_that_is_shown,
-    leaf_that_is_shown,
+    view_used_before_and_after_a_write, shown_and_then_written, written_without_gradients, read_before_its_view_is_written,
+    hooked_view_that_is_shown, leaf_that_is_shown,
 ]  # fmt: skip
 
 
