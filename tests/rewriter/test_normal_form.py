@@ -71,6 +71,12 @@ CASES = [
         (lambda h: h.half().bfloat16(), lambda h: h.float().half()),
     ),
     Case(
+        "integers have no gradient to cut",
+        (lambda i: i * 2, lambda i: i.detach() * 2, lambda i: i.data * 2),
+        (lambda i: i.float().detach() * 2,),
+    ),
+    Case("a gradient that is cut", (lambda x: x.detach(), lambda x: x.data), (lambda x: x, lambda x: x.clone())),
+    Case(
         "copies",
         (
             lambda x: x,

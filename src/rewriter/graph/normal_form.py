@@ -45,6 +45,12 @@ def copy(n: Normal, c: Call, x: Value, *_):
     return x
 
 
+@rule("detach")
+def nothing_to_detach(n: Normal, c: Call, x: Value):
+    """detach(x) = x where x holds no floating-point numbers: it has no gradient."""
+    return None if x.meta.dtype.is_floating_point or x.meta.dtype.is_complex else x
+
+
 @rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 def no_dropout(n: Normal, c: Call, x: Value, p, train):
     """dropout(x) = x with p = 0 or outside of training."""
