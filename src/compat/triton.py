@@ -29,7 +29,7 @@ except ImportError:
 def active_driver() -> Any:
     """Triton's driver of this machine's GPU, made if there is none yet. None where that fails: whoever needs it is told then."""
     try:
-        return driver.active
+        return None if driver is None else driver.active
     except Exception:
         return None
 

@@ -1,9 +1,10 @@
-"""The kernel, through Triton's interpreter, beside its formula; and without a kernel, sums along rows and columns."""
+"""The kernel, on a CPU through Triton's interpreter, beside its formula; and without a kernel, sums along rows and columns."""
 
 from unittest import mock
 
 import pytest
 import torch
+from common import DEVICE
 
 from sloth.kernels.common import fingerprint as module
 from sloth.kernels.common.device import Device, pretending
@@ -25,14 +26,14 @@ def formula(words: torch.Tensor, parts: int) -> torch.Tensor:
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_is_its_formula(view, dtype):
-    x = view(torch.randn(9, 1301, generator=torch.Generator().manual_seed(0)).to(dtype))
+    x = view(torch.randn(9, 1301, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype))
     with (
-        pretending(Device(triton=True, multiprocessors=1)), mock.patch.object(module, "PROGRAMS", 3),
+        pretending(Device(triton=True, multiprocessors=1), DEVICE), mock.patch.object(module, "PROGRAMS", 3),
         mock.patch.object(module, "launch_cached", wraps=module.launch_cached) as launched,
     ):  # fmt: skip
         found = module.fingerprint(x)
     assert launched.call_count == 1 and found.shape == (3,)
-    torch.testing.assert_close(found, formula(module._words(x), 3), rtol=0, atol=0)
+    torch.testing.assert_close(found.cpu(), formula(module._words(x), 3), rtol=0, atol=0)
 
 
 CHANGES = [
