@@ -353,3 +353,12 @@ def test_kinds_of_rope() -> None:
     with pytest.raises(ValueError, match="type longrope, whose factors hold for 128"):
         lengthen(LlamaConfig(**LLAMA, rope_parameters=half), 512)
     assert lengthen(BloomConfig(), 1 << 20) is None and lengthen(GPT2Config(), 512) is None
+
+
+def test_what_says_the_same_thing_twice_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="leave finetune_attention_modules"):
+        fast().get_peft_model(loaded(folder)[0], target_modules=["q_proj"], finetune_mlp_modules=False)
+    from transformers import BitsAndBytesConfig
+
+    with pytest.raises(ValueError, match="quantization_config says how"):
+        loaded(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True), load_in_4bit=True)

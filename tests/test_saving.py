@@ -224,7 +224,7 @@ def test_a_full_disk_is_told_before_anything_is_written(folder: Path, tmp_path: 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, 60 << 20))
     for method in ("merged_16bit", "merged_4bit", "lora"):
         with pytest.raises(OSError, match=r"0\.07 GB are needed and 0\.06 GB are free; nothing was written") as told:
-            model.save_pretrained_merged(tmp_path / "out", tokenizer, save_method=method)
+            model.save_pretrained_merged(tmp_path / ("new" if method == "lora" else "out"), tokenizer, save_method=method)
         assert told.value.errno == errno.ENOSPC
     assert contents(tmp_path) == before
 
@@ -292,3 +292,43 @@ def test_without_an_exchange_two_renames_do(tmp_path: Path, monkeypatch: pytest.
         with folders.replaced(out, 1) as staging:
             (staging / "config.json").write_text(content)
     assert (out / "config.json").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_killed_between_two_renames_comes_back(tmp_path: Path) -> None:
+    from sloth.saving import folder as folders
+
+    aside, new = tmp_path / ".out.saving-99999999-x-old", tmp_path / ".out.saving-99999999-x"
+    for place, content in ((aside, "old"), (new, "new")):
+        place.mkdir()
+        (place / "notes.txt").write_text(content)
+    with pytest.raises(KeyboardInterrupt), folders.replaced(tmp_path / "out", 1):
+        raise KeyboardInterrupt
+    assert (tmp_path / "out" / "notes.txt").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mounted_disk_is_written_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sloth.saving import folder as folders
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.gguf").write_text("of somebody")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with folders.replaced(out, 1) as staging:
+        assert staging.parent == out
+        (staging / "config.json").write_text("new")
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.gguf"]
+
+
+def test_adapters_do_not_take_the_place_of_a_whole_model(folder: Path) -> None:
+    before = contents(folder)
+    with pytest.raises(ValueError, match="holds a whole model"):
+        adapted(folder)[0].save_pretrained_merged(folder, save_method="lora")
+    assert contents(folder) == before
+
+
+def test_a_part_of_a_model_is_not_saved_as_the_whole(folder: Path, tmp_path: Path) -> None:
+    model, _ = adapted(folder)
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="divided among processes"):
+        model.save_pretrained_merged(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

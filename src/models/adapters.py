@@ -62,9 +62,12 @@ def add_adapters(
 def targets_in(model: torch.nn.Module, given: Any, attention: bool = True, mlp: bool = True, may_be_none: bool = False) -> Any:
     """What PEFT is given as target_modules: the names given, or of the model's linear layers those of attention and MLP.
 
-    Raises ValueError for a name that no module ends with; PEFT would leave it out without a word.
+    Raises ValueError for a name that no module ends with, which PEFT would leave out without a word, and where names are given
+    and kinds of layers excluded.
     """
     linear = _linear(model)
+    if given is not None and not (attention and mlp):
+        raise ValueError("target_modules says which layers get adapters: leave finetune_attention_modules/mlp_modules out, or it")
     if given is None:
         usual = [n for n in LLAMA if any(name.endswith("." + n) for name in linear)]
         wanted = [*(ATTENTION if attention else ()), *(MLP if mlp else ())]

@@ -54,6 +54,8 @@ def quantisation_of(
         raise ValueError("full_finetuning=True trains the weights, which in 4 or 8 bits it cannot: leave load_in_4bit/8bit out")
     if four and eight:
         raise ValueError("load_in_4bit=True and load_in_8bit=True: choose one")
+    if given is not None and (eight or four is not None):
+        raise ValueError("quantization_config says how the model is quantised: leave load_in_4bit/8bit/16bit out, or it")
     held = getattr(config, "quantization_config", None)
     if held is not None:
         return None, _of_checkpoint(held if isinstance(held, dict) else held.to_dict(), four, eight, full, given, dtype)

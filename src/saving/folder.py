@@ -18,10 +18,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 # Of an earlier save: they go with it. Other files of the folder stay.
-WEIGHTS = (
-    "*.gguf", "adapter_config.json", "adapter_model*", "config.json", "generation_config.json", "model*.safetensors*",
-    "pytorch_model*.bin*",
-)  # fmt: skip
+ADAPTERS = ("adapter_config.json", "adapter_model*")
+WHOLE = ("config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*.bin*")
+WEIGHTS = (*ADAPTERS, *WHOLE)  # transformers would put adapters that lie beside a merged model onto it
+OLD = "-old"  # how the name of an old folder ends while it is aside
 SPARE = 64 << 20  # bytes, for tokenizers and configurations
 
 
@@ -37,9 +37,10 @@ def replaced(folder: Path, size: int, drops: tuple[str, ...] = WEIGHTS) -> Itera
         raise NotADirectoryError(errno.ENOTDIR, "a model is saved to a folder, and this is a file", str(folder))
     parents = [p for p in folder.parents if not p.exists()]
     check_space(folder, size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    staging = Path(tempfile.mkdtemp(prefix=_prefix(folder, os.getpid()), dir=folder.parent))
+    beside = folder if folder.is_mount() else folder.parent  # files change places within one disk
+    beside.mkdir(parents=True, exist_ok=True)
+    _sweep(folder, beside)
+    staging = Path(tempfile.mkdtemp(prefix=_prefix(folder, os.getpid()), dir=beside))
     try:
         yield staging
         staging.chmod(folder.stat().st_mode if folder.exists() else 0o777 & ~_umask())
@@ -73,12 +74,16 @@ def _prefix(folder: Path, process: int) -> str:
     return f".{folder.name}.saving-{process}-"
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a save left that was killed."""
+def _sweep(folder: Path, beside: Path) -> None:
+    """Remove what a save left that was killed; the old folder, if it was killed between two renames, comes back."""
     beginning = f".{folder.name}.saving-"
-    for left in folder.parent.iterdir():
+    for left in sorted(beside.iterdir()):
         process = left.name.removeprefix(beginning).partition("-")[0] if left.name.startswith(beginning) else ""
-        if process.isdigit() and int(process) != os.getpid() and not _runs(int(process)):
+        if not process.isdigit() or int(process) == os.getpid() or _runs(int(process)):
+            continue
+        if left.name.endswith(OLD) and not folder.exists():
+            os.rename(left, folder)
+        else:
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -145,12 +150,13 @@ def _exchange(staging: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(staging, folder)
     elif not _exchanged_at_once(staging, folder):
-        aside = staging.with_name(staging.name + "-old")
-        os.rename(folder, aside)
+        aside = staging.with_name(staging.name + OLD)
         try:
+            os.rename(folder, aside)
             os.rename(staging, folder)
         except BaseException:
-            os.rename(aside, folder)
+            if not folder.exists():
+                os.rename(aside, folder)
             raise
         shutil.rmtree(aside, ignore_errors=True)
 

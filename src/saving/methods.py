@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from sloth.saving import gguf
-from sloth.saving.folder import check_space, replaced
+from sloth.saving.folder import ADAPTERS, WHOLE, check_space, replaced
 from sloth.saving.merged import base_of, dtype_for, planned, write
+from sloth.saving.weights import refuse_shards
 
 METHODS = ("merged_16bit", "merged_4bit", "lora")
 ALIASES = {"merged_4bit_forced": "merged_4bit", "adapters": "lora"}
@@ -42,18 +43,22 @@ def save_pretrained_merged(
         raise TypeError(f"save_pretrained_merged knows no argument {strange[0]}.{f' Did you mean {near[0]}?' if near else ''}")
     if method == "lora" and not hasattr(model, "peft_config"):
         raise ValueError("save_method='lora' saves adapters, and this model has none: give 'merged_16bit'")
+    target = Path(save_directory)
+    if method == "lora" and any(p for pattern in WHOLE for p in target.glob(pattern)):
+        raise ValueError(f"{target} holds a whole model, perhaps the one that these adapters are for: save them elsewhere")
+    refuse_shards(model)
     if not _is_first():
         return
     if method == "lora":
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        with replaced(Path(save_directory), size) as folder:
+        with replaced(target, size, ADAPTERS) as folder:
             model.save_pretrained(folder)
             _save_tokenizer(tokenizer, folder)
         return
     kind = dtype_for(model, dtype)
     found, tied = planned(model, kind)
     size = sum(w.size for w in found.values())
-    with replaced(Path(save_directory), size if method == "merged_16bit" else size + size // 2) as folder:
+    with replaced(target, size if method == "merged_16bit" else size + size // 2) as folder:
         whole = folder if method == "merged_16bit" else folder / "whole"
         whole.mkdir(exist_ok=True)
         write(model, whole, found, tied, kind, max_shard_size)
@@ -117,7 +122,7 @@ def push_to_hub_gguf(
 
 
 def _is_first() -> bool:
-    """Of the processes that train together: each has the whole model."""
+    """Of the processes that train together: each has the whole model, or `refuse_shards` has raised."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not ready or torch.distributed.get_rank() == 0
 

@@ -167,3 +167,12 @@ def _as_plain(layer: Any) -> None:
             f"{type(layer).__name__} over a quantised layer is not merged here: save_method='lora' saves the adapters"
         )
     layer.__class__ = lora.Linear
+
+
+def refuse_shards(model: torch.nn.Module) -> None:
+    """Raises ValueError where a process holds but a part of the parameters (DeepSpeed's ZeRO-3, FSDP, tensor parallelism)."""
+    for name, p in model.named_parameters():
+        if hasattr(p, "ds_id") or "_fsdp_wrapped_module" in name or type(p.data).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} is divided among processes: save with the trainer's save_model, which gathers it, and merge it then"
+            )

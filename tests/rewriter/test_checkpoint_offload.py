@@ -69,6 +69,42 @@ def test_one_that_is_never_gone_through(copies):
     torch.testing.assert_close(gradients(model, run(X)), gradients(model, model(X)))
 
 
+def test_inside_of_another_checkpoint_nothing_leaves(copies):
+    """That one runs the graph again, and hands what the second run saves to the first one's backward pass."""
+    model = stack(6, Layer)
+    run = torch.compile(model, backend="sloth", options=OFFLOAD)
+    ours = gradients(model, checkpoint(run, X, use_reentrant=False))
+    torch.testing.assert_close(ours, gradients(model, model(X)))
+    assert not copies
+
+
+class TwoResults(Checkpointed):
+    def forward(self, pair):
+        x, sums = super().forward(pair[0]), pair[1]
+        return x, sums + x.square().mean(-1)
+
+
+def test_what_is_made_beside_another_result_stays(copies):
+    """The gradient of the other alone goes through the layer, which may have saved the first."""
+
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(TwoResults() for _ in range(6))
+
+        def forward(self, x):
+            pair = x, x.sum(-1)
+            for layer in self.layers:
+                pair = layer(pair)
+            return pair[1]
+
+    torch.manual_seed(0)
+    model = Sums().to(DEVICE)
+    out = torch.compile(model, backend="sloth", options=OFFLOAD)(X)
+    assert not copies
+    torch.testing.assert_close(gradients(model, out), gradients(model, model(X)))
+
+
 def test_what_others_see_stays(copies):
     """Of a layer that everybody reads, or that is given out, also as a view."""
 

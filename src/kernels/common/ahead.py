@@ -31,7 +31,10 @@ def compile_ahead(function: Callable[..., Any], device: torch.device, *args: Any
     """Compile what `function` launches on the device for arguments like these, whose tensors are on "meta". What it raises is
     raised again where the operator is called.
     """
-    job = _thread().submit(_compile, function, device, args, kwargs)
+    try:
+        job = _thread().submit(_compile, function, device, args, kwargs)
+    except RuntimeError:  # the interpreter is about to end
+        return
     _jobs.add(job)
     job.add_done_callback(_jobs.discard)
 

@@ -21,21 +21,24 @@ from typing import Any
 import torch
 from torch import fx
 
+from sloth.compat.dispatch import saved_tensors_hooks
+
 
 def inputs_that_leave(regions: Sequence[Any], sharing: Callable[[fx.Node], set[fx.Node]]) -> dict[int, fx.Node]:
     """By the number of a region of the graph, what may leave the device when it has run: made by an earlier region, read by this
-    one alone, and nothing that other regions or the caller see lies in its memory. The last two, of the last layer and of what
-    follows it, stay: their backward passes are next.
+    one alone, and nothing that other regions or the caller see lies in its memory. What made it gives nothing else that has a
+    gradient: its backward pass might be gone through alone, and it may have saved what it gave. The last two, of the last layer
+    and of what follows it, stay: their backward passes are next.
 
     sharing: all nodes of the graph that lie in the memory of one.
     """
     made_in = {n: i for i, region in enumerate(regions) for n in region.calls}
     seen = {n for region in regions for n in (*region.outputs, *(a for a in region.inputs if a not in made_in))}
+    alone = {n for region in regions for n in region.outputs if [m for m in region.outputs if _has_gradient(m)] == [n]}
     found: dict[int, fx.Node] = {}
     for i, region in enumerate(regions):
         for n in region.inputs:
-            is_tensor = isinstance(n.meta.get("example_value"), torch.Tensor)
-            if is_tensor and n in made_in and all(made_in.get(u) == i for u in n.users) and seen & sharing(n) == {n}:
+            if n in alone and all(made_in.get(u) == i for u in n.users) and seen & sharing(n) == {n}:
                 found[i] = n
     return dict(list(found.items())[:-2])
 
@@ -45,13 +48,27 @@ def _stream_beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _has_gradient(n: fx.Node) -> bool:
+    value = n.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
 def is_on_gpu(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_cuda
 
 
 def _is_whole(x: torch.Tensor) -> bool:
-    """Does it fill its memory?"""
-    return x.storage_offset() == 0 and x.untyped_storage().nbytes() == x.numel() * x.itemsize > 0
+    """Does it fill its memory, which can be given back?"""
+    memory = x.untyped_storage()
+    return memory.resizable() and x.storage_offset() == 0 and memory.nbytes() == x.numel() * x.itemsize > 0
+
+
+def _is_watched() -> bool:
+    """Do others keep what autograd saves (a checkpoint around the graph, which hands it to another backward pass), or record what
+    the device does?
+    """
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return capturing or saved_tensors_hooks(False) is not None
 
 
 class HostCopy:
@@ -115,7 +132,7 @@ class HostCopies:
     def take(self, x: torch.Tensor, results: Sequence[Any]) -> None:
         """The input of a layer that has given these results, and will be needed when their gradients are there."""
         wanted = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
-        if not wanted or not is_on_gpu(x) or not _is_whole(x):
+        if not wanted or not is_on_gpu(x) or not _is_whole(x) or _is_watched():
             return
         copy = HostCopy(x, self.last)
         for r in wanted:
