@@ -1,12 +1,10 @@
 """Set-up that must come before torch's compiler or Triton is imported."""
 
-import gc
 import getpass
 import hashlib
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import pytest
@@ -60,15 +58,3 @@ def no_trainer_of_before():
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(autouse=True)
-def no_checkpoint_left(request):
-    """A checkpoint that was left in the middle has its hooks on: all that follows would seem to be in it."""
-    yield
-    hooks = torch._C._autograd
-    while hooks._top_saved_tensors_default_hooks(False) is not None:
-        warnings.warn(f"{request.node.nodeid} leaves hooks of saved tensors on", stacklevel=1)
-        gc.collect()
-        if hooks._top_saved_tensors_default_hooks(False) is not None:
-            hooks._pop_saved_tensors_default_hooks()

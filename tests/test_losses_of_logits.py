@@ -172,7 +172,6 @@ def largest(fn: Callable[[], object]) -> int:
     return max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
-@pytest.mark.nightly  # TODO: behind some other test of the default tier logits are read whole; alone it passes
 @each_loss
 @pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
 def test_never_all_logits_at_once(loss, kernel, monkeypatch):
@@ -188,7 +187,6 @@ def test_never_all_logits_at_once(loss, kernel, monkeypatch):
     assert largest(lambda: step(lazy)) <= max(2 * lazy_rows.CHUNK, weight) < everything / 4
 
 
-@pytest.mark.nightly  # TODO: behind some other test of the default tier logits are read whole; alone it passes
 def test_never_all_logits_of_a_model(monkeypatch):
     """Policy and reference of DPO, forward and backward: the largest tensor is the head."""
     words = 30_000

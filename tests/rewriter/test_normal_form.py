@@ -886,7 +886,8 @@ def compute(v: Value, args: list[Any]) -> Any:
     }
     if v.op in canonical:
         return canonical[v.op](*args)
-    for overload in map(getattr(aten, v.op).__getattr__, getattr(aten, v.op).overloads()):  # arguments are in the schema's order
+    packet = getattr(aten, v.op)
+    for overload in (getattr(packet, name) for name in packet.overloads()):  # arguments are in the schema's order
         names = [a.name for a in overload._schema.arguments if a.kwarg_only]
         if len(overload._schema.arguments) < len(args):
             continue
