@@ -12,11 +12,11 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from sloth.rewriter.match.pattern import Construct, LazyOutputRule, Pattern
 from sloth.rewriter.match.registry import constructs, deferrals, patterns
+from sloth.rewriter.notices import did_you_mean
 
 VARIABLE = "SLOTH_OPTIONS"
 OPTIONS = {
@@ -53,8 +53,7 @@ def parse(options: dict[str, Any] | None) -> Options:
     arguments = _arguments(own)
     if unknown := sorted(own.keys() - OPTIONS.keys()):
         known = "; ".join(f"{k}: {what}" for k, what in OPTIONS.items())
-        near = get_close_matches(unknown[0], OPTIONS, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0], OPTIONS)
         raise ValueError(f"unknown option {', '.join(unknown)} of backend 'sloth'.{hint} Known are: {known}")
     inner = own.get("sloth.inner_backend", "inductor")
     if not isinstance(inner, str):
@@ -101,8 +100,7 @@ def _named(option: str, options: dict[str, Any]) -> set[str]:
     named = {name.strip() for name in (names.split(",") if isinstance(names, str) else names)} - {""}
     known = list(dict.fromkeys([*(e.name for e in (*patterns(), *deferrals())), *(c.name for c in constructs())]))
     if strange := sorted(named - set(known)):
-        near = get_close_matches(strange[0], known, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(strange[0], known)
         raise ValueError(f"{option} names {', '.join(strange)}.{hint} Known are {', '.join(known)}")
     return named
 

@@ -24,7 +24,7 @@ ARROWS = {
     "rewriter/backend": {"rewriter", "integrations", "options"},
     "rewriter/entry_point": {"rewriter/backend", "rewriter/notices"},
     "rewriter/explain": {"rewriter"},
-    "options": {"rewriter/match"},
+    "options": {"rewriter/match", "rewriter/notices"},
     "lazy": {"kernels"},
     "integrations": {"lazy"},
     "kernels": set(),
@@ -34,7 +34,7 @@ ARROWS = {
     "doctor": {"__init__", "integrations", "rewriter", "options"},
     "tiny_model": set(),
     "models": {"saving", "rewriter/backend", "rewriter/notices", "options"},
-    "saving": set(),
+    "saving": {"rewriter/notices"},
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},
     "__init__": {"rewriter/explain", "rewriter/report", "rewriter/match", "models"},  # for type checkers alone

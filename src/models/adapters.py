@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from sloth.models.arguments import refuse_unknown
 from sloth.models.checkpointing import checkpoint, kind_of
 from sloth.models.load import drawn_from
+from sloth.rewriter.notices import did_you_mean
 
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION, MLP = ("attn", "attention", "mixer"), ("mlp", "feed_forward", "ffn", "expert", "moe")  # in the names of their modules
@@ -87,8 +87,7 @@ def targets_in(model: torch.nn.Module, given: Any, attention: bool = True, mlp: 
     for target in given:
         if not any(name == target or name.endswith("." + target) for name in modules):
             leaves = sorted({name.rpartition(".")[2] for name in linear})
-            near = get_close_matches(target, leaves, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(target, leaves)
             raise ValueError(f"target_modules names {target}, and {type(model).__name__} has none.{hint} Its linear layers are"
                              f" {', '.join(leaves)}; target_modules='all-linear' takes all but the head")  # fmt: skip
     return list(given)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+from sloth.rewriter.notices import did_you_mean
 
 # Handed on to transformers' from_pretrained, which says what they mean.
 OF_TRANSFORMERS = ("cache_dir", "force_download", "local_files_only", "max_memory", "subfolder", "use_safetensors", "variant")
@@ -27,8 +28,7 @@ def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) ->
     """Raises TypeError that names the arguments that are not known, and what is near to the first."""
     known = sorted(known)
     if strange := sorted(set(given) - set(known)):
-        near = get_close_matches(strange[0], known, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(strange[0], known)
         raise TypeError(f"{function} knows no argument {', '.join(strange)}.{hint} Known are {', '.join(known)}")
 
 
@@ -44,8 +44,7 @@ def one_of(name: str, value: Any, allowed: Mapping[Any, Any]) -> Any:
     for key, meaning in allowed.items():
         if type(key) is type(value) and key == value:
             return meaning
-    near = get_close_matches(str(value), [str(key) for key in allowed], 1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(str(value), map(str, allowed))
     raise ValueError(f"{name}={value!r} is not known.{hint} It is one of {', '.join(map(repr, allowed))}")
 
 

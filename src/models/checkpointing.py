@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sloth.models.arguments import one_of
+from sloth.saving.merged import base_of
 
 # What scripts write, and whether it checkpoints and offloads.
 KINDS = {False: (False, False), True: (True, False), "sloth": (True, True), "unsloth": (True, True)}
@@ -42,18 +43,14 @@ def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
     Returns the model.
     """
     if use_gradient_checkpointing is not None:
-        checkpoint(_of_transformers(model), kind_of(use_gradient_checkpointing)[0])
+        checkpoint(base_of(model), kind_of(use_gradient_checkpointing)[0])
     model.train()
-    _of_transformers(model).config.use_cache = False
+    base_of(model).config.use_cache = False
     return model
 
 
 def for_inference(model: Any) -> Any:
     """Evaluation mode: dropout is off, keys and values are kept for `generate`. Returns the model."""
     model.eval()
-    _of_transformers(model).config.use_cache = True
+    base_of(model).config.use_cache = True
     return model
-
-
-def _of_transformers(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from sloth.compat import is_tested, window
@@ -27,6 +29,12 @@ def _once(level: int, message: str) -> None:
     if message not in _said:
         _said.add(message)
         log.log(level, "sloth: %s", message)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """For an error about a name that is not known: a sentence with the nearest one that is, if any is near."""
+    near = get_close_matches(given, list(known), 1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def was_told(beginning: str) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sloth.rewriter.notices import did_you_mean
 from sloth.saving import gguf
 from sloth.saving.folder import ADAPTERS, WHOLE, check_space, replaced
 from sloth.saving.merged import base_of, dtype_for, planned, write
@@ -39,8 +39,8 @@ def save_pretrained_merged(
     if more.pop("push_to_hub", False):
         raise ValueError("push_to_hub=True: push_to_hub_merged(repo_id, tokenizer, save_method) saves and uploads")
     if strange := sorted(more.keys() - set(WITHOUT_EFFECT)):
-        near = get_close_matches(strange[0], ("max_shard_size", "save_directory", "save_method", "tokenizer", "dtype"), 1)
-        raise TypeError(f"save_pretrained_merged knows no argument {strange[0]}.{f' Did you mean {near[0]}?' if near else ''}")
+        hint = did_you_mean(strange[0], ("max_shard_size", "save_directory", "save_method", "tokenizer", "dtype"))
+        raise TypeError(f"save_pretrained_merged knows no argument {strange[0]}.{hint}")
     if method == "lora" and not hasattr(model, "peft_config"):
         raise ValueError("save_method='lora' saves adapters, and this model has none: give 'merged_16bit'")
     target = Path(save_directory)

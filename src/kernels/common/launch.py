@@ -79,11 +79,11 @@ def launch_cached(
     device = torch.cuda.current_device()
     kinds = map(_size_kind, numbers, _any_sizes(kernel, len(operands)))
     key = id(kernel), device, *map(_kind, operands), *kinds, *constants.values(), *options.values()
-    if key not in _launchers:
-        wait_for_kernels()
     if (launcher := _launchers.get(key)) is None:
-        compiled = kernel.warmup(*operands, *numbers, grid=grid, **constants, **options)
-        launcher = _launchers[key] = _launcher_of(compiled, device, list(constants.values()))
+        wait_for_kernels()  # the one that compiles ahead may be at it
+        if (launcher := _launchers.get(key)) is None:
+            compiled = kernel.warmup(*operands, *numbers, grid=grid, **constants, **options)
+            launcher = _launchers[key] = _launcher_of(compiled, device, list(constants.values()))
     if compiled_for() is None:
         launcher(grid, operands, numbers)
 
