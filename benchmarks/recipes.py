@@ -6,13 +6,15 @@ Weights in NF4 (random, written once to a temporary folder), `prepare_model_for_
 16 on all seven projections, AdamW in 8 bits, 4 rows of lognormal length (median 245 tokens, 24 … 2048), accumulation 2, 30 steps.
 padded: to the longest of each batch, as DataCollatorForSeq2Seq does; packed: the same rows in one without padding, told apart by
 their positions (DataCollatorWithFlattening). Every contender runs in a process of its own, with caches of its own that are empty;
-those of `--warm` once more with the caches of their first run. sloth-offload: inputs of layers wait in host memory. Unsloth is
-set up as its users do: its own adapters and checkpointing, which does the same. Peers that are not installed are left out.
+those of `--warm` once more with the caches of their first run. sloth-offload: inputs of layers wait in host memory. Unsloth and
+sloth-fast are set up as Unsloth's users do, by FastLanguageModel: no weight in fp32, its own checkpointing, which offloads. Peers
+that are not installed are left out.
 
 total_s: all of `trainer.train()`, compilation with it; first_s: until the first optimizer step is done; steps_s: all others.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -29,8 +31,9 @@ import torch
 from measuring import machine, optional, parse, parser, write
 from qlora import RANK, SHAPES, TARGETS, write_checkpoint
 
-CONTENDERS = ("sloth", "sloth-offload", "unsloth", "eager", "liger", "inductor")
+CONTENDERS = ("sloth", "sloth-offload", "sloth-fast", "unsloth", "eager", "liger", "inductor")
 OFFLOAD = {"sloth-offload": {"SLOTH_OPTIONS": "sloth.checkpoint_offload=1"}}
+FAST = ("unsloth", "sloth-fast")
 NEEDS = {"unsloth": "unsloth", "liger": "liger_kernel"}
 ROWS, ACCUMULATE, LONGEST = 4, 2, 2048
 WORDS = 900  # of the vocabulary that texts are made of
@@ -55,9 +58,8 @@ def model_of(contender: str, folder: str) -> tuple[Any, Any]:
     """The model with fresh adapters, as a user of the contender sets it up, and the tokenizer."""
     torch.manual_seed(1)
     lora = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "target_modules": TARGETS}
-    if contender == "unsloth":
-        from unsloth import FastLanguageModel
-
+    if contender in FAST:
+        FastLanguageModel = importlib.import_module("unsloth" if contender == "unsloth" else "sloth").FastLanguageModel
         loaded = {"model_name": folder, "max_seq_length": LONGEST, "dtype": torch.bfloat16, "load_in_4bit": True}
         model, tokenizer = FastLanguageModel.from_pretrained(**loaded)
         return FastLanguageModel.get_peft_model(model, **lora, bias="none", use_gradient_checkpointing="unsloth"), tokenizer
@@ -91,7 +93,7 @@ def train(contender: str, recipe: str, folder: str, steps: int) -> dict[str, Any
 
     ours = {"torch_compile_backend": "sloth"}
     compiling = {"sloth": ours, **dict.fromkeys(OFFLOAD, ours), "inductor": {"torch_compile": True}}.get(contender, {})
-    checkpointing = {"gradient_checkpointing": contender != "unsloth", "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointing = {"gradient_checkpointing": contender not in FAST, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=ROWS, gradient_accumulation_steps=ACCUMULATE, max_steps=steps,
         learning_rate=2e-4, warmup_steps=5, bf16=True, optim="adamw_8bit", logging_steps=1, report_to=[], save_strategy="no",

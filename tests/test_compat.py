@@ -534,6 +534,14 @@ def the_driver_is_made_when_asked_for() -> None:
     assert (launching.active_driver() is not None) == torch.cuda.is_available()
 
 
+@uses("triton.triton_key")
+def a_digest_of_tritons_files_is_made_once() -> None:
+    from triton.runtime.cache import triton_key
+
+    key = launching.triton_key()
+    assert len(key) > 20 and triton_key.cache_info().currsize == 1 and launching.triton_key() is key
+
+
 @uses("triton.raw_stream", "triton.StaticallyLaunchedCudaKernel")
 def _() -> None:
     assert (launching.raw_stream is not None) >= torch.cuda.is_available() and launching.static_launcher(object(), 0) is None

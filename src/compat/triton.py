@@ -34,6 +34,15 @@ def active_driver() -> Any:
         return None
 
 
+def triton_key() -> str:
+    """What caches know Triton by: a digest of its files, made once in a process. Empty where it is not installed."""
+    try:
+        from triton.runtime.cache import triton_key as digest
+    except ImportError:
+        return ""
+    return digest()
+
+
 @contextmanager
 def kernels_unread() -> Iterator[None]:
     """Meanwhile `torch.library.triton_op` does not read the sources of a function, and of all that it calls, to find the kernels

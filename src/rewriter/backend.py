@@ -15,7 +15,7 @@ from sloth.compat.dispatch import CompileContext
 from sloth.integrations.integration import load
 from sloth.integrations.transformers import mark_requires_grad, outputs_requiring_grad
 from sloth.options import parse
-from sloth.rewriter.compile.inductor import compile_with, compiler, start_driver, start_workers, uses_cudagraphs
+from sloth.rewriter.compile.inductor import compile_with, compiler, start_early, start_workers, uses_cudagraphs
 from sloth.rewriter.compile.plain_inputs import plain_inputs
 from sloth.rewriter.compile.regions import compile_by_region
 from sloth.rewriter.dynamo import called_modules
@@ -33,7 +33,7 @@ TAUGHT = ("collector", "graph_breaks", "module_floats", "repeated_layers", "vary
 load(*(f"sloth.rewriter.dynamo.{name}" for name in TAUGHT))
 patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know
 NODES_A_SECOND = 15  # that Inductor compiles, both passes: 12 to 18, tiny models on two cores as 8B ones on a GPU's host
-start_driver()
+start_early()
 _listeners: list[list[GraphReport]] = []
 speak()
 

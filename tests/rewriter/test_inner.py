@@ -198,3 +198,18 @@ def test_workers_start_before_they_are_needed(device, cached, started, monkeypat
     graph.output(())
     inductor.start_workers(torch.fx.GraphModule({}, graph))
     assert len(calls) == started
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_workers_start_while_dynamo_traces(used, monkeypatch, tmp_path):
+    """Where the GPU is in use when the backend is imported: behind the first graph's trace they are seconds late."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    calls = []
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: calls.append("workers"))
+    monkeypatch.setattr(inductor, "_start_triton", lambda: calls.append("triton"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    inductor.start_early()
+    assert sorted(calls) == (["triton", "workers"] if used else ["triton"])

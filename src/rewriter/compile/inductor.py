@@ -19,7 +19,7 @@ from torch import fx
 import sloth
 from sloth.compat.dispatch import enter_autocast, exit_autocast
 from sloth.compat.inductor import InductorOptions, config
-from sloth.compat.triton import active_driver
+from sloth.compat.triton import active_driver, triton_key
 from sloth.integrations.integration import integration
 from sloth.rewriter.compile.drop_rng_tag import drop_rng_tag_from_sdpa
 from sloth.rewriter.compile.kernels_ahead import compile_kernels_ahead
@@ -83,23 +83,37 @@ def _inductor(chosen: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequen
 
 
 def start_workers(gm: fx.GraphModule) -> None:
-    """Let Inductor start its processes now, if it will need them: they take seconds, and until they are ready it compiles the
-    kernels of a GPU one by one itself. With a cache from before it may need none.
-    """
+    """For a graph on a GPU, if `start_early` did not: `_start_workers`."""
     examples = (n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))
-    if not any(isinstance(x, torch.Tensor) and x.is_cuda for x in examples):
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in examples):
+        _start_workers()
+
+
+def start_early() -> None:
+    """On a machine with a GPU, what is needed before the first kernel is made while Dynamo traces: Triton's driver, which gcc
+    compiles once for each cache, its key in caches, for which all its files are read, and Inductor's workers. Seconds each.
+    """
+    if not torch.cuda.is_available():
         return
+    threading.Thread(target=_start_triton, name="sloth-triton-driver", daemon=True).start()
+    if torch.cuda.is_initialized():  # whoever has put nothing there may be about to train on the CPU
+        _start_workers()
+
+
+def _start_triton() -> None:
+    active_driver()
+    triton_key()
+
+
+def _start_workers() -> None:
+    """Let Inductor start its processes now, if it will need them: until they are ready it compiles the kernels of a GPU one by
+    one itself. With a cache from before it may need none.
+    """
     with _launched_by_torch():
         from sloth.compat.inductor import AsyncCompile, cache_dir
 
         if not Path(cache_dir(), "fxgraph").exists():
             AsyncCompile.use_process_pool()
-
-
-def start_driver() -> None:
-    """On a machine with a GPU, let Triton make its driver meanwhile: it runs gcc for seconds, once for each of its caches."""
-    if torch.cuda.is_available():
-        threading.Thread(target=active_driver, name="sloth-triton-driver", daemon=True).start()
 
 
 @contextmanager
