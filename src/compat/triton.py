@@ -18,6 +18,10 @@ try:
 except ImportError:
     driver = None
 try:
+    from triton.runtime.cache import triton_key  # what caches know Triton by: a digest of its files, made once in a process
+except ImportError:
+    triton_key = str
+try:
     # what @triton.jit gives under TRITON_INTERPRET=1
     from triton.runtime.interpreter import InterpretedFunction  # pyright: ignore[reportAssignmentType]
 except ImportError:
@@ -32,15 +36,6 @@ def active_driver() -> Any:
         return None if driver is None else driver.active
     except Exception:
         return None
-
-
-def triton_key() -> str:
-    """What caches know Triton by: a digest of its files, made once in a process. Empty where it is not installed."""
-    try:
-        from triton.runtime.cache import triton_key as digest
-    except ImportError:
-        return ""
-    return digest()
 
 
 @contextmanager

@@ -14,6 +14,8 @@ and saved tensors know nothing of it. Only what a single layer reads, and nobody
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -22,6 +24,11 @@ import torch
 from torch import fx
 
 from sloth.compat.dispatch import saved_tensors_hooks
+from sloth.rewriter.notices import log
+
+# Pinned memory is made at about a GiB a second, and then kept by torch. In blocks of one size what was made for one length of
+# the texts serves every other.
+BLOCK = 16 * 2**20
 
 
 def inputs_that_leave(regions: Sequence[Any], sharing: Callable[[fx.Node], set[fx.Node]]) -> dict[int, fx.Node]:
@@ -41,6 +48,32 @@ def inputs_that_leave(regions: Sequence[Any], sharing: Callable[[fx.Node], set[f
             if n in alone and all(made_in.get(u) == i for u in n.users) and seen & sharing(n) == {n}:
                 found[i] = n
     return dict(list(found.items())[:-2])
+
+
+def make_host_memory(inputs: Sequence[torch.Tensor]) -> None:
+    """A thread makes what these (fakes) will need, and as much again for longer texts, while the graph is compiled."""
+    sizes = [x.itemsize * math.prod(map(_hint, x.shape)) for x in inputs if is_on_gpu(x)]
+    count = 2 * sum(math.ceil(n / BLOCK) for n in sizes if n > BLOCK // 2)
+
+    def make() -> None:
+        try:
+            blocks = _host_memory(count * BLOCK, True)
+            log.debug("sloth: %d blocks of host memory are made", len(blocks))  # and kept by torch, when nobody holds them
+        except RuntimeError as e:  # a limit of the machine: whoever needs the memory is told
+            log.debug("sloth: host memory is not made ahead: %s", e)
+
+    if count:
+        threading.Thread(target=make, name="sloth-host-memory", daemon=True).start()
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 0
+
+
+def _host_memory(nbytes: int, pinned: bool) -> list[torch.Tensor]:
+    """Of at least so many bytes, together."""
+    sizes = [BLOCK] * math.ceil(nbytes / BLOCK) if nbytes > BLOCK // 2 else [nbytes]
+    return [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in sizes]
 
 
 @cache
@@ -76,21 +109,24 @@ class HostCopy:
 
     def __init__(self, x: torch.Tensor, before: HostCopy | None):
         self.memory: torch.Tensor | None  # flat, with a version of its own; none once all is done
-        self.memory = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+        self.memory = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
         self.nbytes, self.before = x.untyped_storage().nbytes(), before
         self.beside = _stream_beside(x.device) if x.is_cuda else None
-        self.host: torch.Tensor | None = torch.empty(x.numel(), dtype=x.dtype, pin_memory=x.is_cuda)
-        self.done = self._copy(self.host, self.memory)
+        self.host = _host_memory(self.nbytes, x.is_cuda)
+        self.done = self._copy(out=True)
         self.is_away = False
 
-    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
-        """When it is done: to be waited for by whoever reads `to`, or gives the memory of `source` away."""
+    def _copy(self, out: bool) -> torch.cuda.Event | None:
+        """To the host's memory, or back. When it is done: to be waited for by whoever reads it, or gives the source away."""
+        pairs = [(b[: len(m)], m) for b, m in zip(self.host, self.memory.split(BLOCK), strict=True)]
         if self.beside is None:
-            to.copy_(source)
+            for block, memory in pairs:
+                block.copy_(memory) if out else memory.copy_(block)
             return None
         self.beside.wait_stream(torch.cuda.current_stream(self.beside.device))
         with torch.cuda.stream(self.beside):
-            to.copy_(source, non_blocking=True)
+            for block, memory in pairs:
+                block.copy_(memory, non_blocking=True) if out else memory.copy_(block, non_blocking=True)
         return self.beside.record_event()
 
     def _wait(self) -> None:
@@ -109,10 +145,10 @@ class HostCopy:
         if not self.is_away:
             return
         self.memory.untyped_storage().resize_(self.nbytes)
-        self.done = self._copy(self.memory, self.host)
+        self.done = self._copy(out=False)
         if self.beside is not None:
             self.memory.record_stream(self.beside)  # if all of it is dropped before the copy is done
-        self.host, self.is_away = None, False
+        self.host, self.is_away = [], False
 
     def arrive(self, *_: Any) -> None:
         """Now it is needed, and the one before it next. A hook of gradients: it returns none."""

@@ -85,6 +85,7 @@ def compile_by_region(
     compiled: dict[int, Compiled] = {}
     run, prepared = [], _prepared(gm, context)
     starting(len(prepared) or 1, [module for _, module, _ in prepared if module is not None] or [gm])
+    leaving = _leaving(gm, [part for part, _, _ in prepared]) if offload else {}
     for part, module, same in prepared:
         if module is not None:
             given = [known[n] if n in known else _fake(n, context.fake_mode) for n in part.inputs]
@@ -92,12 +93,18 @@ def compile_by_region(
                 compiled[same] = compile_one(module, given)
         run.append((compiled[same], part))
     if run:
-        memory = _memory(gm)
-        sharing = lambda n: {m for s in storages(n, gm) for m in memory[s]}  # noqa: E731
-        return RegionSequence(gm, run, inputs_that_leave([part for _, part in run], sharing) if offload else {})
+        return RegionSequence(gm, run, leaving)
     if offload and any(map(checkpoint_offload.is_on_gpu, example_inputs)):
         warn_once("sloth.checkpoint_offload: the graph does not repeat itself in layers, and nothing waits in host memory")
     return compile_one(gm, example_inputs)
+
+
+def _leaving(gm: fx.GraphModule, regions: Sequence[CompileRegion]) -> dict[int, fx.Node]:
+    """The input of each region that is to wait in host memory, which is made meanwhile."""
+    memory = _memory(gm)
+    leaving = inputs_that_leave(regions, lambda n: {m for s in storages(n, gm) for m in memory[s]})
+    checkpoint_offload.make_host_memory([n.meta["example_value"] for n in leaving.values()])
+    return leaving
 
 
 def _prepared(gm: fx.GraphModule, context: TracingContext | None) -> list[tuple[CompileRegion, fx.GraphModule | None, int]]:
