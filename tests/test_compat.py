@@ -356,9 +356,11 @@ def _() -> None:
 
 
 @uses("dynamo.Guard", "dynamo.Source", "dynamo.GuardSource", "dynamo.LocalSource", "dynamo.ChainedSource", "dynamo.TypeSource",
-      "dynamo.closure_vars", "dynamo.GuardBuilder")  # fmt: skip
+      "dynamo.closure_vars", "dynamo.GuardBuilder", "dynamo.AttrSource", "dynamo.DictGetItemSource")  # fmt: skip
 def _() -> None:
     x = dynamo.LocalSource("x")
+    of = dynamo.DictGetItemSource(dynamo.AttrSource(x, "there"), "key")
+    assert (of.index, of.base.member, of.name) == ("key", "there", "L['x'].there['key']")
     kind = dynamo.TypeSource(x)
     assert isinstance(x, dynamo.Source) and x.guard_source is dynamo.GuardSource.LOCAL and x.local_name == "x"
     assert isinstance(kind, dynamo.ChainedSource) and kind.base == x and not isinstance(x, dynamo.ChainedSource)

@@ -35,7 +35,7 @@ with suppress(ImportError):
     from torch._dynamo.pgo import FrameStateSizeEntry, process_automatic_dynamic  # "this float changes"
 with suppress(ImportError):
     from torch._guards import ChainedSource, Source  # where Dynamo found a value
-    from torch._dynamo.source import LocalSource, TypeSource
+    from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource, TypeSource
 with suppress(ImportError):
     from torch._dynamo.utils import get_fake_value  # of a node, from those of its operands
 with suppress(ImportError):
