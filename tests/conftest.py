@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 # depend on what ran before it. It leaves out folders named "tests". One for each checkout, so that none reads another's.
 _CHECKOUT = hashlib.sha256(str(Path(__file__).resolve().parent).encode()).hexdigest()[:12]
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"sloth-{getpass.getuser()}", _CHECKOUT, "tests"))
+os.environ |= {"TORCHINDUCTOR_SIZE_ASSERTS": "1", "TORCHINDUCTOR_ALIGNMENT_ASSERTS": "1"}  # of what operators say they return
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

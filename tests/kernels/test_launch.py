@@ -131,7 +131,8 @@ def gpu(monkeypatch):
         warmup = lambda *args, name=kernel.fn.__name__, **how: compiled.append(name)  # noqa: E731
         monkeypatch.setattr(kernel, "warmup", warmup, raising=False)
     monkeypatch.setattr(module, "InterpretedFunction", ())
-    monkeypatch.setattr(module, "_any_sizes", lambda kernel, operands: [False] * 9)
+    monkeypatch.setattr(module, "_any_sizes", {})
+    monkeypatch.setattr(module, "_note_any_sizes", lambda kernel, operands: [False] * 9)
     with pretending(H100):
         yield compiled
 

@@ -134,6 +134,17 @@ def test_modes_are_inductors(mode: str | None, configurations: list[dict[str, An
     assert config == torch._TorchCompileInductorWrapper(mode, {}, None).config
 
 
+@pytest.mark.parametrize("theirs", [None, "1"])
+def test_sizes_are_asked_for_where_the_user_wants_it(theirs: str | None, configurations, monkeypatch) -> None:
+    """In every call, of each tensor; guards have asked before."""
+    torch._dynamo.reset()
+    for variable in inductor.ASSERTS.values():
+        monkeypatch.setenv(variable, theirs) if theirs else monkeypatch.delenv(variable)
+    torch.compile(Call(norm_and_mlp), backend="sloth")(x_like(2, 3, 8))
+    config = torch._TorchCompileInductorWrapper(None, {}, None).config | configurations[0]
+    assert [config.get(name) for name in inductor.ASSERTS] == ([None, None] if theirs else [False, False])
+
+
 def test_options_are_inductors_without_ours(configurations: list[dict[str, Any]]) -> None:
     torch._dynamo.reset()
     options = {"max_autotune": True, "sloth.disable": "rope", "combo_kernels": False}

@@ -1,7 +1,6 @@
 """Where a kernel runs, and how it is launched: so that Inductor can see it, or by an operator that is opaque to it."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -56,7 +55,10 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 Launcher = Callable[[tuple[int, ...], list, list[int]], None]  # of a grid, operands and numbers
+ONES = ((), (1, 1), (1,), ())  # that complete a grid of so many dimensions
+ON_HIP = torch.version.hip is not None
 _launchers: dict[tuple, Launcher] = {}
+_any_sizes: dict[int, list[bool]] = {}  # by the id of a kernel, which lives as long as its module
 
 
 def launch_cached(
@@ -77,19 +79,22 @@ def launch_cached(
         kernel[grid](*operands, *numbers, **constants, **options)
         return
     device = torch.cuda.current_device()
-    kinds = map(_size_kind, numbers, _any_sizes(kernel, len(operands)))
-    key = id(kernel), device, *map(_kind, operands), *kinds, *constants.values(), *options.values()
+    any_size = _any_sizes.get(id(kernel)) or _note_any_sizes(kernel, len(operands))
+    key = id(kernel), device, *map(_kind, operands), *map(_size_kind, numbers, any_size), *constants.values(), *options.values()
     if (launcher := _launchers.get(key)) is None:
         wait_for_kernels()  # the one that compiles ahead may be at it
         if (launcher := _launchers.get(key)) is None:
             compiled = kernel.warmup(*operands, *numbers, grid=grid, **constants, **options)
-            launcher = _launchers[key] = _launcher_of(compiled, device, list(constants.values()))
+            given = len(operands) + len(numbers)
+            launcher = _launchers[key] = _launcher_of(compiled, device, given, list(constants.values()))
     if compiled_for() is None:
         launcher(grid, operands, numbers)
 
 
-def _launcher_of(compiled: Any, device: int, constants: list) -> Launcher:
-    """Through torch's launcher where it takes the kernel. Triton's own is C code, a third of a second of gcc for each kernel."""
+def _launcher_of(compiled: Any, device: int, given: int, constants: list) -> Launcher:
+    """Of a kernel with so many operands and numbers, through torch's launcher where that takes it. Triton's own is C code, which
+    gcc compiles for a third of a second.
+    """
     static = static_launcher(compiled, device)
     if static is None:
         _bound(compiled, (1,))
@@ -97,28 +102,35 @@ def _launcher_of(compiled: Any, device: int, constants: list) -> Launcher:
     run, constant = static.run, set(static.full_constexprs)
 
     def launch(grid: tuple[int, ...], operands: list, numbers: list[int]) -> None:
-        given = [a for i, a in enumerate((*operands, *numbers)) if i not in constant]  # a size of 1 is one
-        run(*grid, *(1,) * (3 - len(grid)), raw_stream(device), *given)
+        run(*grid, *ONES[len(grid)], raw_stream(device), *operands, *numbers)
 
-    return launch
+    def launch_without(grid: tuple[int, ...], operands: list, numbers: list[int]) -> None:
+        given = [a for i, a in enumerate((*operands, *numbers)) if i not in constant]
+        run(*grid, *ONES[len(grid)], raw_stream(device), *given)
 
-
-@cache
-def _any_sizes(kernel: Any, operands: int) -> list[bool]:
-    """Of its numbers, and what comes behind them: is it compiled once for all?"""
-    return [p.do_not_specialize for p in kernel.params[operands:]]
+    return launch_without if any(i < given for i in constant) else launch  # a size of 1 is one
 
 
-def _kind(x: Tensor | TensorDescriptor) -> tuple:
+def _note_any_sizes(kernel: Any, operands: int) -> list[bool]:
+    """Of its numbers, and what comes behind them: is it compiled once for all? (By the kernel's id: its hash takes a lock.)"""
+    _any_sizes[id(kernel)] = known = [p.do_not_specialize for p in kernel.params[operands:]]
+    return known
+
+
+def _kind(x: Tensor | TensorDescriptor) -> Any:
     """What Triton compiles for."""
-    if isinstance(x, TensorDescriptor):
-        return x.base.dtype, *x.block_shape
-    return x.dtype, x.data_ptr() % 16 == 0, torch.version.hip is None or x.untyped_storage().nbytes() < 2**31
+    if isinstance(x, Tensor):
+        if ON_HIP:
+            return x.dtype, x.data_ptr() % 16 == 0, x.untyped_storage().nbytes() < 2**31
+        return x.dtype if x.data_ptr() % 16 == 0 else (x.dtype, False)
+    return x.base.dtype, *x.block_shape
 
 
 def _size_kind(n: int, any_size: bool) -> int:
     """Likewise: 64 bits or 32; and, unless one kernel is for all sizes, 1, a multiple of 16, or another."""
-    return 4 * (n >= 2**31) if any_size else 4 * (n >= 2**31) + 2 * (n == 1) + (n % 16 == 0)
+    if any_size:
+        return n >= 2**31
+    return 4 * (n >= 2**31) + 2 * (n == 1) + (n % 16 == 0)
 
 
 def compiling() -> bool:

@@ -119,7 +119,7 @@ def _operands(packed, absmax, absmax_8bit, code8, offset, shape, dtype) -> list[
     if packed.dtype is not torch.uint8 or not packed.is_contiguous():
         packed = packed.contiguous().view(torch.uint8)
     scales = (absmax, absmax, absmax) if absmax_8bit is None else (absmax_8bit, code8, offset)
-    return [packed, absmax, *scales, torch.empty(shape, dtype=dtype, device=packed.device)]
+    return [packed, absmax, *scales, packed.new_empty(shape, dtype=dtype)]
 
 
 @cache

@@ -96,8 +96,8 @@ def _triton(g: Tensor, b: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tens
     strips = (N + BN - 1) // BN
     splits = max(1, PROGRAMS * multiprocessors(g.device) // strips)
     per_split = (M + splits * BM - 1) // (splits * BM) * BM
-    u = torch.empty(strips, M, R, dtype=torch.float32, device=g.device)
-    db = torch.empty(splits, N, R, dtype=torch.float32, device=g.device)
+    u = g.new_empty(strips, M, R, dtype=torch.float32)
+    db = g.new_empty(splits, N, R, dtype=torch.float32)
     launch_cached(
         _strip_kernel,
         (strips, splits),

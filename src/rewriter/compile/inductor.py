@@ -35,6 +35,9 @@ from sloth.rewriter.graph.value import Symbol
 
 # On a GPU, casts of adapters and of their gradients, a dozen a layer and pass, are one launch where none waits for another.
 PREFERRED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
+# Inductor's code asks each tensor for its sizes and strides in every call, 250 times for a layer of a QLoRA model: a twentieth of
+# the host's work. Dynamo's guards, and `regions` for what parts hand on, ask the same. Whoever sets the variables gets them.
+ASSERTS = {"size_asserts": "TORCHINDUCTOR_SIZE_ASSERTS", "alignment_asserts": "TORCHINDUCTOR_ALIGNMENT_ASSERTS"}
 # Kernels that we write are launched as Inductor's own: by torch, not by C code that gcc compiles for each of them, and the next
 # process loads them from its cache instead of compiling them again. Workers that compile are told by their environment.
 STATIC, STATIC_VARIABLE = "static_launch_user_defined_triton_kernels", "TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS"
@@ -52,6 +55,7 @@ def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[.
         theirs = {at: options.get(at) or getattr(config, at) for at in passes}
         ours = {at: Pass(sources_digest(), *passes[at], behind=theirs[at]) for at in passes}
         preferred = {name: value for name, value in PREFERRED.items() if hasattr(config, name)}
+        preferred |= {name: False for name, variable in ASSERTS.items() if variable not in os.environ and hasattr(config, name)}
         if _may_launch():
             preferred[STATIC] = True
         return partial(_inductor, InductorOptions(mode, preferred | options | ours, None).config)
