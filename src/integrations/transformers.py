@@ -12,8 +12,8 @@ What no longer happens: `.grad` of the embedding's own output, which nobody read
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import wraps
 from types import CodeType, ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sloth.compat.dynamo import is_ours
+from sloth.compat.dynamo import ConstantVariable, is_ours
 from sloth.integrations.integration import integration
 
 _hooks: set[CodeType] = set()  # functions whose call of it is left out
@@ -81,19 +81,26 @@ def _teach_requires_grad(tensor: ModuleType) -> None:
     tensor.TensorVariable.method_requires_grad_ = _skipping(tensor.TensorVariable.method_requires_grad_)
 
 
-@integration(
-    "transformers.utils.logging",
-    touches="warning_once (Dynamo skips it)",
-    why="a warning of GPT-2 and BERT does not break the graph",
-)
-def _skip_warnings(_: ModuleType) -> None:
-    """That they have no type of loss. Dynamo is told to leave the call out: not before torch 2.13, which prints an error at each
-    compilation where this set of its configuration holds a function.
-    """
-    if torch.__version__ >= (2, 13):
-        from sloth.compat.dynamo import config
+def _saying_now(trace: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's `trace` of a logger's method. transformers' `warning_once` is called now, while a graph of sloth is traced."""
 
-        config.ignore_logging_functions.add(logging.Logger.warning_once)
+    @wraps(trace)
+    def call_method(self: Any, tx: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if name != "warning_once" or not is_ours(tx):
+            return trace(self, tx, name, args, kwargs)
+        with suppress(NotImplementedError):  # a message with something in it that is not known yet
+            self.value.warning_once(*(a.as_python_constant() for a in args))
+        return ConstantVariable.create(value=None)
+
+    return call_method
+
+
+@integration(
+    "torch._dynamo.variables.misc", touches="LoggingLoggerVariable.call_method",
+    why="warnings of transformers do not break the graph",
+)  # fmt: skip
+def _teach_warnings(misc: ModuleType) -> None:
+    misc.LoggingLoggerVariable.call_method = _saying_now(misc.LoggingLoggerVariable.call_method)
 
 
 def outputs_requiring_grad(gm: fx.GraphModule) -> list[int]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, PreTrainedModel
 from zoo import tiny_batch, tiny_model
 
@@ -110,3 +111,22 @@ def test_other_backends_and_other_calls_are_left_alone():
 
     torch.compile(model, backend=other)(**tiny_batch(model, "llama"))
     assert len(seen) > 1  # it breaks its graph, as without us
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_warnings_are_said_and_break_nothing(dynamic):
+    """As `use_cache=True` beside checkpointing: transformers says so in each forward pass, once in all."""
+    logger, said = transformers.utils.logging.get_logger(f"transformers.sloths_test_{dynamic}"), []
+    logger.setLevel("WARNING")
+    logger.addFilter(lambda record: said.append(record.getMessage()))
+
+    def f(x, k):
+        logger.warning_once(f"this is {dynamic}")
+        logger.warning_once(f"not known while it is traced: {x.shape[0]}")
+        return x.sin() * k
+
+    torch._dynamo.reset()
+    run = torch.compile(f, backend="sloth", fullgraph=True, dynamic=dynamic, options={"sloth.inner_backend": "aot_eager"})
+    for n in (3, 4):
+        torch.testing.assert_close(run(torch.ones(n), 2), 2 * torch.ones(n).sin())
+    assert said[0] == f"this is {dynamic}" and said.count(said[0]) == 1

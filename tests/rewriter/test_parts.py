@@ -140,7 +140,6 @@ def model_of(name, checkpointing=False):
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(DEVICE).train()
-    model.loss_type = "ForCausalLM"  # GPT-2 warns that it has none, which breaks the graph under older torch
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

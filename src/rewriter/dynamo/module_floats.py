@@ -24,7 +24,6 @@ from sloth.compat.dynamo import (
     GuardBuilder,
     LocalSource,
     VariableBuilder,
-    config,
     is_ours,
     process_automatic_dynamic,
 )
@@ -69,8 +68,8 @@ def _keeping(wrap: Callable[..., Any]) -> Callable[..., Any]:
 def _of_its_module(builder: VariableBuilder) -> _Floats | None:
     """What is known of the floats of the object that is compiled; None where this one is not held by a module in it."""
     source = builder.source
-    if not config.assume_static_by_default or not source.guard_source.is_unspecialized_nn_module():
-        return None  # dynamic=True asks for symbols
+    if not source.guard_source.is_unspecialized_nn_module():
+        return None
     while isinstance(source, ChainedSource):
         source = source.base
     if not isinstance(source, LocalSource):
