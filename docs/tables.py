@@ -1,7 +1,11 @@
-"""Write the tables of docs/ that come from the code, which tests/test_docs.py compares:  python docs/tables.py"""
+"""Write the tables of README.md and docs/ that come from the code and from benchmarks/results, which tests/test_docs.py compares:
+
+python docs/tables.py
+"""
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +13,11 @@ from sloth.rewriter.graph.normal_form import RULES
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.plan import legality
 
-patterns()  # they bring rules of their own
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+import figures  # noqa: E402
+
+patterns()  # they bring rules of their own
 
 
 def rules() -> str:
@@ -37,7 +44,12 @@ def text(function: Callable) -> str:
     return " ".join((inspect.getdoc(function) or "").split()).replace("|", "\\|")
 
 
-TABLES = {"patterns.md": {"rules": rules}, "architecture.md": {"legality": legality_rules}}
+TABLES = {
+    "patterns.md": {"rules": rules},
+    "architecture.md": {"legality": legality_rules},
+    "performance.md": figures.PERFORMANCE,
+    "../README.md": figures.README,
+}
 
 
 def filled(page: str, content: str) -> str:
