@@ -74,7 +74,7 @@ def machine(commit: str) -> dict[str, str]:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     peers = {d: version(d) for d in ("liger-kernel", "transformers") if optional(d.replace("-", "_"))}
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
