@@ -36,7 +36,7 @@ CONTENDERS = ("eager", "sloth", "fast")
 RANK, TARGETS = 16, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LONGEST, BATCH, EVERY, HELD_OUT = 96, 4, 50, 64
 MODEL = {
-    "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
     "tie_word_embeddings": False,
 }  # fmt: skip
@@ -167,10 +167,9 @@ def main(args: argparse.Namespace) -> None:
             for seed in map(int, args.seeds.split(",")):
                 results["runs"].append(found := one(contender, seed, folder, rows, held_out, args.steps))
                 print(contender, seed, found["seconds"], found["curve"][0], found["curve"][-1], found["held_out"], flush=True)
-                write(results, args.out)
-    results["summary"] = summary(results["runs"])
-    print(json.dumps(results["summary"], indent=1))
-    write(results, args.out)
+            results["summary"] = summary(results["runs"])
+            print(json.dumps(results["summary"]), flush=True)
+            write(results, args.out)
 
 
 if __name__ == "__main__":
