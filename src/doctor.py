@@ -37,7 +37,7 @@ def doctor(console: Console) -> bool:
 
 def _imported() -> Iterator[str]:
     """Imports what is installed, so that its integrations show; yields what does not work."""
-    for module in ("sloth.rewriter.backend", *MODULES):
+    for module in ("sloth.rewriter.backend", "sloth.integrations.trl_names", *MODULES):
         package = module.split(".")[0]
         if package != "sloth" and installed(package) is None:
             continue

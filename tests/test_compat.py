@@ -342,10 +342,12 @@ def _() -> None:
 @uses("dynamo.innermost_backend")
 def _() -> None:
     model = nn.Linear(2, 2)
-    model.compile(backend="aot_eager")
+    model.compile(backend="aot_eager", dynamic=True, options={"a": 1})
     call = model._compiled_call_impl
     backend = dynamo.innermost_backend(call.__closure__[call.__code__.co_freevars.index("callback")].cell_contents)
     assert "aot_eager" in (getattr(backend, "compiler_name", None), getattr(backend, "__name__", None))
+    assert backend.compiler_fn is dynamo.lookup_backend("aot_eager")
+    assert backend.dynamic is True and backend.kwargs == {"options": {"a": 1}}
 
 
 @uses("dynamo.GetAttrVariable", "dynamo.SuperVariable")

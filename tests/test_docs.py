@@ -226,6 +226,7 @@ def test_every_command_and_flag_is_listed():
 def test_every_touch_of_another_package_is_listed():
     """As `python -m sloth doctor` lists them, with the same reasons."""
     import sloth.integrations.accelerate
+    import sloth.integrations.trl_names
     import sloth.rewriter.backend  # noqa: F401
     from sloth.integrations.integration import integrations
 

@@ -33,7 +33,7 @@ ARROWS = {
     "compat": set(),
     "doctor": {"__init__", "integrations", "rewriter", "options"},
     "tiny_model": set(),
-    "models": {"saving", "rewriter/backend", "rewriter/notices", "options"},
+    "models": {"integrations", "saving", "rewriter/backend", "rewriter/notices", "options"},
     "saving": {"rewriter/notices"},
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},

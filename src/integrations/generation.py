@@ -15,13 +15,18 @@ from sloth.compat.dynamo import innermost_backend
 from sloth.integrations.integration import integration
 
 
-def is_compiled_for_sloth(call: Any) -> bool:
-    """Is it what torch.compile(…, backend="sloth") gives?"""
+def backend_of(call: Any) -> Any:
+    """What torch made of the arguments of torch.compile(…, backend="sloth"), where `call` is what that gave; else None."""
     free = getattr(getattr(call, "__code__", None), "co_freevars", ())
     if "callback" not in free:
-        return False
+        return None
     backend = innermost_backend(call.__closure__[free.index("callback")].cell_contents)
-    return "sloth" in (getattr(backend, "compiler_name", None), getattr(backend, "__name__", None))
+    return backend if "sloth" in (getattr(backend, "compiler_name", None), getattr(backend, "__name__", None)) else None
+
+
+def is_compiled_for_sloth(call: Any) -> bool:
+    """Is it what torch.compile(…, backend="sloth") gives?"""
+    return backend_of(call) is not None
 
 
 @integration("transformers.generation.utils", touches="GenerationMixin.generate", why="generating spends no graphs")

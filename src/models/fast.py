@@ -16,6 +16,7 @@ import logging
 from functools import partial
 from typing import Any
 
+from sloth.integrations.integration import load as load_integrations
 from sloth.models.adapters import add_adapters, known_arguments
 from sloth.models.arguments import INSTEAD, OF_TRANSFORMERS, WITHOUT_EFFECT, needed, refuse_impossible, refuse_unknown
 from sloth.models.checkpointing import for_inference, for_training, kind_of
@@ -24,6 +25,7 @@ from sloth.models.load import load
 from sloth.saving.methods import push_to_hub_gguf, push_to_hub_merged, save_pretrained_gguf, save_pretrained_merged
 
 log = logging.getLogger("sloth")
+load_integrations("sloth.integrations.trl_names")
 SAVING = (save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push_to_hub_gguf)
 OWN = (
     "attn_implementation", "device_map", "dtype", "fix_tokenizer", "full_finetuning", "load_in_16bit", "load_in_4bit",

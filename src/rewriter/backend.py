@@ -28,7 +28,8 @@ from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.plan.lazy_outputs import wrap_outputs
 from sloth.rewriter.report import GraphReport
 
-load(*(f"sloth.integrations.{name}" for name in ("generation", "llamafactory", "peft", "trainer", "trl")))  # met as they are
+MET = ("generation", "llamafactory", "peft", "peft_model", "trainer", "trl")
+load(*(f"sloth.integrations.{name}" for name in MET))  # as they are
 TAUGHT = ("collector", "graph_breaks", "module_floats", "repeated_layers", "varying_sizes")
 load(*(f"sloth.rewriter.dynamo.{name}" for name in TAUGHT))
 patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know
