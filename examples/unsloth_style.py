@@ -1,4 +1,4 @@
-"""A script written for Unsloth: of it, the import line is changed, and TRL's own name for the tokenizer is used.
+"""A script written for Unsloth: of it, the import line is changed. A warning says by which names TRL knows its arguments now.
 
 python examples/unsloth_style.py [MODEL]
 """
@@ -7,8 +7,8 @@ import sys
 
 import torch
 from made import model_name, texts
-from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, TrainingArguments
+from trl import SFTTrainer
 
 from sloth import FastLanguageModel, is_bfloat16_supported
 
@@ -34,13 +34,15 @@ model = FastLanguageModel.get_peft_model(
 )
 trainer = SFTTrainer(
     model=model,
-    processing_class=tokenizer,
+    tokenizer=tokenizer,
     train_dataset=texts(64),
-    args=SFTConfig(
-        dataset_text_field="text", max_length=max_seq_length, per_device_train_batch_size=2, gradient_accumulation_steps=4,
-        warmup_steps=1, max_steps=8, learning_rate=2e-3, bf16=is_bfloat16_supported(), logging_steps=1, optim="adamw_8bit",
-        weight_decay=0.01, lr_scheduler_type="linear", seed=3407, output_dir=out, report_to="none", save_strategy="no",
-        use_cpu=not torch.cuda.is_available(),
+    dataset_text_field="text",
+    max_seq_length=max_seq_length,
+    packing=False,
+    args=TrainingArguments(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, warmup_steps=1, max_steps=8, learning_rate=2e-3,
+        bf16=is_bfloat16_supported(), logging_steps=1, optim="adamw_8bit", weight_decay=0.01, lr_scheduler_type="linear",
+        seed=3407, output_dir=out, report_to="none", save_strategy="no", use_cpu=not torch.cuda.is_available(),
     ),
 )  # fmt: skip
 trainer.train()

@@ -17,6 +17,7 @@ ARROWS = {
     "rewriter/dynamo": {"rewriter/graph", "rewriter/match/pattern", "rewriter/notices", "integrations"},
     "rewriter/report": set(),
     "rewriter/notices": set(),
+    "rewriter/progress": {"rewriter/notices"},
     "rewriter/sites": {"rewriter/graph", "rewriter/match", "rewriter/report", "rewriter/notices"},
     "rewriter/pipeline": {
         "rewriter/graph", "rewriter/match", "rewriter/plan", "rewriter/report", "rewriter/sites", "rewriter/notices"

@@ -7,7 +7,7 @@
     …                                        # any trainer of transformers or TRL, or a loop
     model.save_pretrained_merged("merged", tokenizer, save_method="merged_16bit")
 
-What comes back are models of transformers and PEFT, compiled in place. No class is patched.
+What comes back are models of transformers and PEFT, compiled in place. docs/support.md lists what of other packages is touched.
 """
 
 from __future__ import annotations

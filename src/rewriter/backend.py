@@ -15,6 +15,7 @@ from sloth.compat.dispatch import CompileContext
 from sloth.integrations.integration import load
 from sloth.integrations.transformers import mark_requires_grad, outputs_requiring_grad
 from sloth.options import parse
+from sloth.rewriter import progress
 from sloth.rewriter.compile.inductor import compile_with, compiler, start_early, start_workers, uses_cudagraphs
 from sloth.rewriter.compile.plain_inputs import plain_inputs
 from sloth.rewriter.compile.regions import compile_by_region
@@ -39,6 +40,7 @@ _listeners: list[list[GraphReport]] = []
 speak()
 
 
+@progress.watched
 def sloth(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
@@ -57,7 +59,7 @@ def sloth(
     for listener in _listeners:
         listener.append(report)
     start = time.perf_counter()
-    compile_one, starting = partial(compile_with, inner), partial(_say, report, chosen.inner)
+    compile_one, starting = progress.each(partial(compile_with, inner)), partial(_say, report, chosen.inner)
     if chosen.inner == "inductor" and uses_cudagraphs(mode, chosen.rest):
         starting(1, [gm])
         compiled = compile_one(gm, example_inputs)
@@ -71,6 +73,7 @@ def sloth(
 def _say(report: GraphReport, inner: str, parts: int, modules: list[fx.GraphModule]) -> None:
     """On one line, before the wait: what was found, what is compiled, and how long that takes, by the number of its nodes."""
     report.parts, report.compiled = parts, len(modules)
+    progress.starting(len(modules))
     if report.untouched or not (report.sites or report.expected or report.unread):
         return
     nodes = sum(len(g.graph.nodes) for m in modules for g in m.modules() if isinstance(g, fx.GraphModule))
