@@ -9,7 +9,7 @@ import torch
 from made import chats, model_name
 from trl import SFTConfig, SFTTrainer
 
-from sloth import FastLanguageModel, is_bfloat16_supported
+from sloth import FastLanguageModel, TrainingChart, is_bfloat16_supported
 
 out = sys.argv[2] if len(sys.argv) > 2 else "outputs"
 model, tokenizer = FastLanguageModel.from_pretrained(model_name(), max_seq_length=256, load_in_4bit=True)
@@ -22,6 +22,7 @@ trainer = SFTTrainer(
     ),
     train_dataset=chats(64),
     processing_class=tokenizer,
+    callbacks=[TrainingChart(f"{out}/training.png")],  # loss, tokens a second, memory
 )  # fmt: skip
 trainer.train()
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sloth.models.chart import TrainingChart
     from sloth.models.fast import FastLanguageModel, FastModel
     from sloth.models.precision import is_bfloat16_supported
     from sloth.rewriter.explain import explain
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOME = {
     "FastLanguageModel": "sloth.models.fast",
     "FastModel": "sloth.models.fast",
+    "TrainingChart": "sloth.models.chart",
     "is_bfloat16_supported": "sloth.models.precision",
     "explain": "sloth.rewriter.explain",
     "Report": "sloth.rewriter.report",
@@ -34,7 +36,7 @@ _HOME = {
 }
 __version__ = "0.2.0"
 __all__ = [
-    "Construct", "FastLanguageModel", "FastModel", "PatternError", "Report", "__version__", "cost", "explain",
+    "Construct", "FastLanguageModel", "FastModel", "PatternError", "Report", "TrainingChart", "__version__", "cost", "explain",
     "is_bfloat16_supported", "pattern", "unregister",
 ]  # fmt: skip
 

@@ -203,3 +203,21 @@ def test_names_that_trl_had_before(tmp_path: Path, caplog: pytest.LogCaptureFixt
     config = DPOConfig(str(tmp_path), use_cpu=True)
     preferring = DPOTrainer(model, ref_model=None, tokenizer=tokenizer(), train_dataset=pairs, args=config, beta=0.3)
     assert preferring.args.beta == 0.3
+
+
+def test_a_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from sloth import TrainingChart
+
+    row, drawn = TRAINERS["Trainer"], [TrainingChart(), TrainingChart(tmp_path / "more" / "chart.png")]
+    folder = checkpoint(tmp_path / "start")
+    logged = train(row, plain(folder, row), tmp_path / "out", own={"callbacks": drawn}, include_num_input_tokens_seen=True)
+    for file in (tmp_path / "out" / "training.png", tmp_path / "more" / "chart.png"):
+        assert file.read_bytes().startswith(b"\x89PNG") and not [*file.parent.glob(".*")]
+    chart = drawn[0]
+    assert chart.losses == [(i + 1, entry["loss"]) for i, entry in enumerate(logged)]
+    assert chart.unit == "tokens" and len(chart.rates) == len(chart.memory) == len(logged) == 4
+    assert all(rate > 20 for _, rate in chart.rates) and all(0.01 < gib < 99 for _, gib in chart.memory)
+    (tmp_path / "file").touch()
+    lost = TrainingChart(tmp_path / "file" / "chart.png")
+    train(row, plain(folder, row), tmp_path / "out", steps=2, own={"callbacks": [lost]})
+    assert "is not drawn: " in caplog.text and lost.unit == "steps" and len(lost.rates) == 2

@@ -36,9 +36,11 @@ class Bar:
         what = f"{self.begun} of {self.kinds} kinds of layer" if self.kinds > 1 else "the model"
         now = {"description": f"compiling {what}", "total": self.kinds, "completed": self.begun - 1}
         with suppress(Exception):
+            self.display.start()
             self.display.update(self.task, refresh=True, **now)
 
-    def end(self) -> None:
+    def hide(self) -> None:
+        """Until the next call of `next`: its line is free for others."""
         with suppress(Exception):
             self.display.stop()
 
@@ -47,9 +49,10 @@ _bar: ContextVar[Bar | None] = ContextVar("sloth_bar", default=None)  # of the g
 
 
 def starting(kinds: int) -> None:
-    """So many kinds of layer are compiled from now on."""
+    """So many kinds of layer will be compiled, when a line for the log has been written."""
     if (bar := _bar.get()) is not None:
         bar.kinds = kinds
+        bar.hide()
 
 
 def each(compile_one: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,7 +88,7 @@ def _watching(gm: fx.GraphModule) -> Iterator[None]:
     finally:
         _bar.reset(token)
         if bar is not None:
-            bar.end()
+            bar.hide()
         if mine:
             _shown.release()
 
