@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,8 +93,19 @@ def test_a_checkpoint_that_was_quantised_before(folder: Path, tmp_path: Path) ->
         torch.testing.assert_close(plain(again)(**ids).logits, plain(model)(**ids).logits)
     with pytest.raises(ValueError, match=r"quantised already \(4 bits\).*made from"):
         loaded(tmp_path, load_in_4bit=False)
-    with pytest.raises(ValueError, match="quantised already"):
-        loaded(tmp_path, load_in_4bit=None, full_finetuning=True)
+    for other in ({"full_finetuning": True}, {"load_in_16bit": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(other))}=True: this checkpoint is quantised already"):
+            loaded(tmp_path, load_in_4bit=None, **other)
+
+
+@pytest.mark.parametrize("held", [{"load_in_8bit": True}, {"quant_method": "gptq"}])
+def test_sixteen_bits_of_a_quantised_checkpoint_are_refused(held: dict[str, Any]) -> None:
+    from sloth.models.precision import Bits, quantisation_of
+
+    config = SimpleNamespace(quantization_config=held)
+    with pytest.raises(ValueError, match="load_in_16bit=True: this checkpoint is quantised already"):
+        quantisation_of(config, Bits(None, False, True), False, None, torch.float32)
+    assert quantisation_of(config, Bits(None, False, False), False, None, torch.float32) == (None, held)
 
 
 def plain(model: Any) -> Any:
@@ -146,6 +158,29 @@ def test_training_and_generating_are_switched(folder: Path) -> None:
     assert not is_checkpointed(model)
 
 
+def test_offloading_is_switched(folder: Path) -> None:
+    from sloth.integrations.generation import backend_of
+
+    def options() -> Any:
+        return backend_of(model._compiled_call_impl).kwargs.get("options")
+
+    model = fast().get_peft_model(loaded(folder)[0], use_gradient_checkpointing=True)
+    assert options() is None
+    fast().for_training(model, use_gradient_checkpointing="sloth")
+    assert is_checkpointed(model) and options() == {"sloth.checkpoint_offload": True}
+    call = model._compiled_call_impl
+    fast().for_training(model, use_gradient_checkpointing="unsloth")
+    assert model._compiled_call_impl is call  # nothing is compiled anew for nothing
+    fast().for_training(model)
+    assert options()
+    fast().for_training(model, use_gradient_checkpointing=True)
+    assert is_checkpointed(model) and options() is None
+    model.compile(backend="sloth", options={"sloth.disable": "rope"}, dynamic=True)
+    fast().for_training(model, use_gradient_checkpointing="sloth")
+    assert options() == {"sloth.disable": "rope", "sloth.checkpoint_offload": True}
+    assert backend_of(model._compiled_call_impl).dynamic
+
+
 # ---------------------------------------------------------------- adapters
 
 
@@ -179,7 +214,7 @@ def test_offloading_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     model, _ = loaded(folder)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append(how["options"]))
     fast().get_peft_model(model, use_gradient_checkpointing=kind)
-    assert asked == [{"sloth.checkpoint_offload": True} if offloaded else None]
+    assert asked[-1] == ({"sloth.checkpoint_offload": True} if offloaded else None)
 
 
 def test_what_adapters_may_be(folder: Path) -> None:
@@ -191,7 +226,26 @@ def test_what_adapters_may_be(folder: Path) -> None:
         f"model.layers.{i}.self_attn.{x}_proj" for i in range(2) for x in "qkvo"
     }
     assert made(finetune_last_n_layers=1).layers_to_transform == [1]
+    assert made(finetune_last_n_layers=1, finetune_mlp_modules=False).target_modules == {
+        f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"
+    }
+    assert made(layers_to_transform=0, target_modules="all-linear").target_modules == {
+        *(f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"),
+        *(f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")),
+    }
     assert made(target_modules="all-linear", bias="lora_only", rank_pattern={"up_proj": 4}).rank_pattern == {"up_proj": 4}
+
+
+def test_the_last_layers_of_a_model_with_other_names(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=64, n_layer=3, n_head=2, n_positions=64)).save_pretrained(tmp_path)
+    tokenizer_of().save_pretrained(tmp_path)
+    model = fast().get_peft_model(loaded(tmp_path)[0], finetune_last_n_layers=2)
+    adapted = {n.partition(".lora_A")[0].removeprefix("base_model.model.") for n, _ in model.named_parameters() if "lora_A" in n}
+    assert adapted == {
+        f"transformer.h.{i}.{leaf}" for i in (1, 2) for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
 
 
 @pytest.mark.parametrize(
@@ -242,6 +296,27 @@ def test_adapters_load_again_in_plain_peft_and_train_on(folder: Path, tmp_path: 
         expected = plain(model)(**ids).logits
         torch.testing.assert_close(again.eval()(**ids).logits, expected)
         torch.testing.assert_close(plain(on)(**ids).logits, expected)
+
+
+def test_adapters_in_a_cache_and_a_folder_within(folder: Path, tmp_path: Path) -> None:
+    """As from the hub, which is not asked: adapters in a folder within, their base and no tokenizer beside."""
+    model, tokenizer = loaded(folder)
+    model = fast().get_peft_model(model, r=4, init_lora_weights=False)
+    held = tmp_path / "models--me--adapters"
+    model.save_pretrained(held / "snapshots" / "123" / "within")
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("123")
+    with torch.no_grad():
+        expected = plain(model)(**batch_of(tokenizer)).logits
+    for name, more in {
+        "me/adapters": {"cache_dir": str(tmp_path), "local_files_only": True}, str(held / "snapshots" / "123"): {},
+    }.items():  # fmt: skip
+        on, words = loaded(name, subfolder="within", **more)
+        assert words.get_vocab() == tokenizer.get_vocab() and on.peft_config["default"].r == 4
+        with torch.no_grad():
+            torch.testing.assert_close(plain(on)(**batch_of(words)).logits, expected)
+    with pytest.raises(OSError):
+        loaded("me/adapters", subfolder="elsewhere", **{"cache_dir": str(tmp_path), "local_files_only": True})
 
 
 def test_models_are_copied_and_pickled(folder: Path) -> None:

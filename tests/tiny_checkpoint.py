@@ -43,7 +43,7 @@ def checkpoint(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def loaded(folder: Path, **given: Any) -> tuple[Any, Any]:
+def loaded(folder: Path | str, **given: Any) -> tuple[Any, Any]:
     """What FastLanguageModel makes of it, in fp32 unless bits are given."""
     from sloth import FastLanguageModel
 

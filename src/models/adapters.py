@@ -49,9 +49,13 @@ def add_adapters(
     config = {k: v for k, v in config.items() if v is not None}
     if loftq:
         config |= _loftq(model, loftq, config.get("init_lora_weights"))
+    layers = config.get("layers_to_transform")
     if last is not None:
-        config["layers_to_transform"] = _last_layers(model, last, config.get("layers_to_transform"))
+        config["layers_to_transform"] = layers = _last_layers(model, last, layers)
     targets = targets_in(model, target_modules, attention, mlp, bool(config.get("target_parameters")))
+    if layers is not None and not config.get("layers_pattern") and _names_all(targets):
+        del config["layers_to_transform"]  # PEFT knows layers of names that end alike, and of no others
+        targets = _in_layers(model, targets, [layers] if isinstance(layers, int) else layers)
     model.requires_grad_(False)
     with drawn_from(seed):
         adapted = get_peft_model(model, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM", **config))
@@ -91,6 +95,25 @@ def targets_in(model: torch.nn.Module, given: Any, attention: bool = True, mlp: 
             raise ValueError(f"target_modules names {target}, and {type(model).__name__} has none.{hint} Its linear layers are"
                              f" {', '.join(leaves)}; target_modules='all-linear' takes all but the head")  # fmt: skip
     return list(given)
+
+
+def _names_all(targets: Any) -> bool:
+    """Is it every linear layer, or modules by their whole names?"""
+    return targets == "all-linear" or (not isinstance(targets, str) and any("." in name for name in targets))
+
+
+def _in_layers(model: Any, targets: Any, layers: list[int]) -> list[str]:
+    """Of these, by their whole names, what is in the layers of these numbers, whatever the model calls its layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    wanted = tuple(f"{name}.{i}." for name in lists for i in range(count) if i in layers)
+    named = _linear(model) if targets == "all-linear" else [
+        n for n, _ in model.named_modules() if any(n == t or n.endswith("." + t) for t in targets)
+    ]  # fmt: skip
+    found = [name for name in named if name.startswith(wanted)]
+    if not found:
+        raise ValueError(f"none of the linear layers is in layers {layers} of {count}: give others, or target_modules by name")
+    return found
 
 
 def _linear(model: Any) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sloth.models.arguments import one_of
+from sloth.models.compiled import set_offloading
 from sloth.saving.merged import base_of
 
 # What scripts write, and whether it checkpoints and offloads.
@@ -40,10 +41,12 @@ def is_checkpointed(model: torch.nn.Module) -> bool:
 def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
     """Training mode: dropout is on, and keys and values are not kept. use_gradient_checkpointing: None leaves it as it is.
 
-    Returns the model.
+    Returns the model. Raises ValueError for a kind that is not known, and for a model that cannot checkpoint.
     """
     if use_gradient_checkpointing is not None:
-        checkpoint(base_of(model), kind_of(use_gradient_checkpointing)[0])
+        wanted, offload = kind_of(use_gradient_checkpointing)
+        checkpoint(base_of(model), wanted)
+        set_offloading(model, offload)
     model.train()
     base_of(model).config.use_cache = False
     return model

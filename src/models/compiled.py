@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from sloth.rewriter.notices import warn_once
+
+OFFLOAD = "sloth.checkpoint_offload"
+
 
 @cache
 def _backend() -> Any:
@@ -30,4 +34,22 @@ def compile_in_place(model: torch.nn.Module, offload: bool = False) -> None:
     for module in model.modules():
         if module._compiled_call_impl is not None:  # of a model that has become a part of this one
             module._compiled_call_impl = None
-    model.compile(backend=_backend(), options={"sloth.checkpoint_offload": True} if offload else None)
+    model.compile(backend=_backend(), options={OFFLOAD: True} if offload else None)
+
+
+def set_offloading(model: torch.nn.Module, wanted: bool) -> None:
+    """Whether inputs of checkpointed layers wait in host memory, from the model's next call on, which then compiles anew.
+
+    A model that is not compiled for sloth stays as it is.
+    """
+    from sloth.integrations.generation import backend_of  # not before: Dynamo takes a second to import
+
+    backend = backend_of(model._compiled_call_impl)
+    held = {} if backend is None else backend.kwargs.get("options", {})
+    if backend is None or bool(held.get(OFFLOAD)) == wanted:
+        return
+    if "mode" in backend.kwargs:
+        warn_once("inputs of layers stay on the device: torch.compile takes a mode, as this model has, or options, not both")
+        return
+    options = {name: value for name, value in held.items() if name != OFFLOAD} | ({OFFLOAD: True} if wanted else {})
+    model.compile(backend=backend.compiler_fn, dynamic=backend.dynamic, options=options or None)

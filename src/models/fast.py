@@ -22,6 +22,7 @@ from sloth.models.arguments import INSTEAD, OF_TRANSFORMERS, WITHOUT_EFFECT, nee
 from sloth.models.checkpointing import for_inference, for_training, kind_of
 from sloth.models.compiled import compile_in_place
 from sloth.models.load import load
+from sloth.models.precision import Bits
 from sloth.saving.methods import push_to_hub_gguf, push_to_hub_merged, save_pretrained_gguf, save_pretrained_merged
 
 log = logging.getLogger("sloth")
@@ -68,11 +69,9 @@ class FastLanguageModel:
         refuse_unknown("from_pretrained", more, known)
         refuse_impossible("from_pretrained", more)
         needed("transformers")
-        if load_in_16bit and (load_in_4bit or load_in_8bit):
-            raise ValueError("load_in_16bit=True and 4 or 8 bits: choose one")
         model, tokenizer = load(
-            model_name, length=_length(max_seq_length), dtype=dtype, four=False if load_in_16bit else load_in_4bit,
-            eight=load_in_8bit, full=full_finetuning, quantisation=quantization_config, device_map=device_map,
+            model_name, length=_length(max_seq_length), dtype=dtype, bits=Bits(load_in_4bit, load_in_8bit, load_in_16bit),
+            full=full_finetuning, quantisation=quantization_config, device_map=device_map,
             hub={"token": token, "revision": revision, "trust_remote_code": trust_remote_code}, attention=attn_implementation,
             scaling=rope_scaling, fix_tokenizer=fix_tokenizer, vocabulary=resize_model_vocab,
             checkpointing=use_gradient_checkpointing, seed=random_state,

@@ -13,31 +13,39 @@ import torch
 from sloth.models.arguments import OF_TRANSFORMERS
 from sloth.models.checkpointing import checkpoint, kind_of
 from sloth.models.context import lengthen
-from sloth.models.precision import device_map_of, dtype_of, quantisation_of, settle
+from sloth.models.precision import Bits, device_map_of, dtype_of, quantisation_of, settle
 from sloth.models.tokens import give_pad_token, grow_embedding, tell_model
 from sloth.rewriter.notices import speak, tell_once
 
+CONFIG = "adapter_config.json"
+OF_DOWNLOADS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
 
 def load(
-    name: str, *, length: int | None, dtype: Any, four: bool | None, eight: bool, full: bool, quantisation: Any, device_map: Any,
+    name: str, *, length: int | None, dtype: Any, bits: Bits, full: bool, quantisation: Any, device_map: Any,
     hub: dict[str, Any], attention: str | None, scaling: dict[str, Any] | None, fix_tokenizer: bool, vocabulary: int | None,
     checkpointing: Any, seed: int, loading: dict[str, Any],
 ) -> tuple[Any, Any]:  # fmt: skip
-    """The model in training mode, and the tokenizer. hub: token, revision, trust_remote_code; loading: more for from_pretrained.
-    seed: of weights that the checkpoint lacks; the caller's random state stays as it is.
+    """The model in training mode, and the tokenizer. hub: token, revision, trust_remote_code; loading: more for from_pretrained;
+    of adapters, subfolder is theirs, and their base's are the others. seed: of weights that the checkpoint lacks; the caller's
+    random state stays as it is.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     speak()
     checkpointed, _ = kind_of(checkpointing)
-    adapter = _adapter_of(name, hub)
-    source, of_source = (adapter["base_model_name_or_path"], _of_base(adapter, hub)) if adapter else (name, hub)
+    source, of_source, words = name, hub, (name, hub)
+    if (adapters := _adapters_at(name, hub, loading)) is not None:
+        adapter = json.loads((adapters / CONFIG).read_text())
+        source, of_source = adapter["base_model_name_or_path"], _of_base(adapter, hub)
+        loading = {k: v for k, v in loading.items() if k != "subfolder"}
+        words = (str(adapters), {}) if any(adapters.glob("*token*")) else (source, of_source)
     config = AutoConfig.from_pretrained(source, **of_source, **_of_files(loading))
     weights = dtype_of(dtype)
-    quantised, written = quantisation_of(config, four, eight, full, quantisation, weights)
+    quantised, written = quantisation_of(config, bits, full, quantisation, weights)
     if written is not None:
         config.quantization_config = written
-    if full and adapter:
+    if full and adapters:
         raise ValueError(f"full_finetuning=True: {name} holds adapters. Merge them first: model.save_pretrained_merged(…)")
     told = lengthen(config, length, scaling)
     if told:
@@ -50,19 +58,17 @@ def load(
             source, config=config, dtype=weights, device_map=device_map_of(device_map), **given, **of_source, **loading
         )
     settle(model)
-    tokenizer = AutoTokenizer.from_pretrained(
-        _with_tokenizer(name, source), **(hub if adapter else of_source), **_of_files(loading)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(words[0], **words[1], **_of_files(loading))
     with drawn_from(seed):
         _fit(model, tokenizer, length, fix_tokenizer, vocabulary)
     model.config.use_cache = False
     model.requires_grad_(full)
     base = model
-    if adapter:
+    if adapters:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, name, is_trainable=True, **_for_peft(hub))
-    checkpoint(base, checkpointed and (full or bool(adapter)))
+        model = PeftModel.from_pretrained(model, adapters, is_trainable=True)
+    checkpoint(base, checkpointed and (full or bool(adapters)))
     return model.train(), tokenizer
 
 
@@ -86,15 +92,22 @@ def _fit(model: Any, tokenizer: Any, length: int | None, fix_tokenizer: bool, vo
     tell_model(model, tokenizer, length)
 
 
-def _adapter_of(name: str, hub: dict[str, Any]) -> dict[str, Any] | None:
-    """The configuration of adapters that lie there, None where a model does."""
+def _adapters_at(name: str, hub: dict[str, Any], loading: dict[str, Any]) -> Path | None:
+    """The folder of adapters that lie there, brought here from the hub; None where a model does."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    if Path(name, "config.json").exists():
+    within = loading.get("subfolder") or ""
+    if Path(name, within, "config.json").exists():
         return None
-    asked = {k: v for k, v in hub.items() if k in ("token", "revision") and v is not None}
-    found = find_adapter_config_file(name, **asked)
-    return None if found is None else json.loads(Path(found).read_text())
+    asked = {k: v for k, v in (hub | loading).items() if k in OF_DOWNLOADS and v is not None}
+    if find_adapter_config_file(name, subfolder=within, **asked) is None:
+        return None
+    if Path(name).is_dir():
+        return Path(name, within)
+    from huggingface_hub import snapshot_download  # PEFT's own way asks the hub whatever local_files_only says
+
+    wanted = [str(Path(within, pattern)) for pattern in ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")]
+    return Path(snapshot_download(name, allow_patterns=wanted, **asked), within)
 
 
 def _of_base(adapter: dict[str, Any], hub: dict[str, Any]) -> dict[str, Any]:
@@ -102,19 +115,9 @@ def _of_base(adapter: dict[str, Any], hub: dict[str, Any]) -> dict[str, Any]:
     return hub | {"revision": adapter.get("revision")} if adapter.get("revision") else {k: hub[k] for k in hub if k != "revision"}
 
 
-def _for_peft(hub: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in hub.items() if k in ("token", "revision") and v is not None}
-
-
 def _of_files(loading: dict[str, Any]) -> dict[str, Any]:
     """Of arguments for the model, those for configurations and tokenizers too."""
     return {k: v for k, v in loading.items() if k in OF_TRANSFORMERS and k not in ("max_memory", "use_safetensors", "variant")}
-
-
-def _with_tokenizer(name: str, source: str) -> str:
-    """A folder of adapters alone has no tokenizer: then that of its base."""
-    folder = Path(name)
-    return source if folder.is_dir() and not any(folder.glob("*token*")) else name
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,30 +42,39 @@ def device_map_of(given: Any) -> Any:
     return given
 
 
-def quantisation_of(
-    config: Any, four: bool | None, eight: bool, full: bool, given: Any, dtype: torch.dtype
-) -> tuple[Any, dict[str, Any] | None]:
+class Bits(NamedTuple):
+    """load_in_4bit, load_in_8bit and load_in_16bit as the caller gives them; four is None where he does not say."""
+
+    four: bool | None
+    eight: bool
+    sixteen: bool
+
+
+def quantisation_of(config: Any, bits: Bits, full: bool, given: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any] | None]:
     """transformers' quantization_config for from_pretrained, and what is to be written into the one that a checkpoint has.
 
-    config: the model's. four, eight, full: as the caller asks for them; four is None where he does not say. given: his own
-    quantization_config. Raises ValueError where they contradict each other or what the checkpoint is.
+    config: the model's. full: do all weights train? given: the caller's own quantization_config. Raises ValueError where they
+    contradict each other or what the checkpoint is.
     """
+    four, eight, sixteen = bits
+    if sixteen and (four or eight):
+        raise ValueError("load_in_16bit=True and 4 or 8 bits: choose one")
     if full and (four or eight):
         raise ValueError("full_finetuning=True trains the weights, which in 4 or 8 bits it cannot: leave load_in_4bit/8bit out")
     if four and eight:
         raise ValueError("load_in_4bit=True and load_in_8bit=True: choose one")
-    if given is not None and (eight or four is not None):
+    if given is not None and (eight or sixteen or four is not None):
         raise ValueError("quantization_config says how the model is quantised: leave load_in_4bit/8bit/16bit out, or it")
     held = getattr(config, "quantization_config", None)
     if held is not None:
-        return None, _of_checkpoint(held if isinstance(held, dict) else held.to_dict(), four, eight, full, given, dtype)
+        return None, _of_checkpoint(held if isinstance(held, dict) else held.to_dict(), bits, full, given, dtype)
     if given is not None:
         if full:
             raise ValueError(
                 "full_finetuning=True trains the weights, which a quantised model cannot: leave quantization_config out"
             )
         return given, None
-    if full or not (eight or four or four is None):
+    if full or sixteen or not (eight or four or four is None):
         return None, None
     needed("bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -78,9 +87,7 @@ def quantisation_of(
     return nf4, None
 
 
-def _of_checkpoint(
-    held: dict[str, Any], four: bool | None, eight: bool, full: bool, given: Any, dtype: torch.dtype
-) -> dict[str, Any]:
+def _of_checkpoint(held: dict[str, Any], asked: Bits, full: bool, given: Any, dtype: torch.dtype) -> dict[str, Any]:
     """A checkpoint that was quantised before is loaded as it is, with products in `dtype`."""
     bits = "4 bits" if held.get("load_in_4bit") else "8 bits" if held.get("load_in_8bit") else held.get("quant_method")
     told = f"this checkpoint is quantised already ({bits})"
@@ -88,9 +95,10 @@ def _of_checkpoint(
         raise ValueError(f"full_finetuning=True: {told}, and its weights cannot be trained. Give the model that it was made from")
     if given is not None:
         raise ValueError(f"quantization_config: {told}. Leave it out, or give the model that it was made from")
-    if (four and bits != "4 bits") or (eight and bits != "8 bits") or (four is False and bits == "4 bits"):
-        asked = "load_in_8bit=True" if eight else f"load_in_4bit={four}"
-        raise ValueError(f"{asked}: {told}. Leave it out, or give the model that it was made from")
+    four, eight, sixteen = asked
+    if sixteen or (four and bits != "4 bits") or (eight and bits != "8 bits") or (four is False and bits == "4 bits"):
+        what = "load_in_16bit=True" if sixteen else "load_in_8bit=True" if eight else f"load_in_4bit={four}"
+        raise ValueError(f"{what}: {told}. Leave it out, or give the model that it was made from")
     if bits == "4 bits":
         return held | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     return held
