@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sloth.rewriter.match.pattern import Construct, LazyOutputRule, Pattern
@@ -44,6 +44,11 @@ class Options:
     limit: int | None = None
     always: frozenset[str] = frozenset()
     checkpoint_offload: bool = False
+
+    def without(self, names: Collection[str]) -> Options:
+        """The same, without entries of these names."""
+        entries, deferrals = (tuple(e for e in each if e.name not in names) for each in (self.entries, self.deferrals))
+        return replace(self, entries=entries, deferrals=deferrals)
 
 
 def parse(options: dict[str, Any] | None) -> Options:

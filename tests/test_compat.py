@@ -232,6 +232,22 @@ def _() -> None:
     assert seen == ["torch.utils.checkpoint"] * 2 and dispatch.saved_tensors_hooks(False) is None
 
 
+@uses("dispatch.CheckpointStop")
+def _() -> None:
+    """Raised in what is computed again, when all that was saved is there."""
+    seen = []
+
+    def fn(x: Tensor) -> Tensor:
+        try:
+            return x.exp()
+        except Exception as e:
+            seen.append(type(e))
+            raise
+
+    torch.utils.checkpoint.checkpoint(fn, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
+    assert seen == [dispatch.CheckpointStop]
+
+
 @uses("dispatch.CompileContext", "dispatch.TracingContext", "dispatch.tracing")
 def _() -> None:
     """Inside of a backend: the graph's number, its fake tensors and its guards; a copy for a region."""
@@ -312,6 +328,22 @@ def _() -> None:
         dynamo.callback_handler.remove_end_callback(ended.append)
     torch.compiler.reset()
     assert ended.append not in dynamo.callback_handler.end_callbacks
+
+
+@uses("dynamo.RestartAnalysis", "dynamo.SkipFrame", "dynamo.breaks_the_graph")
+def _() -> None:
+    """A backend may raise them: the code then runs without it."""
+
+    def declines(gm: fx.GraphModule, examples: Any) -> Any:
+        raise dynamo.SkipFrame("not this one")
+
+    torch._dynamo.reset()
+    assert torch.compile(lambda x: x + 1, backend=declines)(torch.ones(1)).item() == 2
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+    assert issubclass(TensorifyScalarRestartAnalysis, dynamo.RestartAnalysis)
+    assert DynamicOutputShapeException in dynamo.breaks_the_graph
 
 
 @uses("dynamo.config")
@@ -461,6 +493,19 @@ def _() -> None:
     finally:
         del inductor.CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"]
     assert written == [f"torch.ops.{op}"] and out.tolist() == [4.0] * 3
+
+
+@uses("inductor.functorch_config")
+def _() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    with inductor.functorch_config.patch(force_non_lazy_backward_lowering=True):
+        compiled: list[str] = []
+        name = lambda which: lambda gm, _: compiled.append(which) or gm.forward  # noqa: E731
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=name("forward"), bw_compiler=name("backward"))
+        torch.compile(lambda x: x.sin().sum(), backend=backend)(torch.ones(3, requires_grad=True))
+    assert compiled == ["forward", "backward"]
 
 
 @uses("inductor.config", "inductor.InductorOptions")

@@ -22,6 +22,7 @@ ARROWS = {
     "rewriter/pipeline": {
         "rewriter/graph", "rewriter/match", "rewriter/plan", "rewriter/report", "rewriter/sites", "rewriter/notices"
     },
+    "rewriter/faults": {"rewriter/graph", "rewriter/match", "rewriter/report", "rewriter/notices"},
     "rewriter/backend": {"rewriter", "integrations", "options"},
     "rewriter/entry_point": {"rewriter/backend", "rewriter/notices"},
     "rewriter/explain": {"rewriter"},

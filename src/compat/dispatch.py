@@ -56,6 +56,9 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch._C._autograd import _top_saved_tensors_default_hooks as saved_tensors_hooks  # is this part of a checkpoint?
 
+with suppress(ImportError):
+    from torch.utils.checkpoint import _StopRecomputationError as CheckpointStop  # raised in what is computed again: enough of it
+
 # ---------------------------------------------------------------- what is compiled just now
 
 with suppress(ImportError):

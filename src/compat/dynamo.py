@@ -19,6 +19,9 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch._dynamo.decorators import skip  # a function's frame is left, what it calls is traced; marks the function itself
 with suppress(ImportError):
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame  # raised to steer Dynamo, through whatever compiles
+    from torch._dynamo.exc import exceptions_allowed_to_be_fallback as breaks_the_graph
+with suppress(ImportError):
     from torch._dynamo.callback import callback_handler  # when a compilation ends, Python's collector is as it was
 
 # ---------------------------------------------------------------- equal layers are traced once; a module's floats are constants

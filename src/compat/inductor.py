@@ -13,6 +13,8 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch._inductor import config  # slots of passes, combo kernels, CUDA graphs, the launcher of Triton's kernels
 with suppress(ImportError):
+    from torch._functorch import config as functorch_config  # is a backward pass compiled with its forward pass?
+with suppress(ImportError):
     from torch._inductor.custom_graph_pass import CustomGraphPass  # a pass with a name for the caches; torch >= 2.6
 with suppress(ImportError):
     from torch._inductor.fx_utils import get_node_storage  # which nodes lie in the same memory

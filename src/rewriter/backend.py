@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,8 @@ from sloth.rewriter.compile.inductor import compile_with, compiler, start_early,
 from sloth.rewriter.compile.plain_inputs import plain_inputs
 from sloth.rewriter.compile.regions import compile_by_region
 from sloth.rewriter.dynamo import called_modules
+from sloth.rewriter.faults import Attempt, Compiled, Original, compile_in_spite, first_line, forget, is_fault, run_in_spite
+from sloth.rewriter.graph.aliasing import writes_to_inputs
 from sloth.rewriter.graph.lower import shape_env_of
 from sloth.rewriter.graph.scratch import guards_of
 from sloth.rewriter.match.pattern import ARGUMENTS
@@ -43,30 +45,60 @@ speak()
 @progress.watched
 def sloth(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
-) -> Callable[..., Any]:
+) -> Compiled:
     """The Dynamo backend. `mode` and `options` are Inductor's; sloth's own options are those of options.py.
 
     Raises ValueError for an option `sloth.…` that is not known, and what Inductor raises for its own.
     """
     warn_of_versions()
-    warn_of_recompilations(CompileContext.current_compile_id())
+    compile_id = CompileContext.current_compile_id()
+    warn_of_recompilations(compile_id)
     chosen = parse(options)
     inner = compiler(chosen.inner, mode, chosen.rest)
     if chosen.inner == "inductor":
         start_workers(gm)
-    required = outputs_requiring_grad(gm)
-    report = _rewritten(gm, chosen)
+    required, writes = outputs_requiring_grad(gm), writes_to_inputs(gm)
+    whole = chosen.inner == "inductor" and uses_cudagraphs(mode, chosen.rest)
+    compile_one, plans = progress.each(partial(compile_with, inner)), []
+
+    def attempt(left_out: Collection[str]) -> Attempt:
+        for plan in plans[-1:]:
+            plan.restore()
+        report = _rewritten(gm, chosen.without(left_out))
+        if report.plan is not None:
+            plans.append(report.plan)
+        start, starting = time.perf_counter(), partial(_say, report, chosen.inner)
+        try:
+            if whole:
+                starting(1, [gm])
+                compiled = compile_one(gm, example_inputs)
+            else:
+                compiled = compile_by_region(gm, example_inputs, compile_one, starting, chosen.checkpoint_offload)
+        except Exception as e:
+            if not is_fault(e):
+                raise
+            return Attempt(report, error=e)
+        report.seconds[chosen.inner] = time.perf_counter() - start
+        return Attempt(report, compiled)
+
+    def finish(compiled: Compiled) -> Compiled:
+        return mark_requires_grad(plain_inputs(compiled), required)
+
+    made = compile_in_spite(attempt, getattr(compile_id, "frame_id", None))
+    report, compiled = made.report, made.compiled
+    plan, report.plan = report.plan, None
     for listener in _listeners:
         listener.append(report)
-    start = time.perf_counter()
-    compile_one, starting = progress.each(partial(compile_with, inner)), partial(_say, report, chosen.inner)
-    if chosen.inner == "inductor" and uses_cudagraphs(mode, chosen.rest):
-        starting(1, [gm])
-        compiled = compile_one(gm, example_inputs)
-    else:
-        compiled = compile_by_region(gm, example_inputs, compile_one, starting, chosen.checkpoint_offload)
-    compiled = wrap_outputs(mark_requires_grad(plain_inputs(compiled), required), report.deferred)
-    report.seconds[chosen.inner] = time.perf_counter() - start
+    if compiled is None:
+        if chosen.inner != "inductor":  # whoever chose another compiler is told what it raises
+            raise made.error
+        if plan is not None:
+            plan.restore()
+        warn_once(f"Inductor fails on a graph as the model has it, which runs uncompiled: {first_line(made.error)}")
+        return finish(gm.forward)
+    compiled = wrap_outputs(finish(compiled), report.deferred)
+    if report.rewrites and not writes:
+        compiled = run_in_spite(compiled, Original(gm, dict(plan.originals)), made.entries, finish)
     return compiled
 
 
@@ -105,7 +137,8 @@ def _rewritten(gm: fx.GraphModule, chosen: Any) -> GraphReport:
 
 
 def _reset() -> None:
-    """torch.compiler.reset() calls this: forget CUDA graphs (mode="reduce-overhead")."""
+    """torch.compiler.reset() calls this: forget which rewrites failed, and CUDA graphs (mode="reduce-overhead")."""
+    forget()
     if torch.cuda.is_available():
         from sloth.compat.inductor import reset_cudagraph_trees
 

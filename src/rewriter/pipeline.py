@@ -47,6 +47,7 @@ def rewrite(
         with timed(report.seconds, "report"):
             for graph, done in zip(made.graphs, applied, strict=True):
                 _tell(report, graph, done, made, sites, constructs)
+        report.plan = made
     except Exception as e:
         if made is not None:
             made.restore()

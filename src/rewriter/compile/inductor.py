@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import fx
 
 import sloth
 from sloth.compat.dispatch import enter_autocast, exit_autocast
-from sloth.compat.inductor import InductorOptions, config
+from sloth.compat.inductor import InductorOptions, config, functorch_config
 from sloth.compat.triton import active_driver, triton_key
 from sloth.integrations.integration import integration
 from sloth.rewriter.compile.drop_rng_tag import drop_rng_tag_from_sdpa
@@ -41,6 +41,7 @@ ASSERTS = {"size_asserts": "TORCHINDUCTOR_SIZE_ASSERTS", "alignment_asserts": "T
 # Kernels that we write are launched as Inductor's own: by torch, not by C code that gcc compiles for each of them, and the next
 # process loads them from its cache instead of compiling them again. Workers that compile are told by their environment.
 STATIC, STATIC_VARIABLE = "static_launch_user_defined_triton_kernels", "TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS"
+AT_ONCE = {"force_non_lazy_backward_lowering": True}
 AUTOCAST = tuple(f"{f.__module__}.{f.__qualname__}" for f in (enter_autocast, exit_autocast))
 
 
@@ -79,8 +80,8 @@ def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: 
 
 
 def _inductor(chosen: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Inductor, which is told to compile backward passes as forward ones: it does so later, in the first call of `backward()`."""
-    with _launched_by_torch():
+    """Inductor, which compiles the backward pass too: in the first call of `backward()` it is too late to do without a rewrite."""
+    with _launched_by_torch(), functorch_config.patch(AT_ONCE) if hasattr(functorch_config, *AT_ONCE) else nullcontext():
         from sloth.compat.inductor import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
 
         return compile_fx(gm, example_inputs, inner_compile=cache_key_scope({})(compile_fx_inner), config_patches=chosen)

@@ -103,6 +103,14 @@ def may_be_written(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def writes_to_inputs(gm: fx.GraphModule) -> bool:
+    """May a graph, or one of its bodies?"""
+    own = {s for n in gm.graph.find_nodes(op="placeholder") for s in storages(n, gm)}
+    if any(own & storages(a, gm) for n in gm.graph.nodes for a in may_be_written(n)):
+        return True
+    return any(writes_to_inputs(m) for m in gm.children() if isinstance(m, fx.GraphModule))
+
+
 _KEYWORDS = {"and_", "or_", "not_", "is_"}  # operator's names for them
 _IN_PLACE = {"setitem", "delitem", "__setitem__"} | {f"i{name}" for name in (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul", "concat"
