@@ -593,7 +593,7 @@ def a_digest_of_tritons_files_is_made_once() -> None:
 
 @uses("triton.raw_stream", "triton.StaticallyLaunchedCudaKernel")
 def _() -> None:
-    assert (launching.raw_stream is not None) >= torch.cuda.is_available() and launching.static_launcher(object(), 0) is None
+    assert (launching.raw_stream is not None) >= torch.cuda.is_available() and launching.static_launcher(object()) is None
 
 
 # ---------------------------------------------------------------- all of them

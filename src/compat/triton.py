@@ -56,19 +56,29 @@ def kernels_unread() -> Iterator[None]:
             setattr(module, name, known)
 
 
-def static_launcher(compiled: Any, device: int) -> Any:
-    """torch's launcher of a compiled Triton kernel, loaded to this CUDA device; None where it does not take the kernel."""
+def static_launcher(compiled: Any) -> Any:
+    """torch's launcher of a compiled Triton kernel, not loaded yet; None where it does not take the kernel."""
     if raw_stream is None or "cubin" not in getattr(compiled, "asm", ()):
         return None
     try:
         from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel  # since 2.11
 
-        with NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            compiled._cubin_path = file.name
-            static = StaticallyLaunchedCudaKernel(compiled)
-            static.load_kernel(device)
+        compiled._cubin_path = ""
+        static = StaticallyLaunchedCudaKernel(compiled)
         return static if hasattr(static, "full_constexprs") else None
     except (ImportError, AttributeError, KeyError, NotImplementedError):  # tensor descriptors, another layout of torch's
         return None
+
+
+def load_static(static: Any, compiled: Any, device: int) -> None:
+    """Load it to this CUDA device."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        static.cubin_path = file.name
+        static.load_kernel(device)
+
+
+def compile_launcher(compiled: Any) -> None:
+    """Have Triton's own launcher of a compiled kernel in its cache: C code, which some versions give to gcc."""
+    driver.active.launcher_cls(compiled.src, compiled.metadata)

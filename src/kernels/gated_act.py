@@ -260,14 +260,14 @@ def _check_act(act: str) -> None:
         raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
 
 
-@triton_op("sloth::gated_act")
+@triton_op("sloth::gated_act", "gated_mlp")
 def _gated_act(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
     _check_act(act)
     torch._check(gate.shape == up.shape, lambda: f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape")
     return (forward_triton if use_triton(gate) and use_triton(up) else forward_aten)(gate, up, act)
 
 
-@triton_op("sloth::gated_act_backward")
+@triton_op("sloth::gated_act_backward", "gated_mlp")
 def _gated_act_backward(
     dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: str, need_gate: bool, need_up: bool
 ) -> list[torch.Tensor]:
@@ -276,14 +276,14 @@ def _gated_act_backward(
     return backward(dh, gate, up, act, need_gate, need_up)
 
 
-@triton_op("sloth::gated_act_packed")
+@triton_op("sloth::gated_act_packed", "gated_mlp")
 def _gated_act_packed(x: torch.Tensor, act: str, up_first: bool = False) -> torch.Tensor:
     _check_act(act)
     torch._check(x.shape[-1] % 2 == 0, lambda: f"packed gate and up need an even last dimension, got {x.shape[-1]}")
     return (forward_packed_triton if use_triton(x) else forward_packed_aten)(x, act, up_first)
 
 
-@triton_op("sloth::gated_act_packed_backward")
+@triton_op("sloth::gated_act_packed_backward", "gated_mlp")
 def _gated_act_packed_backward(dh: torch.Tensor, x: torch.Tensor, act: str, up_first: bool) -> torch.Tensor:
     return (backward_packed_triton if use_triton(x) else backward_packed_aten)(dh, x, act, up_first)
 

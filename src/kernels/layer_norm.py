@@ -162,7 +162,7 @@ def backward_aten(dy, x, weight, mean, rstd, bias_dtype, need_dx: bool, need_dw:
 # ---------------------------------------------------------------- operators
 
 
-@triton_op("sloth::layer_norm_forward")
+@triton_op("sloth::layer_norm_forward", "layer_norm")
 def _layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd)"""
     check_vectors("layer_norm", x, weight=weight, bias=bias)
@@ -170,7 +170,7 @@ def _layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
     return (forward_triton if triton_path else forward_aten)(x, weight, bias, eps)
 
 
-@triton_op("sloth::layer_norm_backward")
+@triton_op("sloth::layer_norm_backward", "layer_norm")
 def _layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, bias_dtype: torch.dtype,
     need_dx: bool, need_dw: bool, need_db: bool,

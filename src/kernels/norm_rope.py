@@ -250,7 +250,7 @@ def _triton(*tensors) -> bool:
     return all(use_triton(t) for t in tensors)
 
 
-@triton_op("sloth::norm_rope_forward")
+@triton_op("sloth::norm_rope_forward", "norm_rope")
 def _norm_rope_forward(
     q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor,
     eps: float, offset: float, interleaved: bool, dtype: torch.dtype,
@@ -260,7 +260,7 @@ def _norm_rope_forward(
     return forward(q, k, wq, wk, cos, sin, eps, offset, interleaved, dtype)
 
 
-@triton_op("sloth::norm_rope_backward")
+@triton_op("sloth::norm_rope_backward", "norm_rope")
 def _norm_rope_backward(
     dyq: Tensor | None, dyk: Tensor | None, q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor,
     eps: float, offset: float, interleaved: bool, need: list[bool],

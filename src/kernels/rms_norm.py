@@ -191,7 +191,7 @@ def _triton(*tensors) -> bool:
     return all(use_triton(t) for t in tensors if t is not None)
 
 
-@triton_op("sloth::rms_norm_forward")
+@triton_op("sloth::rms_norm_forward", "rms_norm")
 def _rms_norm_forward(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ def _rms_norm_forward(
     return y, rstd
 
 
-@triton_op("sloth::add_rms_norm_forward")
+@triton_op("sloth::add_rms_norm_forward", "rms_norm")
 def _add_rms_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +212,7 @@ def _add_rms_norm_forward(
     return forward(x, residual, weight, eps, offset, promote, dtype)
 
 
-@triton_op("sloth::rms_norm_backward")
+@triton_op("sloth::rms_norm_backward", "rms_norm")
 def _rms_norm_backward(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, need_dx: bool, need_dw: bool
 ) -> list[Tensor]:

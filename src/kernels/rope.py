@@ -237,7 +237,7 @@ def _on_triton(*tensors: torch.Tensor) -> bool:
     return all(use_triton(t) for t in tensors)
 
 
-@triton_op("sloth::rope")
+@triton_op("sloth::rope", "rope")
 def _rope(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -254,7 +254,7 @@ def _rope(
     return (yq.transpose(1, 2), yk.transpose(1, 2)) if last else (yq, yk)
 
 
-@triton_op("sloth::rope_backward")
+@triton_op("sloth::rope_backward", "rope")
 def _rope_backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
@@ -271,7 +271,7 @@ def _rope_backward(
     return (dq.transpose(1, 2), dk.transpose(1, 2)) if last else (dq, dk)
 
 
-@triton_op("sloth::rope_single")
+@triton_op("sloth::rope_single", "rope")
 def _rope_single(
     x: torch.Tensor,
     cos: torch.Tensor,
@@ -287,7 +287,7 @@ def _rope_single(
     return y.transpose(1, 2) if last else y
 
 
-@triton_op("sloth::rope_single_backward")
+@triton_op("sloth::rope_single_backward", "rope")
 def _rope_single_backward(
     dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, dtype: torch.dtype
 ) -> torch.Tensor:

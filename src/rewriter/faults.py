@@ -1,5 +1,5 @@
-"""What fails does not end a training run: a graph is compiled without the rewrite that is to blame, then without any; or it runs as
-the model has it.
+"""What fails does not end a training run: a graph is compiled without the rewrite that is to blame, then without any, or it runs
+as the model has it.
 
 While compiling: what fails is tried again without the entries that the error names; without any; and if that works, with half of
 them, and so on, until what is left out is least, or patience ends. While running: a forward pass that raises is run once more as
@@ -185,8 +185,8 @@ def run_in_spite(
         instead.append(eager)
         names = ",".join(sorted(entries))
         warn_once(
-            f"a compiled graph raises where the model does not, and runs uncompiled from now on: {why}. It was rewritten by {names};"
-            " options={'sloth.disable': NAME} without the one to blame compiles it again. Please report this"
+            f"a compiled graph raises where the model does not, and now runs uncompiled: {why}. It was rewritten by {names}:"
+            " with options={'sloth.disable': …}, naming the one to blame, it is compiled. Please report this"
         )
         return found
 

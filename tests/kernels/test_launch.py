@@ -2,21 +2,27 @@
 
 import ast
 import inspect
+import logging
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from common import DEVICE
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sloth.kernels import rms_norm
+from sloth.kernels.common import faults
 from sloth.kernels.common import launch as module
 from sloth.kernels.common.ahead import compile_ahead, wait_for_kernels
 from sloth.kernels.common.device import H100, pretending
 from sloth.kernels.common.launch import launch_cached
 from sloth.kernels.linear.lora_grad_b import _strip_kernel, _sum_kernel, compute_lora_grad_b
 from sloth.kernels.linear.lowrank_gemm import _lowrank_gemm_kernel
+from sloth.rewriter.match.registry import deferrals, patterns
 
 
 class Parameter(NamedTuple):
@@ -47,6 +53,7 @@ class Compiled:
 @pytest.fixture(autouse=True)
 def no_launchers_yet(monkeypatch):
     monkeypatch.setattr(module, "_launchers", {})
+    monkeypatch.setattr(module, "_compiled", {})
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
@@ -125,8 +132,8 @@ def gpu(monkeypatch):
     """A GPU that compiles what it is told, and says what. Tensors of a CPU, and of "meta", are taken to be on it."""
     compiled = []
     monkeypatch.setattr(module, "_launcher_of", lambda kernel, *_: lambda *launched: compiled.append("launched"))
+    monkeypatch.setattr(module, "_prepare_launcher", lambda kernel: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     for kernel in (_strip_kernel, _sum_kernel, _lowrank_gemm_kernel):
         warmup = lambda *args, name=kernel.fn.__name__, **how: compiled.append(name)  # noqa: E731
         monkeypatch.setattr(kernel, "warmup", warmup, raising=False)
@@ -147,13 +154,48 @@ def test_what_was_compiled_ahead_is_only_launched(gpu):
     assert gpu[2:] == ["launched", "launched"]
 
 
-def test_whoever_launches_first_waits(gpu):
-    go, function = threading.Event(), compute_lora_grad_b
-    slow = lambda *args: (go.wait(60), function(*args))  # noqa: E731
-    compile_ahead(slow, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+def test_a_kernel_that_is_being_compiled_is_waited_for_and_no_other(gpu, monkeypatch):
+    """Each is compiled once: the first by the thread that was at it, the second by whoever came to need it."""
+    begun, go, function = threading.Event(), threading.Event(), compute_lora_grad_b
+
+    def slowly(*args, **how):
+        begun.set()
+        assert go.wait(60)
+        gpu.append("_strip_kernel")
+
+    monkeypatch.setattr(_strip_kernel, "warmup", slowly)
+    compile_ahead(function, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+    assert begun.wait(60)
     threading.Timer(0.2, go.set).start()
     function(*(torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16))), 0.5)
-    assert gpu == ["_strip_kernel", "_sum_kernel", "launched", "launched"]
+    wait_for_kernels()
+    assert sorted(gpu) == ["_strip_kernel", "_sum_kernel", "launched", "launched"] and gpu[0] == "_strip_kernel"
+
+
+def test_what_is_compiled_ahead_is_loaded_by_whoever_launches_it(gpu, monkeypatch):
+    """Another thread may be recording a CUDA graph, which loading would break."""
+    loading = []
+    monkeypatch.setattr(module, "_launcher_of", lambda *_: loading.append(threading.current_thread()) or (lambda *launched: None))
+    compile_ahead(compute_lora_grad_b, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+    wait_for_kernels()
+    assert len(gpu) == 2 and not loading
+    compute_lora_grad_b(*(torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16))), 0.5)
+    assert loading == [threading.current_thread()] * 2 and len(gpu) == 2
+
+
+def test_a_process_that_ends_compiles_nothing_more(gpu, monkeypatch):
+    """Python waits for its threads."""
+    over = SimpleNamespace(is_alive=lambda: False)
+
+    def ends(*args, **how):
+        gpu.append("_strip_kernel")
+        monkeypatch.setattr(threading, "main_thread", lambda: over)
+
+    monkeypatch.setattr(_strip_kernel, "warmup", ends)
+    for _ in range(2):
+        compile_ahead(compute_lora_grad_b, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+    wait_for_kernels()
+    assert gpu == ["_strip_kernel"]
 
 
 def test_what_cannot_be_compiled_ahead_is_compiled_when_it_is_called(gpu):
@@ -161,6 +203,78 @@ def test_what_cannot_be_compiled_ahead_is_compiled_when_it_is_called(gpu):
     wait_for_kernels()
     compute_lora_grad_b(*(torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16))), 0.5)
     assert gpu == ["_strip_kernel", "launched", "_sum_kernel", "launched"]
+
+
+# ---------------------------------------------------------------- kernels that fail
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    monkeypatch.setattr(faults, "_lost", set())
+    said = []
+    monkeypatch.setattr(logging.getLogger("sloth"), "warning", lambda text, *given: said.append(text % given))
+    return said
+
+
+def raising(error):
+    def warmup(*_, **__):
+        raise error
+
+    return warmup
+
+
+GBT = tuple(torch.randn(*s, generator=torch.Generator().manual_seed(0)).bfloat16() for s in ((256, 512), (512, 16), (256, 16)))
+
+
+@pytest.mark.parametrize("kernel", [_strip_kernel, _sum_kernel], ids=["first", "second"])
+def test_an_operator_whose_kernel_fails_takes_its_formula_from_then_on(gpu, warned, monkeypatch, kernel):
+    monkeypatch.setattr(kernel, "warmup", raising(OutOfResources(300_000, 232_448, "shared memory")))
+    for _ in range(2):
+        u, db = compute_lora_grad_b(*GBT, 0.5)
+        torch.testing.assert_close(u, (0.5 * GBT[0] @ GBT[1]), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(db, (0.5 * GBT[0].t() @ GBT[2]), rtol=2e-2, atol=2e-2)
+    (warning,) = warned
+    assert "sloth::up_gradients is computed by ATen" in warning and "shared memory" in warning
+    assert kernel.fn.__name__ in warning and "sloth.disable=lora" in warning
+    assert len(gpu) == (0 if kernel is _strip_kernel else 2), "not tried again"
+
+
+def test_an_operator_that_is_eager_takes_its_formula_too(gpu, warned, monkeypatch):
+    """Its kernel is launched by Triton."""
+    monkeypatch.setattr(module, "wrap_triton", lambda kernel: {(2,): raising(RuntimeError("PassManager::run failed"))})
+    x, w = torch.randn(4, 100), torch.ones(100)
+    monkeypatch.setattr(rms_norm.FORWARD.__class__, "grid", lambda *_: 2)
+    for _ in range(2):
+        torch.testing.assert_close(rms_norm.rms_norm(x, w, 1e-6), torch.nn.functional.rms_norm(x, (100,), w, 1e-6))
+    assert len(warned) == 1 and "PassManager" in warned[0] and "sloth.disable=rms_norm" in warned[0]
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), torch.OutOfMemoryError),
+        (torch.AcceleratorError("CUDA error: an illegal memory access", 700), torch.AcceleratorError),
+    ],
+    ids=["torch", "triton", "device"],
+)
+def test_memory_that_is_not_there_is_no_fault_of_a_kernel(gpu, warned, monkeypatch, error, raised):
+    monkeypatch.setattr(_strip_kernel, "warmup", raising(error))
+    with pytest.raises(raised):
+        compute_lora_grad_b(*GBT, 0.5)
+    assert not warned and not faults._lost
+
+
+def test_where_the_formula_raises_too_that_is_raised(gpu, warned, monkeypatch):
+    monkeypatch.setattr(_strip_kernel, "warmup", raising(RuntimeError("no")))
+    with pytest.raises(RuntimeError, match="multiplied"):
+        compute_lora_grad_b(GBT[0], GBT[1], GBT[2][:100], 0.5)
+    assert not warned and not faults._lost
+
+
+def test_entries_that_warnings_name_are_known():
+    known = {name for e in (*patterns(), *deferrals()) for name in (e.name, e.construct.name)}
+    assert set(faults.ENTRIES.values()) <= known and len(faults.ENTRIES) > 20
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="launches on a GPU")

@@ -151,7 +151,7 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-@triton_op("sloth::interval_attention")
+@triton_op("sloth::interval_attention", "attention")
 def _interval_attention(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, first: Tensor, last: Tensor, valid: Tensor | None,
     holes: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None, bias: Tensor | None,
@@ -170,7 +170,7 @@ def _interval_attention(
     return out, lse
 
 
-@triton_op("sloth::interval_attention_dq")
+@triton_op("sloth::interval_attention_dq", "attention")
 def _interval_attention_dq(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, lo: Tensor, hi: Tensor,
     valid: Tensor | None, holes: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None, fully_masked: bool,
@@ -187,7 +187,7 @@ def _interval_attention_dq(
     return dq
 
 
-@triton_op("sloth::interval_attention_dkv")
+@triton_op("sloth::interval_attention_dkv", "attention")
 def _interval_attention_dkv(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor, lo: Tensor,
     valid: Tensor | None, gaps: Tensor | None, scale: float, softcap: float | None, bias: Tensor | None,

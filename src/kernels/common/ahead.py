@@ -4,6 +4,9 @@ An operator that is opaque to the compiler would compile its kernels when it is 
 the GPU waits, one kernel after the other. Which kernels these are is known as soon as the call stands in a graph. A thread of its
 own calls the operator's function with tensors that have no memory (of device "meta"): products and allocations cost nothing
 there, and where a kernel would be launched it is compiled. Triton's passes and ptxas run without Python's lock.
+
+That thread loads nothing onto the device, of which another may be recording a CUDA graph: whoever launches a kernel loads it. A
+process that ends waits for the kernel that is being compiled, and for no other.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from typing import Any
 
 import torch
 
-from sloth.kernels.common.device import standing_in
+from sloth.kernels.common.device import compiled_for, standing_in
 
 _jobs: set[Future] = set()
+_locks: dict[int, threading.Lock] = {}
 
 
 @cache
@@ -40,12 +44,18 @@ def compile_ahead(function: Callable[..., Any], device: torch.device, *args: Any
 
 
 def _compile(function: Callable[..., Any], device: torch.device, args: tuple, kwargs: dict[str, Any]) -> None:
-    with torch.no_grad(), torch.cuda.device(device), standing_in(device):
-        torch.cuda.mem_get_info(device)  # so that this thread has the device's context, which loading a kernel needs
-        function(*args, **kwargs)
+    if threading.main_thread().is_alive():
+        with torch.no_grad(), torch.cuda.device(device), standing_in(device):
+            function(*args, **kwargs)
+
+
+def compiling_of(kernel: Any) -> threading.Lock:
+    """To be held where it may be compiled: another thread would do so a second time."""
+    if compiled_for() is not None and not threading.main_thread().is_alive():
+        raise RuntimeError("the process ends, and nobody needs it")
+    return _locks.setdefault(id(kernel), threading.Lock())
 
 
 def wait_for_kernels() -> None:
-    """Until what was asked for is compiled: another thread would compile it a second time. For that thread itself, nothing."""
-    if _jobs and not threading.current_thread().name.startswith("sloth-compiles-ahead"):
-        wait(list(_jobs))
+    """Until all that was asked for is compiled."""
+    wait(list(_jobs))

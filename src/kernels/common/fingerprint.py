@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.device import device_of
+from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import launch_cached
+from sloth.kernels.common.launch import launch_cached, use_triton
 
 BLOCK, WARPS, PROGRAMS = 2048, 8, 16  # words a step; programs for each multiprocessor
 COLUMNS = 2**10  # of 64 bits, without a kernel
@@ -45,10 +46,11 @@ def _fingerprint_kernel(x_ptr, part_ptr, N, BLOCK: tl.constexpr):
     tl.store(part_ptr + program, tl.sum(total))
 
 
+@falls_back("sloth::fingerprint", "head")
 def fingerprint(x: Tensor) -> Tensor:
     """int64 parts, on the device of `x`, of any shape, strides and dtype. Compare those of one device with `torch.equal`."""
     words = _words(x)
-    if not words.numel() or not device_of(x.device).triton:
+    if not words.numel() or not use_triton(words):
         return _by_sums(words)
     parts = device_of(x.device).multiprocessors * PROGRAMS
     found = torch.empty(parts, dtype=torch.int64, device=x.device)

@@ -1,6 +1,7 @@
 """Where a kernel runs, and how it is launched: so that Inductor can see it, or by an operator that is opaque to it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,48 +9,56 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from sloth.compat.dispatch import detect_fake_mode
-from sloth.compat.triton import InterpretedFunction, kernels_unread, raw_stream, static_launcher
-from sloth.kernels.common.ahead import wait_for_kernels
+from sloth.compat.triton import InterpretedFunction, compile_launcher, kernels_unread, load_static, raw_stream, static_launcher
+from sloth.kernels.common.ahead import compiling_of
 from sloth.kernels.common.device import compiled_for, device_of
+from sloth.kernels.common.faults import falls_back, fault_of, without_kernels
 from sloth.kernels.common.language import TensorDescriptor
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """Triton on GPUs; elsewhere the ATen formula, which Inductor fuses. Triton has no fp64 worth using, so fp64 is ATen too."""
-    return device_of(x.device).triton and x.dtype != torch.float64
+    """Triton on GPUs; elsewhere the ATen formula, which Inductor fuses. Triton has no fp64 worth using, so fp64 is ATen too. So
+    is an operator whose kernels failed.
+    """
+    return device_of(x.device).triton and x.dtype != torch.float64 and not without_kernels()
 
 
 def launch(kernel):
     """The kernel as a node that Inductor can see, or as it is under Triton's interpreter (TRITON_INTERPRET=1)."""
     if isinstance(kernel, InterpretedFunction):
         return kernel
-    return _OnlyCompiled(kernel) if compiled_for() else wrap_triton(kernel)
+    return wrap_triton(kernel) if compiling() else _Launched(kernel)
 
 
-class _OnlyCompiled:
-    """In the place of a kernel that is compiled ahead: what would launch it compiles it, and Triton's launcher of it."""
+class _Launched:
+    """A kernel that is launched, or only compiled, with Triton's launcher of it, where that is done ahead."""
 
     def __init__(self, kernel: Any):
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **how: _bound(self.kernel.warmup(*args, grid=grid, **how), grid)
+        def run(*args: Any, **how: Any) -> None:
+            try:
+                with compiling_of(self.kernel):
+                    if compiled_for():
+                        compile_launcher(self.kernel.warmup(*args, grid=grid, **how))
+                    else:
+                        wrap_triton(self.kernel)[grid](*args, **how)
+            except Exception as e:
+                raise fault_of(self.kernel, e) from e
+
+        return run
 
 
-def _bound(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """Triton's own launcher: C code, which gcc compiles now."""
-    return compiled[grid + (1,) * (3 - len(grid))]
-
-
-def triton_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+def triton_op(name: str, entry: str) -> Callable[[Callable[..., Any]], Any]:
     """`torch.library.triton_op` for a function of this package that writes to none of its operands. torch looks for the kernels
-    in a function to put their sources into the keys of its caches; the whole package is in these already.
+    in a function to put their sources into the keys of its caches; the whole package is in these already. entry: that calls it.
     """
     enter = torch.library.triton_op(name, mutates_args=())
 
     def decorator(fn: Callable[..., Any]) -> Any:
         with kernels_unread():
-            return enter(fn)
+            return enter(falls_back(name, entry)(fn))
 
     return decorator
 
@@ -59,6 +68,7 @@ ONES = ((), (1, 1), (1,), ())  # that complete a grid of so many dimensions
 ON_HIP = torch.version.hip is not None
 _launchers: dict[tuple, Launcher] = {}
 _any_sizes: dict[int, list[bool]] = {}  # by the id of a kernel, which lives as long as its module
+_compiled: dict[tuple, Any] = {}  # what is not loaded yet
 
 
 def launch_cached(
@@ -81,24 +91,44 @@ def launch_cached(
     device = torch.cuda.current_device()
     any_size = _any_sizes.get(id(kernel)) or _note_any_sizes(kernel, len(operands))
     key = id(kernel), device, *map(_kind, operands), *map(_size_kind, numbers, any_size), *constants.values(), *options.values()
-    if (launcher := _launchers.get(key)) is None:
-        wait_for_kernels()  # the one that compiles ahead may be at it
+    try:
         if (launcher := _launchers.get(key)) is None:
-            compiled = kernel.warmup(*operands, *numbers, grid=grid, **constants, **options)
-            given = len(operands) + len(numbers)
-            launcher = _launchers[key] = _launcher_of(compiled, device, given, list(constants.values()))
-    if compiled_for() is None:
-        launcher(grid, operands, numbers)
+            compile_one = partial(kernel.warmup, *operands, *numbers, grid=grid, **constants, **options)
+            with compiling_of(kernel):
+                launcher = _new_launcher(key, compile_one, device, len(operands) + len(numbers), list(constants.values()))
+        if launcher is not None and compiled_for() is None:
+            launcher(grid, operands, numbers)
+    except Exception as e:
+        raise fault_of(kernel, e) from e
+
+
+def _new_launcher(key: tuple, compile_one: Callable[[], Any], device: int, given: int, constants: list) -> Launcher | None:
+    """None where kernels are compiled ahead: whoever launches this one loads it. given: how many operands and numbers it has."""
+    if key not in _launchers and key not in _compiled:
+        _compiled[key] = compile_one()
+        if compiled_for():
+            _prepare_launcher(_compiled[key])
+    if key in _compiled and not compiled_for():
+        _launchers[key] = _launcher_of(_compiled[key], device, given, constants)
+        del _compiled[key]
+    return _launchers.get(key)
+
+
+def _prepare_launcher(compiled: Any) -> None:
+    """What there is to do without the device."""
+    if static_launcher(compiled) is None:
+        compile_launcher(compiled)
 
 
 def _launcher_of(compiled: Any, device: int, given: int, constants: list) -> Launcher:
     """Of a kernel with so many operands and numbers, through torch's launcher where that takes it. Triton's own is C code, which
     gcc compiles for a third of a second.
     """
-    static = static_launcher(compiled, device)
+    static = static_launcher(compiled)
     if static is None:
-        _bound(compiled, (1,))
-        return lambda grid, operands, numbers: _bound(compiled, grid)(*operands, *numbers, *constants)
+        compiled[1, 1, 1]  # loads it
+        return lambda grid, operands, numbers: compiled[grid + (1,) * (3 - len(grid))](*operands, *numbers, *constants)
+    load_static(static, compiled, device)
     run, constant = static.run, set(static.full_constexprs)
 
     def launch(grid: tuple[int, ...], operands: list, numbers: list[int]) -> None:

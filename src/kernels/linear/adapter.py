@@ -23,7 +23,7 @@ from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import as_matrix
 
 
-@triton_op("sloth::adapter_forward")
+@triton_op("sloth::adapter_forward", "adapter")
 def _adapter_forward(
     base: Tensor,
     inner: Tensor | None,
@@ -49,7 +49,7 @@ def _adapter_forward(
     return (base.to(wide) + change).to(dtype), t
 
 
-@triton_op("sloth::adapter_backward")
+@triton_op("sloth::adapter_backward", "adapter")
 def _adapter_backward(
     g: Tensor,
     inner: Tensor | None,

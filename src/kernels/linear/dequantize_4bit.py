@@ -21,6 +21,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch_cached, no_derivative, use_triton
 
@@ -194,6 +195,7 @@ def _check(packed, absmax, absmax_8bit, code8, offset, blocksize: int, quant_typ
         raise RuntimeError(f"{shape} in blocks of {blocksize} need {blocks} scales, got {scales.numel()}")
 
 
+@falls_back("sloth::dequantize_4bit", "linear_4bit")
 def compute_dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
     compute = _triton if use_triton(packed) else _bitsandbytes
@@ -234,6 +236,7 @@ def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
     return list(zip(sizes[::2], sizes[1::2], strict=True))
 
 
+@falls_back("sloth::dequantize_4bit_together", "linear_4bit")
 def compute_dequantize_4bit_together(
     packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype
 ) -> list[Tensor]:

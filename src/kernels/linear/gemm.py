@@ -13,6 +13,7 @@ dimensions (it copies first). The operator has no derivative: it is what backwar
 
 import torch
 
+from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.launch import no_derivative
 from sloth.kernels.linear.lowrank_gemm import lowrank_gemm, serves
 
@@ -54,6 +55,7 @@ torch.library.define(
 )
 
 
+@falls_back("sloth::sum_of_products", "lora")
 def compute_sum_of_products(a, b, alpha, bias=None) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
     done = 2 if len(a) > 1 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]) else 1

@@ -78,7 +78,7 @@ def _check(x, weight, bias, lora_input, a, b, scale) -> None:
             torch._check(fits, lambda told=told: f"lora_linear: {told}")
 
 
-@triton_op("sloth::lora_linear_forward")
+@triton_op("sloth::lora_linear_forward", "lora")
 def _lora_linear_forward(
     x: Tensor,
     weight: list[Tensor],
@@ -107,7 +107,7 @@ def _lora_linear_forward(
     return out + down
 
 
-@triton_op("sloth::lora_linear_backward")
+@triton_op("sloth::lora_linear_backward", "lora")
 def _lora_linear_backward(
     g: list[Tensor],
     x: Tensor,

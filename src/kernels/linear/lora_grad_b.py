@@ -15,6 +15,7 @@ Tile and strip were chosen on an H200; ranks beyond MAX_RANK, dtypes and devices
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch_cached, no_derivative, use_triton
 from sloth.kernels.common.row_reduction import multiprocessors
@@ -121,6 +122,7 @@ torch.library.define(
 )
 
 
+@falls_back("sloth::up_gradients", "lora")
 def compute_lora_grad_b(g, b, t, scale) -> tuple[Tensor, Tensor]:
     """The operator's results, for operands that were checked when the graph was traced."""
     if use_triton(g) and use_triton(b) and b.shape[1] <= MAX_RANK:

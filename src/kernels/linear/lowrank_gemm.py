@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.device import device_of
+from sloth.kernels.common.faults import without_kernels
 from sloth.kernels.common.language import TensorDescriptor, tl, triton
 from sloth.kernels.common.launch import launch_cached
 from sloth.kernels.common.row_reduction import multiprocessors
@@ -92,6 +93,7 @@ def serves(t: Tensor, u: Tensor, x: Tensor, w: Tensor, scale: float) -> bool:
         and all(map(_addressable, (t, u, x, w)))
         and w.shape[1] % 8 == 0  # so that y is too
         and _hopper(x.device)
+        and not without_kernels()
         and (waves := _tiles(x.shape[0], w.shape[1]) / multiprocessors(x.device)) > FULL * math.ceil(waves)
     )
 

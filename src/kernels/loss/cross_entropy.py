@@ -249,7 +249,7 @@ def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mea
 # ---------------------------------------------------------------- operators
 
 
-@triton_op("sloth::cross_entropy_forward")
+@triton_op("sloth::cross_entropy_forward", "cross_entropy")
 def _cross_entropy_forward(
     logits: Tensor, target: Tensor, ignore_index: int, reduction: str, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -265,7 +265,7 @@ def _cross_entropy_forward(
     return loss / count if reduction == "mean" else loss, lse, low, count
 
 
-@triton_op("sloth::cross_entropy_backward")
+@triton_op("sloth::cross_entropy_backward", "cross_entropy")
 def _cross_entropy_backward(
     dloss: Tensor,
     logits: Tensor,

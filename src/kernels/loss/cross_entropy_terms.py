@@ -30,7 +30,7 @@ def _check(logits, target, class_weight, reduction, label_smoothing, z_loss) -> 
     torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-@triton_op("sloth::cross_entropy_terms_forward")
+@triton_op("sloth::cross_entropy_terms_forward", "cross_entropy_terms")
 def _cross_entropy_terms_forward(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str, softcap: float | None,
     scale: float, label_smoothing: float, z_loss: float,
@@ -49,7 +49,7 @@ def _cross_entropy_terms_forward(
     return loss + z_loss * lse.square().mean() if z_loss else loss, lse, low
 
 
-@triton_op("sloth::cross_entropy_terms_backward")
+@triton_op("sloth::cross_entropy_terms_backward", "cross_entropy_terms")
 def _cross_entropy_terms_backward(
     dloss: Tensor, logits: Tensor, target: Tensor, class_weight: Tensor | None, lse: Tensor, lse_low: Tensor, ignore_index: int,
     reduction: str, softcap: float | None, scale: float, label_smoothing: float, z_loss: float,

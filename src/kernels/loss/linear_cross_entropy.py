@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels.common.device import device_of
+from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.launch import compiling, compute_dtype, use_triton, without_autocast
 from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import add_product, as_matrix, product
@@ -232,6 +233,7 @@ def _by_rows(r: _Rows, keep: bool) -> tuple[Tensor, Tensor]:
     return dw, kept
 
 
+@falls_back("sloth::linear_cross_entropy_forward", "linear_cross_entropy")
 def compute_linear_cross_entropy(
     hidden, weight, bias, lora_a_out, lora_b, target, items, ignore_index, reduction, softcap, scale, class_weight,
     label_smoothing, z_loss, up_scale, need, budget,
@@ -278,6 +280,7 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_dweight", "CompositeExplicitAutograd")
+@falls_back("sloth::linear_cross_entropy_dweight", "linear_cross_entropy")
 def linear_cross_entropy_dweight_impl(
     dloss, lse, hidden, weight, bias, lora_a_out, lora_b, target, items, class_weight, ignore_index, reduction, softcap, scale,
     label_smoothing, z_loss, up_scale, budget,

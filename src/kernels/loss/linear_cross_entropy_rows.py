@@ -15,6 +15,7 @@ Saved    per row lse and lse_low; no logits and no gradient. Of four matmuls one
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
 from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import add_product, as_matrix, product
@@ -42,6 +43,7 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_rows_forward", "CompositeExplicitAutograd")
+@falls_back("sloth::linear_cross_entropy_rows_forward", "linear_cross_entropy_rows")
 def linear_cross_entropy_rows_forward_impl(
     hidden, weight, bias, target, class_weight, ignore_index, softcap, scale, label_smoothing, budget
 ):
@@ -77,6 +79,7 @@ torch.library.define(
 
 
 @torch.library.impl("sloth::linear_cross_entropy_rows_backward", "CompositeExplicitAutograd")
+@falls_back("sloth::linear_cross_entropy_rows_backward", "linear_cross_entropy_rows")
 def linear_cross_entropy_rows_backward_impl(
     dloss, hidden, weight, bias, target, class_weight, lse, low, ignore_index, softcap, scale, label_smoothing, *more
 ):

@@ -80,7 +80,7 @@ def compile_with(inner: Callable[..., Any], gm: fx.GraphModule, example_inputs: 
 
 
 def _inductor(chosen: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Inductor, which compiles the backward pass too: in the first call of `backward()` it is too late to do without a rewrite."""
+    """Inductor, which compiles the backward pass too: when `backward()` is called it is too late to do without a rewrite."""
     with _launched_by_torch(), functorch_config.patch(AT_ONCE) if hasattr(functorch_config, *AT_ONCE) else nullcontext():
         from sloth.compat.inductor import compile_fx, compile_fx_inner  # Inductor is imported by whom it compiles for
 
