@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from sloth.kernels.common.language import THERE
+
 
 @dataclass(frozen=True)
 class Device:
@@ -69,12 +71,12 @@ def _found(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device()
     if not torch.cuda.is_available():  # of a fake tensor
-        return Device(triton=True, roomy=True)
+        return Device(triton=THERE, roomy=True)
     properties = torch.cuda.get_device_properties(device)
     return Device(
-        triton=True,
+        triton=THERE,
         multiprocessors=properties.multi_processor_count,
         shared_memory=getattr(properties, "shared_memory_per_block_optin", 0),
-        hopper=torch.version.hip is None and properties.major == 9,
+        hopper=THERE and torch.version.hip is None and properties.major == 9,
         roomy=True,
     )

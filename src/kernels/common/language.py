@@ -1,21 +1,27 @@
-"""Triton, or where it is not installed (macOS, Windows) a stand-in: kernels can be defined, and are not run, since operators take
-their ATen formulas there.
+"""Triton, or where it is not installed (macOS, Windows) or cannot be imported a stand-in: kernels can be defined. They are not
+run, since operators take their ATen formulas there.
 """
 
 from __future__ import annotations
 
+import logging
 from inspect import signature
 from typing import Any
 
-__all__ = ["TensorDescriptor", "tl", "triton"]
+__all__ = ["THERE", "TensorDescriptor", "tl", "triton"]
+THERE = True  # is it Triton?
 
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ModuleNotFoundError as e:
-    if (e.name or "").split(".")[0] != "triton":
-        raise
+except Exception as e:
+    THERE = False
+    if not (isinstance(e, ModuleNotFoundError) and e.name == "triton"):
+        logging.getLogger("sloth").warning(
+            "sloth: Triton cannot be imported (%s: %s): operators take their ATen formulas. Install the one that torch asks for",
+            type(e).__name__, e,
+        )  # fmt: skip
 
     class _Kernel:
         """A function that nothing compiles."""
