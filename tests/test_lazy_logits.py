@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sloth.lazy import functions, snapshot
+from sloth.lazy import functions, snapshot, tensor
 from sloth.lazy import rows as module
 from sloth.lazy.functions import LazyLogits, lazy, materialize
 
@@ -97,6 +97,7 @@ CHUNKED = {
     "topk": lambda t: t.topk(3).values,
     "entropy": lambda t: -(t.log_softmax(-1).exp() * t.log_softmax(-1)).sum(-1),
     "entropy by parts": lambda t: torch.cat([-(p.exp() * p).sum(-1) for p in map(log_softmax, t.view(-1, V).split(4))]),
+    "along, by name": lambda t: torch.take_along_dim(t, indices=torch.arange(B * S).view(B, S, 1) % V, dim=-1),
     "along": lambda t: torch.take_along_dim(t.log_softmax(dim=-1), torch.arange(B * S).view(B, S, 1) % V, dim=2),
     "argmax": lambda t: t.argmax(-1),
     "one position": lambda t: t[0, -1].argmax(-1) + t[1, 2].logsumexp(0),
@@ -185,6 +186,25 @@ class Doubled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d):
         return d * 2
+
+
+def test_a_bug_by_rows_is_told_and_a_wrong_call_is_the_callers_error(monkeypatch, caplog):
+    """Both are done with the logits themselves: for the first they give the result, for the second the error."""
+    monkeypatch.setattr(tensor, "_told", set())
+    x, real, _ = pair(True)
+    for wrong in (lambda t: t.softmax(7), lambda t: t.argmax(-1, 2, 3), lambda t: t.split([1, 1], 1), lambda t: t.view(1, 2)):
+        with pytest.raises(Exception) as theirs:
+            wrong(real)
+        with pytest.raises(type(theirs.value)) as ours:
+            wrong(pair(True)[0])
+        assert str(ours.value) == str(theirs.value)
+    torch.testing.assert_close(pair(True)[0].split([V - 1, 1], -1)[1], real.split([V - 1, 1], -1)[1])
+    assert not caplog.records
+    monkeypatch.setitem(functions.HANDLED_FUNCTIONS, torch.Tensor.softmax, lambda *_: 1 / 0)
+    for _ in range(2):
+        torch.testing.assert_close(pair(True)[0].softmax(-1), real.softmax(-1))
+    (record,) = caplog.records
+    assert "softmax reads logits whole" in record.getMessage() and "ZeroDivisionError" in record.getMessage()
 
 
 def test_gradients_flow_through_functions_of_others():

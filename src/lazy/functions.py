@@ -159,7 +159,10 @@ def _of_positions(func: Callable, x: LazyLogits, *args: Any, **kwargs: Any) -> A
         return NotImplemented
     sizes, found = (x.shape[-1], x.shape[-1] + 1, x.rows.hidden.shape[-1]), []  # of the last dimension, which is left whole
     for n in sizes:
-        one = func(torch.empty(*x.shape[:-1], n, device="meta"), *args, **kwargs)
+        try:
+            one = func(torch.empty(*x.shape[:-1], n, device="meta"), *args, **kwargs)
+        except (RuntimeError, IndexError):  # sizes that fit one vocabulary alone, or nothing
+            return NotImplemented
         found.append([tuple(p.shape) for p in (one if isinstance(one, tuple | list) else (one,))])
     if any(len({p[:-1] for p in parts}) > 1 or tuple(p[-1] for p in parts if p) != sizes for parts in zip(*found, strict=True)):
         return NotImplemented
@@ -213,8 +216,8 @@ def _gather(func: Callable, x: LazyLogits, dim: int, index: Tensor, **_: Any) ->
     return _chunked_apply(x, lambda z, i: z.gather(-1, i), as_matrix(index))
 
 
-def _take_along_dim(func: Callable, x: LazyLogits, index: Tensor, dim: int | None = None) -> Any:
-    return _gather(func, x, dim, index) if isinstance(dim, int) else NotImplemented
+def _take_along_dim(func: Callable, x: LazyLogits, indices: Tensor, dim: int | None = None) -> Any:
+    return _gather(func, x, dim, indices) if isinstance(dim, int) else NotImplemented
 
 
 class _CrossEntropy(torch.autograd.Function):

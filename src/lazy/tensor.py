@@ -14,6 +14,7 @@ passes through it, so that hooks see it. Only that gradient is lazy too (gradien
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -55,6 +56,9 @@ IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordi
 IN_PLACE |= {"__setitem__", "__ilshift__", "__irshift__"}
 
 
+log, _told = logging.getLogger("sloth"), set[str]()
+
+
 class LazyLogits(Tensor):
     """[..., V] = steps(head(hidden)). Made by `lazy`."""
 
@@ -81,11 +85,11 @@ class LazyLogits(Tensor):
             args, kwargs = pytree.tree_map_only(LazyLogits, _itself, (args, kwargs))
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        first = args[0] if args else None
+        first, bug = args[0] if args else None, None
         if func in LAYOUT and isinstance(first, LazyLogits):
             return func(first.layout_of, *args[1:], **kwargs)
         if func in HANDLED_FUNCTIONS and isinstance(first, LazyLogits) and is_lazy(first):
-            found = _handled(func, args, kwargs)
+            found, bug = _handled(func, args, kwargs)
             if found is not NotImplemented:
                 return _noted(found, func, args, kwargs)
         if func in KIND and not isinstance(first, LazyLogits):
@@ -96,6 +100,8 @@ class LazyLogits(Tensor):
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, LazyLogits)]
         real_args, real_kwargs = pytree.tree_map_only(LazyLogits, materialize, (args, kwargs))
         found = func(*real_args, **real_kwargs)
+        if bug is not None:
+            _tell(func, bug)
         shown = [t for t in given if t.is_view and not t.written and not _is_joined(t) and _shows(func, found, t.known)]
         if not shown:
             _use(given)
@@ -251,14 +257,22 @@ def _is_checkpointed() -> bool:
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
-def _handled(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """What the table gives. A call that it cannot do is done with the logits themselves, which know what is wrong with it."""
+def _handled(func: Callable, args: tuple, kwargs: dict) -> tuple[Any, Exception | None]:
+    """What the table gives, and what it raised: the logits themselves know whether something is wrong with the call."""
     try:
-        return HANDLED_FUNCTIONS[func](func, *args, **kwargs)
-    except (StaleLogits, torch.OutOfMemoryError):
+        return HANDLED_FUNCTIONS[func](func, *args, **kwargs), None
+    except (StaleLogits, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (TypeError, ValueError, IndexError, RuntimeError):
-        return NotImplemented
+    except Exception as e:
+        return NotImplemented, e
+
+
+def _tell(func: Callable, bug: Exception) -> None:
+    """Once for each function, where it works for the logits themselves."""
+    if func.__name__ not in _told:
+        _told.add(func.__name__)
+        why = f"{type(bug).__name__}: {bug}".split("\n")[0]
+        log.warning("sloth: %s reads logits whole, since by rows it raises %s. Please report this", func.__name__, why)
 
 
 # ---------------------------------------------------------------- writing in place, which views show
