@@ -191,7 +191,7 @@ class Doubled(torch.autograd.Function):
 def test_a_bug_by_rows_is_told_and_a_wrong_call_is_the_callers_error(monkeypatch, caplog):
     """Both are done with the logits themselves: for the first they give the result, for the second the error."""
     monkeypatch.setattr(tensor, "_told", set())
-    x, real, _ = pair(True)
+    _, real, _ = pair(True)
     for wrong in (lambda t: t.softmax(7), lambda t: t.argmax(-1, 2, 3), lambda t: t.split([1, 1], 1), lambda t: t.view(1, 2)):
         with pytest.raises(Exception) as theirs:
             wrong(real)
