@@ -20,7 +20,17 @@ from sloth.rewriter.compile.inductor import compile_with, compiler, start_early,
 from sloth.rewriter.compile.plain_inputs import plain_inputs
 from sloth.rewriter.compile.regions import compile_by_region
 from sloth.rewriter.dynamo import called_modules
-from sloth.rewriter.faults import Attempt, Compiled, Original, compile_in_spite, first_line, forget, is_fault, run_in_spite
+from sloth.rewriter.faults import (
+    Attempt,
+    Compiled,
+    Original,
+    causes,
+    compile_in_spite,
+    first_line,
+    forget,
+    is_fault,
+    run_in_spite,
+)
 from sloth.rewriter.graph.aliasing import writes_to_inputs
 from sloth.rewriter.graph.lower import shape_env_of
 from sloth.rewriter.graph.scratch import guards_of
@@ -94,7 +104,9 @@ def sloth(
             raise made.error
         if plan is not None:
             plan.restore()
-        warn_once(f"Inductor fails on a graph as the model has it, which runs uncompiled: {first_line(made.error)}")
+        files = any(isinstance(e, OSError) for e in causes(made.error))
+        hint = ". TORCHINDUCTOR_CACHE_DIR names another folder for what it writes" * files
+        warn_once(f"Inductor fails on a graph as the model has it, which runs uncompiled: {first_line(made.error)}{hint}")
         return finish(gm.forward)
     compiled = wrap_outputs(finish(compiled), report.deferred)
     if report.rewrites and not writes:

@@ -57,8 +57,10 @@ def entry_of(site: Site) -> str:
 
 def causes(e: BaseException | None) -> Iterator[BaseException]:
     """It, and what it was made of."""
-    while e is not None:
+    seen: set[int] = set()
+    while e is not None and id(e) not in seen:
         yield e
+        seen.add(id(e))
         e = getattr(e, "inner_exception", None) or e.__cause__
 
 
@@ -152,7 +154,9 @@ class Original:
         self.graph = graphs[gm]
         names = {str(n.target) for n in self.graph.nodes if n.op in ("get_attr", "call_module")}
         held = {name: attrgetter(name)(gm) for name in names}
-        self.held = {name: Original(x, graphs) if x in graphs else x for name, x in held.items()} if graphs else held
+        self.held = {
+            name: Original(x, graphs) if isinstance(x, fx.GraphModule) and x in graphs else x for name, x in held.items()
+        }
         for n in self.graph.nodes:
             n.meta.clear()
 
@@ -177,11 +181,12 @@ def run_in_spite(
         except Exception as e:
             if not is_fault(e):
                 raise
-            eager, why, failed = finish(original.module().forward), first_line(e), e
-        try:
-            found = eager(*args)
-        except torch.OutOfMemoryError:  # it takes more
-            raise failed from None
+            traceback.clear_frames(e.__traceback__)  # they hold what was computed
+            eager, why = finish(original.module().forward), first_line(e)
+            try:
+                found = eager(*args)
+            except torch.OutOfMemoryError:  # it takes more
+                raise e from None
         instead.append(eager)
         names = ",".join(sorted(entries))
         warn_once(

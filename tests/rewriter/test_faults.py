@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._inductor.exc import InductorError
 from toys import Call, llama_norm
 
 from sloth import Construct, pattern
@@ -122,6 +123,13 @@ def test_the_next_sizes_are_compiled_without_it_at_once(compiler: Any, nothing_s
     step(model, call)
     step(model, call, X.transpose(0, 1).contiguous())
     assert ["gated_act" in ops for ops in given] == [True, False, False] and len(nothing_said) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_told(compiler: Any, nothing_said: set[str]) -> None:
+    compiler(lambda ops: InductorError(PermissionError(13, "Permission denied", "/cache/locks"), None))
+    trains()
+    (warning,) = nothing_said
+    assert "PermissionError" in warning and "/cache/locks" in warning and "TORCHINDUCTOR_CACHE_DIR" in warning
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), torch._dynamo.exc.SkipFrame("not this one")])

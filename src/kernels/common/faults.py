@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,14 +24,14 @@ class KernelFault(RuntimeError):
     """A kernel could not be compiled, loaded or launched."""
 
 
-def fault_of(kernel: Any, e: Exception) -> Exception:
-    """What is to be raised where a launch raised `e`: the kernel's fault, unless memory is not there or the device is broken."""
+def blame(kernel: Any, e: Exception) -> NoReturn:
+    """Raise what a launch that raised `e` is to raise: the kernel's fault, unless memory is not there or the device is broken."""
     if isinstance(e, KernelFault | torch.OutOfMemoryError | torch.AcceleratorError):
-        return e
+        raise e
     if "out of memory" in str(e):  # so Triton says it, when it loads a kernel
-        return torch.OutOfMemoryError(str(e))
+        raise torch.OutOfMemoryError(str(e)) from e
     name = getattr(getattr(kernel, "fn", kernel), "__name__", "kernel")
-    return KernelFault(f"{name}: {type(e).__name__}: {e}".split("\n")[0][:300])
+    raise KernelFault(f"{name}: {type(e).__name__}: {e}".split("\n")[0][:300]) from e
 
 
 def falls_back(operator: str, entry: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -12,7 +12,7 @@ from sloth.compat.dispatch import detect_fake_mode
 from sloth.compat.triton import InterpretedFunction, compile_launcher, kernels_unread, load_static, raw_stream, static_launcher
 from sloth.kernels.common.ahead import compiling_of
 from sloth.kernels.common.device import compiled_for, device_of
-from sloth.kernels.common.faults import falls_back, fault_of, without_kernels
+from sloth.kernels.common.faults import blame, falls_back, without_kernels
 from sloth.kernels.common.language import TensorDescriptor
 
 
@@ -45,7 +45,7 @@ class _Launched:
                     else:
                         wrap_triton(self.kernel)[grid](*args, **how)
             except Exception as e:
-                raise fault_of(self.kernel, e) from e
+                blame(self.kernel, e)
 
         return run
 
@@ -99,7 +99,7 @@ def launch_cached(
         if launcher is not None and compiled_for() is None:
             launcher(grid, operands, numbers)
     except Exception as e:
-        raise fault_of(kernel, e) from e
+        blame(kernel, e)
 
 
 def _new_launcher(key: tuple, compile_one: Callable[[], Any], device: int, given: int, constants: list) -> Launcher | None:
