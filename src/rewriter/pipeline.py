@@ -10,9 +10,9 @@ from sloth.rewriter.graph.lower import lower
 from sloth.rewriter.match.cost import Costs
 from sloth.rewriter.match.matcher import Match
 from sloth.rewriter.match.pattern import Construct, LazyOutputRule, Pattern
-from sloth.rewriter.notices import log
+from sloth.rewriter.notices import log, warn_once
 from sloth.rewriter.plan.apply import Applied, apply
-from sloth.rewriter.plan.plan import GraphPlan, Plan, plan
+from sloth.rewriter.plan.plan import GraphPlan, Plan, RewriteFailed, plan
 from sloth.rewriter.report import GraphReport, Site, timed
 from sloth.rewriter.sites import deferred_sites, layers_in, matched_sites, missed_sites
 
@@ -51,6 +51,11 @@ def rewrite(
     except Exception as e:
         if made is not None:
             made.restore()
+        if isinstance(e, RewriteFailed):  # the graph is half edited: it is begun anew
+            why = f"{type(e.__cause__).__name__}: {e.__cause__}".split("\n")[0]
+            warn_once(f"{e.entry} is left out of a graph, since a rewrite of it raises {why}. Please report this")
+            others = [p for p in entries if p.name != e.entry]
+            return rewrite(gm, others, constructs, deferrals, limit, always)
         report.rewrites = 0
         report.sites.clear()
         report.deferred.clear()

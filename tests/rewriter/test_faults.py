@@ -19,6 +19,7 @@ from sloth.rewriter import faults, notices
 from sloth.rewriter.backend import listening
 from sloth.rewriter.compile import inductor
 from sloth.rewriter.match.registry import unregister
+from sloth.rewriter.plan.apply import Rewriter
 from sloth.rewriter.report import MATCHED, GraphReport
 
 ALL = {"sloth.always": "cross_entropy"}
@@ -142,6 +143,20 @@ def test_what_is_no_fault_is_passed_on(compiler: Any, nothing_said: set[str], er
     else:
         call(X)
     assert all("sloth" in ops for ops in given) and not nothing_said, "none is tried again without rewrites"
+
+
+def test_a_rewrite_that_fails_costs_its_entry(compiler: Any, nothing_said: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Rewriter.apply
+
+    def apply(self: Rewriter, matches: list[Any]) -> fx.Node:
+        node = place(self, matches)
+        return node if matches[0].pattern.name != "gated_mlp" else 1 / 0
+
+    monkeypatch.setattr(Rewriter, "apply", apply)
+    compiler(lambda ops: None)
+    assert matched(trains()) == {"rms_norm", "cross_entropy"}
+    (warning,) = nothing_said
+    assert warning.startswith("gated_mlp is left out") and "ZeroDivisionError" in warning
 
 
 def test_another_compiler_raises_what_it_raises(nothing_said: set[str]) -> None:

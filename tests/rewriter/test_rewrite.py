@@ -215,6 +215,9 @@ def test_an_exception_leaves_every_graph_as_it_was(stage: str, monkeypatch: pyte
 
     found = rewritten(Call(fn), x_like(2, 3, 8))
     assert found.after == found.before
+    if "apply" in stage:  # costs the entry, and there is no other
+        assert not found.report.untouched and not found.report.rewrites
+        return
     assert found.report.untouched == "RuntimeError: a bug" and not found.report.sites
     assert found.report.line({}) == "graph left as it was: RuntimeError: a bug"
     done.clear()

@@ -26,6 +26,14 @@ from sloth.rewriter.report import source, timed
 Placement = list[Match]  # what one call is to stand for: several where its operator takes lists
 
 
+class RewriteFailed(Exception):
+    """A bug was met in a rewrite of this entry."""
+
+    def __init__(self, entry: str):
+        super().__init__(entry)
+        self.entry = entry
+
+
 @dataclass(eq=False)
 class GraphPlan:
     """For one graph. placements: calls to be made, in graph order; costs: of all legal matches; losers: legal matches, each with
@@ -81,6 +89,8 @@ class Plan:
                 attempt(placement)
             except Refused as why:
                 todo[:0] = graph.instead_of(placement, why, todo)
+            except Exception as e:
+                raise RewriteFailed(placement[0].pattern.name) from e
             else:
                 graph.placements.append(placement)
 
