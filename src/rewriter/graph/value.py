@@ -16,6 +16,7 @@ import torch
 from torch import SymBool, SymFloat, SymInt, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sloth.compat.dispatch import HigherOrderOperator
 from sloth.rewriter.graph.ambient import OFF, Autocast
 
 Symbol = (SymInt, SymFloat, SymBool)
@@ -90,6 +91,15 @@ def _show(a: Any) -> str:
     return "(" + ", ".join(_show(x) for x in a) + ")" if isinstance(a, tuple | list) else str(a)
 
 
+def _told_frozen(origin: fx.Node | None) -> bool:
+    """Do the node's tensors need no gradient, as the tracer holds them when all writes are done?"""
+    if origin is None or isinstance(origin.target, HigherOrderOperator):  # of results of theirs, what is told is not relied on
+        return False
+    example = origin.meta.get("example_value")
+    told = [t for t in (example if isinstance(example, tuple | list) else [example]) if isinstance(t, torch.Tensor)]
+    return bool(told) and not any(t.requires_grad for t in told)
+
+
 def literal_key(a: Any) -> Any:
     """A hashable stand-in for an argument: SymInts by their expression, Values by their number."""
     if isinstance(a, Value):
@@ -139,8 +149,8 @@ class ValueGraph:
         )
         if key is not None and (known := self._by_key.get(key)) is not None:
             return known
-        if mutated_storage and meta is not None and meta.dtype.is_floating_point:  # what is written into it may bring a gradient
-            meta = meta._replace(requires_grad=True)
+        if mutated_storage and meta is not None and meta.dtype.is_floating_point and not _told_frozen(origin):
+            meta = meta._replace(requires_grad=True)  # what is written into it may bring a gradient
         value = Value(len(self.values), op, args, meta, region, mutated_storage, origin=origin)
         self.values.append(value)
         for v in dict.fromkeys(value.inputs):
