@@ -31,6 +31,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 256,
     "sliding_window": 32,
 }
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # what is asked of files on this machine
 
 
 def build(model: str) -> torch.nn.Module:
@@ -46,13 +47,13 @@ def build(model: str) -> torch.nn.Module:
         if Path(model).exists():
             config = _config(Path(model))
             if getattr(config, "quantization_config", None) is not None:
-                return AutoModelForCausalLM.from_pretrained(model).train()
+                return AutoModelForCausalLM.from_pretrained(_with_weights(Path(model)), **LOCAL).train()
             config = _tiny(config, keep=DEPTH)
         elif model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             config = _tiny(AutoConfig.for_model(model))
         else:
             raise ModelError(f"{model!r} is neither a folder, nor a config.json, nor a model_type of a causal LM such as llama")
-        return AutoModelForCausalLM.from_config(config).train()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
     except ModelError:
         raise
     except Exception as e:
@@ -74,9 +75,9 @@ def full(model: str, quantization: Any = None, dtype: torch.dtype | None = None)
         dtype = dtype or getattr(config, "dtype", None) or torch.float32
         if path.is_dir() and any(path.glob("*.safetensors")):
             how = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": device}}
-            return AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, **how).to(device)
+            return AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, **how, **LOCAL).to(device)
         with torch.device(device):
-            made = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         return made if quantization is None else _in_4_bits(made, quantization, device)
     except (ModelError, ModuleNotFoundError):
         raise
@@ -107,9 +108,17 @@ def _config(path: Path) -> Any:
     if not file.is_file():
         raise ModelError(f"{path} holds no config.json")
     try:
-        return AutoConfig.from_pretrained(file)
+        return AutoConfig.from_pretrained(file, **LOCAL)
     except (ValueError, KeyError, OSError) as e:
         raise ModelError(f"{file} is no config of a causal LM: {e}".split("\n")[0]) from e
+
+
+def _with_weights(path: Path) -> Path:
+    """The folder of a quantised checkpoint. A name that is no folder would be asked of the hub."""
+    folder = path if path.is_dir() else path.parent
+    if not any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()):
+        raise ModelError(f"{path} is quantised, which is loaded as it is, and no weights lie beside it: give the checkpoint")
+    return folder
 
 
 def _tiny(config: Any, keep: tuple[str, ...] = ()) -> Any:

@@ -163,6 +163,7 @@ def save(file: Path) -> int:
     if found is None:
         raise WarmError("nothing was compiled, so there is nothing to save")
     partial = file.with_name(file.name + ".partial")
+    _make_private(partial)
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr(VERSIONS, json.dumps(versions(), indent=1))
         out.writestr(ARTIFACTS, found[0])
@@ -177,6 +178,8 @@ def load(file: Path) -> int:
 
     What is in it is code that later compilations run: load what you made, or trust as you trust a program.
     """
+    if file.exists() and file.stat().st_mode & 0o002:
+        raise WarmError(f"{file} holds code, and anybody may write to it: `chmod o-w {file}`, if you are sure of what is in it")
     try:
         with zipfile.ZipFile(file) as held:
             made_with = json.loads(held.read(VERSIONS))
@@ -210,10 +213,17 @@ def _unpack(binaries: dict[str, bytes], folder: Path) -> None:
             group = json.loads(content)
             group["child_paths"] = {child: str(folder / key / child) for child in group.get("child_paths", {})}
             content = json.dumps(group).encode()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = path.with_name(f"{leaf}.{os.getpid()}.partial")
+        _make_private(partial)
         partial.write_bytes(content)
         partial.replace(path)
+
+
+def _make_private(file: Path) -> None:
+    """An empty file that its user alone can read and write: what will be in it is code."""
+    file.unlink(missing_ok=True)
+    os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _triton_folders() -> list[Path]:
