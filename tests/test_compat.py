@@ -510,7 +510,7 @@ def _() -> None:
 
 @uses("inductor.config", "inductor.InductorOptions")
 def _() -> None:
-    slots = ("joint_custom_pre_pass", "post_grad_custom_post_pass", "combo_kernels", "combo_kernels_pointwise_only")
+    slots = ("joint_custom_pre_pass", "post_grad_custom_post_pass", "combo_kernels", "combo_kernels_pointwise_only", "max_autotune")
     assert all(hasattr(inductor.config, name) for name in slots) and inductor.config.unsafe_marked_cacheable_functions == {}
     assert inductor.config.triton.cudagraphs is False
     assert inductor.InductorOptions("reduce-overhead", {"combo_kernels": True}, None).config.get("triton.cudagraphs") is True

@@ -17,6 +17,7 @@ from sloth.rewriter.backend import listening
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.plan import legality
 from sloth.rewriter.report import Report
+from sloth.testing.judge import compare, make, wide
 
 BF16 = torch.bfloat16
 
@@ -80,6 +81,28 @@ def test_a_cheap_value_used_elsewhere_is_computed_twice(use: Callable[[Tensor, T
         return a * (x * m.v), use(a, g)
 
     assert statuses(checked(Call(fn), x_like(2, 3, 8))) == [("gated_mlp", "matched")]
+
+
+def cohere(x: Tensor, h: Tensor, w: Tensor) -> Tensor:
+    h = h - h.mean(-1, keepdim=True)
+    return (wide(w) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5))).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, w: (h := wide(x), (cohere(x, h, w), h))[-1],
+        lambda x, w: (h := wide(x), (cohere(x, h, w), h.sin()))[-1],
+        lambda x, w: (h := wide(x), cohere(x, h, w) * cohere(x, h, w.flip(0)))[-1],
+    ],
+    ids=["given out", "read", "two norms"],
+)
+def test_gradients_of_a_cast_are_added_up_in_the_wider_dtype(fn: Callable[[Tensor, Tensor], Any]) -> None:
+    """And rounded once: a norm of the narrow tensor would round its own first."""
+    x, w = make((64, 64), torch.bfloat16), make((64,), torch.bfloat16, seed=1, mean=1.0)
+    with listening() as graphs:
+        compare(compiled(fn), fn, [x, w])
+    assert "layer_norm" in matched(Report(graphs)) or "rms_norm" in matched(Report(graphs))
 
 
 def test_the_residual_stream_is_a_result() -> None:

@@ -10,7 +10,7 @@ import torch
 from test_shadow import only, x_like
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toys import Call, Norm, captured, checked, llama_norm, matched
+from toys import Call, Norm, captured, checked, llama_norm, matched, tables, turned
 
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.report import MATCHED
@@ -45,6 +45,18 @@ AT_REST: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a copy that is written itself": lambda m, x: (
         h := x.detach() * 2, h.mul_(2), c := h.clone(), c.mul_(3), llama_norm(c, m.w) + h)[-1],
 }  # fmt: skip
+
+
+def test_what_is_written_without_gradients_has_none() -> None:
+    """Its rotation is not done together with that of a key which has one: it would get one."""
+
+    def fn(m, x, cos, sin):
+        q, k = x.detach() * 2, x * m.w
+        q.mul_(2)
+        return turned(q, cos, sin), turned(k, cos, sin)
+
+    report = checked(Call(fn), x_like(1, 2, 3, 8), *tables(1, 3, 8))
+    assert [s.variant.split("[")[0] for s in report.sites] == ["rope_single"] * 2
 
 
 def mean_first(m: Any, x: Tensor) -> Tensor:

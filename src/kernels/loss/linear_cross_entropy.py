@@ -201,7 +201,7 @@ class _Rows:
         self.loss -= torch.where(counts, p.gather(1, at).squeeze(1), 0).sum()
         if not self.wanted:
             return None
-        p.exp_().scatter_add_(1, at, p.new_full((1, 1), -1).expand_as(at))
+        p.exp_().scatter_(1, at, p.gather(1, at) - 1)  # not scatter_add_, which torch.use_deterministic_algorithms refuses
         return p.mul_(torch.where(counts, self.unit / self.over, 0).unsqueeze(1)).to(z.dtype)
 
 

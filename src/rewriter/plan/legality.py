@@ -125,6 +125,22 @@ def escapes(match: Match, context: LegalityContext) -> None:
         elsewhere = any(u not in match.values and _alive(u) and not only_given_out(match, u, context.view) for u in v.users)
         if not is_cheap(v) and (elsewhere or given_out and not deferrable(match, v, context.view)):
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
+        if _widens(v) and any(_read_within_and_without(n, match, context.view) for n in v.nodes):
+            why = f"gradients of {_name(v)}, which is read elsewhere too, are added up in {v.meta.dtype} and rounded once"
+            raise Refused("escape", why)
+
+
+def _widens(v: Value) -> bool:
+    """Is it a cast to a wider dtype, through which gradients come back?"""
+    return v.op == "cast" and v.meta.requires_grad and torch.promote_types(v.meta.dtype, v.args[0].meta.dtype) == v.meta.dtype
+
+
+def _read_within_and_without(n: fx.Node, match: Match, view: LoweredGraph) -> bool:
+    """Is what the node holds read by the match, and by others who hand a gradient back?"""
+    read = [list(values_in((view.env.get(u),))) for u in n.users if u.users or u.op == "output"]
+    within = [values for values in read if any(v in match.values for v in values)]
+    others = [values for values in read if values not in within]
+    return bool(within) and any(not values or any(v.meta is None or v.meta.requires_grad for v in values) for values in others)
 
 
 def domain(match: Match, context: LegalityContext) -> None:
