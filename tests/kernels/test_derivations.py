@@ -39,8 +39,9 @@ def assert_derivative(loss, matrix, claimed):
 
 @pytest.mark.parametrize("sink", [False, True])
 def test_softmax_is_merged_online(sink):
-    """Of two tiles, whatever m and m' are (they cancel): l' = l·e^(m−m') + Σ e^(s−m'), out' alike. In the end out/l is the mean of
-    values that the softmax weighs, and m + log l the logarithm of the sum. A sink is a tile of one score whose value is 0: m = sink, l = 1.
+    """Of two tiles, whatever m and m' are (they cancel): l' = l·e^(m−m') + Σ e^(s−m'), out' alike. In the end out/l is the mean
+    of values that the softmax weighs, and m + log l the logarithm of the sum. A sink is a tile of one score whose value is 0:
+    m = sink, l = 1.
     """
     s, v, m = sympy.symbols("s:4", real=True), sympy.symbols("v:4", real=True), sympy.symbols("m:3", real=True)
     low, total, out = (s[3], sympy.Integer(1), 0) if sink else (m[0], sympy.Integer(0), 0)
@@ -138,8 +139,8 @@ def test_a_packed_gate():
 
 @pytest.mark.parametrize("each", [False, True], ids=["one loss", "a loss for each row"])
 def test_a_head_and_its_loss(each):
-    """dh = dz W, dW = dzᵀ h, db = Σ dz, dt = s dz U, dU = s dzᵀ t, with dz of cross_entropy.py's formula, of rows in two chunks; a
-    power of two that dz carries comes out of all of them.
+    """dh = dz W, dW = dzᵀ h, db = Σ dz, dt = s dz U, dU = s dzᵀ t, with dz of cross_entropy.py's formula, of rows in two chunks;
+    a power of two that dz carries comes out of all of them.
     """
     N, H, V, r = 2, 2, 3, 1
     h, W, b = symbols("h", N, H), symbols("W", V, H), symbols("b", 1, V)
