@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sloth.rewriter.match.pattern import Construct, PatternError
     from sloth.rewriter.match.registry import pattern, unregister
     from sloth.rewriter.report import Report
+    from sloth.rewriter.verify.report import Verification
+    from sloth.rewriter.verify.verify import verify
 
 _HOME = {
     "FastLanguageModel": "sloth.models.fast",
@@ -28,6 +30,8 @@ _HOME = {
     "is_bfloat16_supported": "sloth.models.precision",
     "explain": "sloth.rewriter.explain",
     "Report": "sloth.rewriter.report",
+    "Verification": "sloth.rewriter.verify.report",
+    "verify": "sloth.rewriter.verify.verify",
     "Construct": "sloth.rewriter.match.pattern",
     "PatternError": "sloth.rewriter.match.pattern",
     "cost": "sloth.rewriter.match.cost",
@@ -36,8 +40,8 @@ _HOME = {
 }
 __version__ = "0.2.0"
 __all__ = [
-    "Construct", "FastLanguageModel", "FastModel", "PatternError", "Report", "TrainingChart", "__version__", "cost", "explain",
-    "is_bfloat16_supported", "pattern", "unregister",
+    "Construct", "FastLanguageModel", "FastModel", "PatternError", "Report", "TrainingChart", "Verification", "__version__", "cost",
+    "explain", "is_bfloat16_supported", "pattern", "unregister", "verify",
 ]  # fmt: skip
 
 

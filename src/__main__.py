@@ -75,6 +75,51 @@ def explain(
     import torch
 
     import sloth
+
+    net = _built("explain", model, checkpointing)
+    ids = torch.ones(batch, seq, dtype=torch.int64)
+    report = sloth.explain(net, {"input_ids": ids, "labels": ids})
+    if as_json:
+        print(report.to_json())
+    else:
+        Console().print(report)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str,
+        typer.Argument(help="a checkpoint folder, a config.json (widths are shrunk), or a model_type such as llama (built tiny)"),
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="sequences in the batch")] = 2,
+    seq: Annotated[int, typer.Option(min=2, help="tokens in a sequence")] = 64,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with gradient checkpointing")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = Dtype.auto,
+    as_json: Annotated[Path | None, typer.Option("--json", help="write what was found to this file, too")] = None,
+) -> None:
+    """Are the rewrites of one training call of MODEL as exact as the model? Each distinct one, and the whole step, forward and
+    backward, beside eager and fp64, on the GPU if there is one. Exit code 1 where one is not.
+    """
+    import torch
+
+    import sloth
+
+    net = _built("verify", model, checkpointing)
+    if dtype.torch is not None:
+        net.to(dtype.torch)
+    net.to("cuda" if torch.cuda.is_available() else "cpu")
+    words = net.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, words, (batch, seq), generator=torch.Generator().manual_seed(0)).to(net.device)
+    found = sloth.verify(net, {"input_ids": ids, "labels": ids})
+    Console().print(found)
+    if as_json is not None:
+        as_json.write_text(found.to_json())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _built(command: str, model: str, checkpointing: bool) -> Any:
+    """The model of a command, or exit code 2 and a line that says what to give."""
     from sloth.options import parse
     from sloth.tiny_model import build
 
@@ -82,18 +127,13 @@ def explain(
         parse(None)  # what the environment says
         net: Any = build(model)
     except ValueError as e:  # ModelError is one
-        print(f"sloth explain: {e}", file=sys.stderr)
+        print(f"sloth {command}: {e}", file=sys.stderr)
         raise typer.Exit(2) from e
     except ModuleNotFoundError as e:
-        raise _lacks("explain", e) from e
+        raise _lacks(command, e) from e
     if checkpointing:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.ones(batch, seq, dtype=torch.int64)
-    report = sloth.explain(net, {"input_ids": ids, "labels": ids})
-    if as_json:
-        print(report.to_json())
-    else:
-        Console().print(report)
+    return net
 
 
 @app.command()

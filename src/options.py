@@ -26,6 +26,7 @@ OPTIONS = {
     "sloth.limit": "how many rewrites are made in a graph, in its order; halving it finds the one that is to blame",
     "sloth.linear_cross_entropy.budget": "bytes of logits at a time; any number of an entry's operator is set so",
     "sloth.checkpoint_offload": "True: inputs of checkpointed layers wait in host memory for their backward pass",
+    "sloth.verify": "True: each distinct rewrite is checked against what it replaces and against fp64, and left out if it fails",
     "sloth.inner_backend": "what compiles the rewritten graph instead of Inductor: the name of any Dynamo backend",
 }
 
@@ -33,7 +34,8 @@ OPTIONS = {
 @dataclass(frozen=True)
 class Options:
     """inner: the compiler behind; rest: what is Inductor's; arguments: of operators, by entry; entries, deferrals: all that are
-    wanted; limit: of rewrites in a graph; checkpoint_offload: inputs of layers wait in host memory for their backward pass.
+    wanted; limit: of rewrites in a graph; checkpoint_offload: inputs of layers wait in host memory for their backward pass;
+    verify: rewrites are checked while they are compiled.
     """
 
     inner: str = "inductor"
@@ -44,6 +46,7 @@ class Options:
     limit: int | None = None
     always: frozenset[str] = frozenset()
     checkpoint_offload: bool = False
+    verify: bool = False
 
     def without(self, names: Collection[str]) -> Options:
         """The same, without entries of these names."""
@@ -66,9 +69,10 @@ def parse(options: dict[str, Any] | None) -> Options:
     limit = own.get("sloth.limit")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ValueError(f"sloth.limit is a number of rewrites, 0 or more, not {limit!r}")
-    offload = own.get("sloth.checkpoint_offload", False)
-    if offload not in (False, True):
-        raise ValueError(f"sloth.checkpoint_offload is True or False (in {VARIABLE}: 1 or 0), not {offload!r}")
+    switches = {name: own.get(name, False) for name in ("sloth.checkpoint_offload", "sloth.verify")}
+    for name, value in switches.items():
+        if value not in (False, True):
+            raise ValueError(f"{name} is True or False (in {VARIABLE}: 1 or 0), not {value!r}")
     disabled = _named("sloth.disable", own)
     only = _named("sloth.only", own) if "sloth.only" in own else None
 
@@ -84,7 +88,7 @@ def parse(options: dict[str, Any] | None) -> Options:
         tuple(d for d in deferrals() if is_wanted(d, (d.construct,))),
         limit,
         frozenset(_named("sloth.always", own)),
-        bool(offload),
+        *map(bool, switches.values()),
     )
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from sloth.compat.dispatch import CompileContext
 from sloth.integrations.integration import load
 from sloth.integrations.transformers import mark_requires_grad, outputs_requiring_grad
-from sloth.options import parse
+from sloth.options import Options, parse
 from sloth.rewriter import progress
 from sloth.rewriter.compile.inductor import compile_with, compiler, start_early, start_workers, uses_cudagraphs
 from sloth.rewriter.compile.plain_inputs import plain_inputs
@@ -39,6 +39,7 @@ from sloth.rewriter.match.registry import constructs, patterns
 from sloth.rewriter.notices import log, speak, warn_of_recompilations, warn_of_versions, warn_once
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.plan.lazy_outputs import wrap_outputs
+from sloth.rewriter.plan.plan import Plan
 from sloth.rewriter.report import GraphReport
 
 MET = ("generation", "llamafactory", "peft", "peft_model", "trainer", "trl")
@@ -74,7 +75,7 @@ def sloth(
     def attempt(left_out: Collection[str]) -> Attempt:
         for plan in plans[-1:]:
             plan.restore()
-        report = _rewritten(gm, chosen.without(left_out))
+        report = _rewritten(gm, example_inputs, chosen.without(left_out))
         if report.plan is not None:
             plans.append(report.plan)
         start, starting = time.perf_counter(), partial(_say, report, chosen.inner)
@@ -130,13 +131,14 @@ def _say(report: GraphReport, inner: str, parts: int, modules: list[fx.GraphModu
     log.info("sloth: %s%s%s", report.line({c.name: c.title for c in constructs()}), cut, wait)
 
 
-def _rewritten(gm: fx.GraphModule, chosen: Any) -> GraphReport:
+def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Options) -> GraphReport:
     """The report of what was rewritten; what a user should know of it is said."""
     env = shape_env_of(gm)
     before = guards_of(env)
     token = ARGUMENTS.set(chosen.arguments)
     try:
-        report = rewrite(gm, list(chosen.entries), constructs(), chosen.deferrals, chosen.limit, chosen.always)
+        check = _check_of(example_inputs) if chosen.verify else None
+        report = rewrite(gm, list(chosen.entries), constructs(), chosen.deferrals, chosen.limit, chosen.always, check)
     finally:
         ARGUMENTS.reset(token)
     report.guards = guards_of(env)[len(before) :]
@@ -146,6 +148,12 @@ def _rewritten(gm: fx.GraphModule, chosen: Any) -> GraphReport:
     if report.untouched:
         warn_once(f"a graph is left to Inductor as it was: {report.untouched}. Please report this")
     return report
+
+
+def _check_of(example_inputs: Sequence[Any]) -> Callable[[Plan], list[Any]]:
+    from sloth.rewriter.verify.rewrites import keep_what_holds  # nobody else needs it
+
+    return partial(keep_what_holds, inputs=example_inputs)
 
 
 def _reset() -> None:

@@ -34,7 +34,7 @@ def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
         raise TypeError(f"explain needs the keyword arguments of one call as a mapping, not {type(batch).__name__}")
     module = getattr(model, "_orig_mod", model)
     report = Report(titles={c.name: c.title for c in constructs()})
-    with _unchanged(module), torch.enable_grad():
+    with unchanged(module), torch.enable_grad():
         report.expected = _expected(module, batch, constructs())
         before = Counter(counters["graph_break"])
         unlimited = config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
@@ -99,7 +99,7 @@ def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _unchanged(model: torch.nn.Module) -> Iterator[None]:
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
     """Buffers and the random state are put back; gradients are not touched by a forward pass."""
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

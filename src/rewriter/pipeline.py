@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -24,9 +25,11 @@ def rewrite(
     deferrals: Sequence[LazyOutputRule] = (),
     limit: int | None = None,
     always: Collection[str] = (),
+    check: Callable[[Plan], list[Any]] | None = None,
 ) -> GraphReport:
     """Rewrite `gm` and its bodies in place, at most `limit` times; entries and constructs in `always` whether it pays or not.
-    Whatever goes wrong, the graph is then as it was, and the report says why.
+    Whatever goes wrong, the graph is then as it was, and the report says why. check: asked before the graph is edited; it may
+    refuse placements of the plan, and gives `report.verified`.
     Outputs that `report.deferred` names are for `lazy_outputs.wrap_outputs` to make of what the graph gives out in their place.
     """
     report = GraphReport()
@@ -40,6 +43,9 @@ def rewrite(
                 report.unread.update({kind: n * view.times for kind, n in layers_in(node, view.gm).items()})
         made = plan(lowered, entries, deferrals, limit, Costs(frozenset(always)), report.seconds)
         log.debug("sloth: plan\n%s", made)
+        if check is not None:
+            with timed(report.seconds, "verify"):
+                report.verified = check(made)
         with timed(report.seconds, "report"):  # what is made now points to nodes that are gone afterwards
             sites = {m: matched_sites(m) for graph in made.graphs for m in graph.costs}
         with timed(report.seconds, "rewrite"):

@@ -56,6 +56,7 @@ class GraphReport:
     guards: list[str] = field(default_factory=list)  # that rewriting added, of which there should be none
     deferred: list[Any] = field(default_factory=list)  # outputs that are computed when they are read
     plan: Any = field(default=None, repr=False)  # what was applied, until the graph is compiled
+    verified: list[Any] = field(default_factory=list)  # by `sloth.verify`: a line for each distinct rewrite
     parts: int = 1  # into which it was cut, and how many of them had to be compiled: equal ones are compiled once
     compiled: int = 1
 

@@ -1,0 +1,171 @@
+"""The whole step: the compiled model beside eager, its loss, its logits and each parameter's gradient, judged in fp64.
+
+fp64 is a copy of the model whose parameters and buffers are widened, run under `Exactly`. Rounding of one step is one draw: whatever
+lies beyond the limit is drawn again with other embeddings, a little apart, and the draws are the clusters of the interval.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from sloth.compat.dispatch import pytree
+from sloth.rewriter.graph.ambient import OFF, under
+from sloth.rewriter.verify.report import GOOD, NOT_CHECKED, WRONG, Checked, Result
+from sloth.rewriter.verify.run import WIDE, Exactly, NotExact, same_random_numbers, widened
+from sloth.rewriter.verify.tally import Tally
+
+DRAWS = 6  # at most
+APART = 2.0**-6  # by which the parameters of a draw differ, times a normal number
+LOGITS = 1 << 27  # elements: more are not compared
+
+Found = dict[str, torch.Tensor]  # by "loss", "logits", "gradient of PARAMETER"
+
+
+def check_step(model: torch.nn.Module, compiled: Callable[..., Any], batch: Mapping[str, Any]) -> Checked:
+    """model: not compiled. Its gradients must be None. ValueError where it gives nothing that a gradient could be of."""
+    told = Checked("the whole step", "", "", 0, 0, GOOD)
+    try:
+        _check(model, compiled, batch, told)
+    except (NotExact, torch.OutOfMemoryError) as e:
+        what = (
+            "out of memory: take a smaller batch, or fewer layers" if isinstance(e, torch.OutOfMemoryError) else f"no fp64: {e}"
+        )
+        told.status, told.reason = NOT_CHECKED, what
+        told.results.clear()
+    return told
+
+
+def _check(model: torch.nn.Module, compiled: Callable[..., Any], batch: Mapping[str, Any], told: Checked) -> None:
+    if not torch.equal(*(_run(model, model._call_impl, batch, seed, backward=False)["loss"] for seed in (0, 1))):
+        told.status, told.reason = NOT_CHECKED, "two calls of the model differ: random numbers; set dropout to 0"
+        return
+    tallies: dict[str, Tally] = {}
+    for number in range(DRAWS):
+        with _apart(model, number):
+            exact = _exactly(model, batch)
+            eager = _run(model, model._call_impl, batch)
+            try:
+                ours = _run(model, compiled, batch)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:
+                told.status, told.reason = WRONG, f"the compiled model raises {type(e).__name__}: {e}".split("\n")[0][:300]
+                return
+        _compare(ours, eager, exact, tallies, told)
+        told.results = [Result(what, "real", tally.judged()) for what, tally in tallies.items()]
+        if told.status == WRONG or not any(r.ratio.open for r in told.results):
+            break
+    if worse := [r for r in told.results if r.ratio.worse]:
+        worst = max(worse, key=lambda r: r.ratio.ratio)
+        told.status = WRONG
+        told.reason = told.reason or f"the error of the {worst.what} is {worst.ratio.ratio:.3g} times eager's"
+    if "logits" not in tallies:
+        told.notes.append("logits were not compared")
+
+
+def _compare(ours: Found, eager: Found, exact: Found, tallies: dict[str, Tally], told: Checked) -> None:
+    for what, e in exact.items():
+        if what not in eager:
+            raise NotExact(f"eager has no {what}")
+        if what not in ours:
+            if bool(torch.count_nonzero(e)):
+                told.status, told.reason = WRONG, f"the {what} is lost"
+        elif ours[what].dtype != eager[what].dtype or ours[what].shape != eager[what].shape:
+            told.status, told.reason = WRONG, f"the {what} is {ours[what].dtype} {list(ours[what].shape)}"
+        else:
+            tallies.setdefault(what, Tally()).add(ours[what], eager[what], e, whole=True)
+    for what in ours.keys() - exact.keys():
+        if bool(torch.count_nonzero(ours[what])):
+            told.status, told.reason = WRONG, f"there is a {what}, which eager does not have"
+
+
+def _run(
+    model: torch.nn.Module, call: Callable[..., Any], batch: Mapping[str, Any], seed: int = 0, backward: bool = True
+) -> Found:
+    """One call, and its backward pass."""
+    with same_random_numbers(seed), torch.set_grad_enabled(backward):
+        out = call(**batch)
+        loss = _loss(out)
+        found = {"loss": loss.detach()}
+        if not backward:
+            return found
+        if not loss.requires_grad:
+            raise ValueError("no parameter of the model gets a gradient from its loss, so there is no step to verify")
+        logits = getattr(out, "logits", None)
+        if isinstance(logits, torch.Tensor) and logits is not loss and logits.numel() <= LOGITS:
+            found["logits"] = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device).copy_(logits.detach())
+        cotangent = torch.randn(loss.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        loss.backward(torch.ones_like(loss) if loss.dim() == 0 else cotangent.to(loss.device, loss.dtype))
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            found[f"gradient of {name}"], p.grad = p.grad, None
+    return found
+
+
+def _loss(out: Any) -> torch.Tensor:
+    loss = out if isinstance(out, torch.Tensor) else getattr(out, "loss", None)
+    if loss is None and isinstance(out, Mapping):
+        loss = out.get("loss")
+    if loss is None and isinstance(out, tuple | list) and out:
+        loss = out[0]
+    if not isinstance(loss, torch.Tensor) or not loss.is_floating_point():
+        raise ValueError("verify needs a model that gives a loss: its output, its output's `loss`, or the first of a tuple")
+    return loss
+
+
+def _exactly(model: torch.nn.Module, batch: Mapping[str, Any]) -> Found:
+    wide = copy.deepcopy(model)
+    for module in wide.modules():
+        for kind in (module._parameters, module._buffers):
+            for t in kind.values():
+                if t is not None and t.dtype in WIDE:
+                    t.data = widened(t.data)
+    with Exactly(), under(OFF):
+        return _run(wide, wide._call_impl, pytree.tree_map(widened, dict(batch)))
+
+
+@contextmanager
+def _apart(model: torch.nn.Module, number: int) -> Iterator[None]:
+    """For each number but 0 the model has other embeddings (or other numbers in its first parameter)."""
+    get = getattr(model, "get_input_embeddings", None)
+    p = next((p for p in (get() if get else model).parameters() if p.is_floating_point()), None)
+    if number == 0 or p is None:
+        yield
+        return
+    before = p.detach().clone()
+    noise = torch.randn(p.shape, generator=torch.Generator(p.device).manual_seed(number), device=p.device, dtype=torch.float32)
+    try:
+        with torch.no_grad():
+            p.mul_(1 + APART * noise)
+        yield
+    finally:
+        with torch.no_grad():
+            p.copy_(before)
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """And without gradients: those that there were come back."""
+    changed: list[tuple[Any, str, Any]] = []
+
+    def change(of: Any, name: str, value: Any) -> None:
+        changed.append((of, name, getattr(of, name)))
+        setattr(of, name, value)
+
+    with ExitStack() as stack:
+        stack.callback(lambda: [setattr(of, name, value) for of, name, value in reversed(changed)])
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                change(module, "_compiled_call_impl", None)
+            for name, value in vars(module).items():
+                if isinstance(value, float) and (name == "p" and "Dropout" in type(module).__name__ or "dropout" in name):
+                    change(module, name, 0.0)
+        for p in model.parameters():
+            if p.grad is not None:
+                change(p, "grad", None)
+        yield

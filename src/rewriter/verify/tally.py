@@ -1,0 +1,112 @@
+"""Errors counted, and compared: ours against eager's, both against fp64, with an interval.
+
+The ratio of two errors is ‖ours − exact‖ / max(‖eager − exact‖, ‖round(exact) − exact‖), as `sloth.testing.assert_no_worse` has
+it. Errors are rounding, so the ratio of a tensor is a draw from what its code gives; over clusters i (rows, or elements of a
+vector, of all draws) with squares a_i of ours and b_i of eager's
+
+    log ratio = ½ log(Σa / Σb),    var(log ratio) ≈ ¼ Σ (a_i/Σa − b_i/Σb)²
+
+(delta method, clusters taken for independent), Student's quantile for few. Of fewer than 4 clusters the F distribution of as many
+degrees of freedom says how far equally good results may lie apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+LIMIT = 1.05
+SLACK = 4.0  # ulps of fp32 of the norm, for sums that are taken in another order
+AT_ONCE = 1 << 24  # elements that are compared at a time
+FEW = 4  # clusters
+
+
+@dataclass
+class Tally:
+    """Squared errors of one result, by cluster: ours, eager's, and the rounding of the exact result; squares: of its norm."""
+
+    ours: list[torch.Tensor] = field(default_factory=list)
+    eager: list[torch.Tensor] = field(default_factory=list)
+    rounding: list[torch.Tensor] = field(default_factory=list)
+    squares: float = 0.0
+    unit: float = 2.0**-23
+
+    def add(self, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, whole: bool = False) -> None:
+        """One draw. Where fp64 itself is not finite nothing is asked. whole: the draw is one cluster."""
+        width = exact.shape[-1] if exact.dim() > 1 else 1
+        kinds = (self.ours, self.eager, self.rounding)
+        found: list[list[torch.Tensor]] = [[], [], []]
+        step = max(1, AT_ONCE // max(width, 1))
+        rows = [t.detach().reshape(-1, width) for t in (ours, eager, exact)]
+        for start in range(0, len(rows[2]), step):
+            a, b, e = (t[start : start + step] for t in rows)
+            e = e.double()
+            asked = torch.isfinite(e)
+            self.squares += e.where(asked, 0.0).square().sum().item()
+            for errors, t in zip(found, (a, b, e.to(eager.dtype)), strict=True):
+                d = (t.double() - e).where(asked, 0.0)
+                errors.append(torch.nan_to_num(d, nan=math.inf).square().sum(-1).cpu())
+        for errors, new in zip(kinds, found, strict=True):
+            errors.append(torch.cat(new).sum()[None] if whole else torch.cat(new))
+        if eager.dtype == torch.float64:
+            self.unit = 2.0**-52
+
+    def judged(self) -> Ratio:
+        a, b, r = (torch.cat(kind) for kind in (self.ours, self.eager, self.rounding))
+        norm = math.sqrt(self.squares)
+        ours, eager, rounding = (math.sqrt(t.sum().item()) for t in (a, b, r))
+        b = b if eager >= rounding else r
+        least, slack = max(eager, rounding), SLACK * self.unit * norm
+        if ours <= LIMIT * least + slack or math.isinf(least):
+            return Ratio(ours, eager, norm, _over(ours, least), 0.0, math.inf, len(a))
+        width = _width(a, b) if math.isfinite(ours) and least > 0 else 0.0
+        beyond = _over(ours - slack, least)  # what sums in another order do not explain
+        ratio = _over(ours, least)
+        return Ratio(ours, eager, norm, ratio, beyond * math.exp(-width), ratio * math.exp(width), len(a))
+
+
+def _over(a: float, b: float) -> float:
+    return a / b if b else (math.inf if a else 1.0)
+
+
+def _width(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Half of the 99.9 % interval of the log ratio."""
+    n = len(a)
+    if n < FEW:
+        return 3.5 / math.sqrt(n - 0.7)  # F(n, n) has 0.999 of its mass below exp(2 · this)
+    spread = (a / a.sum() - b / b.sum()).square().sum().item() * n / (n - 1)
+    return _student(n - 1) * 0.5 * math.sqrt(spread)
+
+
+def _student(df: int) -> float:
+    """The 0.9995 quantile of Student's t (Cornish-Fisher; Abramowitz and Stegun 26.7.5)."""
+    z = 3.2905
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return z + sum(t / df ** (i + 1) for i, t in enumerate(terms))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """errors, and the norm of the exact result; ratio of errors, and its interval; clusters: how many there were. `low` is 0
+    where the ratio is within the limit.
+    """
+
+    ours: float
+    eager: float
+    norm: float
+    ratio: float
+    low: float
+    high: float
+    clusters: int
+
+    @property
+    def worse(self) -> bool:
+        """Is it beyond the limit, interval and all?"""
+        return self.low > LIMIT
+
+    @property
+    def open(self) -> bool:
+        """Is it beyond the limit, but not beyond doubt?"""
+        return 0 < self.low <= LIMIT
