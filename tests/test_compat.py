@@ -152,6 +152,18 @@ def _() -> None:
     assert dispatch.pytree.tree_map_only(int, str, (1, 2.0)) == ("1", 2.0) and dispatch.pytree.tree_leaves([1, (2,)]) == [1, 2]
 
 
+@uses("dispatch.TorchDispatchMode")
+def _() -> None:
+    class Doubled(dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return 2 * func(*args, **(kwargs or {}))
+
+    x = torch.zeros(2)
+    with Doubled():
+        y = x.exp()
+    assert y.tolist() == [2, 2]
+
+
 @uses("dispatch.is_traceable_wrapper_subclass")
 def _() -> None:
     from torch.testing._internal.two_tensor import TwoTensor

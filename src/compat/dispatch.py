@@ -28,6 +28,8 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch.utils import _pytree as pytree  # arguments and results of nodes
 with suppress(ImportError):
+    from torch.utils._python_dispatch import TorchDispatchMode  # what is computed while verifying is computed in fp64
+with suppress(ImportError):
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # a tensor that holds others: DTensor, torchao's
 with suppress(ImportError):
     from torch.utils._sympy.symbol import SymT, symbol_is_type  # which symbols are floats, which sizes

@@ -7,6 +7,7 @@ by `dequantize_4bit`, whose result is not kept for the backward pass.
 
 from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -31,6 +32,7 @@ from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.notices import log
 from sloth.rewriter.plan.materialize import emit
+from sloth.rewriter.verify.run import exact
 
 OLDEST = (0, 46)
 FEW_ROWS = 32  # without gradients bitsandbytes' own product of packed weights is faster up to here
@@ -58,6 +60,19 @@ def linear_of_weight_4bit(n, c, x, packed, shape, absmax, blocksize, quant_type,
     meta = c.meta._replace(shape=tuple(shape), dtype=x.meta.dtype)
     weight = _weight(n, packed, (absmax, absmax_8bit, code8, offset), blocksize, quant_type, meta)
     return n.call("linear", (x, weight, bias), c.metas)
+
+
+@exact("bitsandbytes::gemm_4bit")
+def product_in_fp64(
+    x, packed, shape, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None, *, traced
+):
+    """linear(x, W, b) in fp64, W made of 4 bits in the dtype that x was traced in."""
+    of = torch.ops.bitsandbytes
+    absmax, code8, offset = (t if t is None else t.float() for t in (absmax, absmax_code, absmax_offset))
+    if absmax_8bit is not None:
+        absmax = of.dequantize_blockwise(absmax_8bit, absmax, code8, NESTED_BLOCK, torch.float32) + offset
+    weight = of.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, traced)
+    return F.linear(x, weight.double(), bias)
 
 
 def _weight(n, packed, scales, blocksize, quant_type, meta):

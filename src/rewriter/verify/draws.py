@@ -1,7 +1,8 @@
 """Random tensors in place of real ones.
 
-A draw has the mean and the spread of the real tensor, so that numbers stay where formulas are exact to about the same degree; of
-a tensor that is constant (weights of a norm, a LoRA's B before the first step) those of such weights. Kept as they are: integers
+A draw has the mean of the real tensor and 1 to 8 times its spread: what is computed of numbers that are all alike is rounded
+alike, and says little. Of a tensor that is constant (weights of a norm, a LoRA's B before the first step) the spread is that of
+such weights. Kept as they are: integers
 and booleans; numbers that mask (infinite ones, and huge ones); what only one side reads, since something was proven of it; and
 where code of others takes part (quantised weights), all that needs no gradient.
 """
@@ -16,6 +17,7 @@ from sloth.compat.dispatch import HigherOrderOperator, OpOverload
 from sloth.rewriter.verify.cut import Cut
 from sloth.rewriter.verify.run import OWN
 
+GOLDEN = 0.6180339887  # its multiples fill an interval evenly
 HUGE = 1e4  # numbers from which on an added tensor masks
 
 
@@ -59,6 +61,7 @@ def _drawn(x: torch.Tensor, seed: int) -> torch.Tensor:
     mean, spread = wide.mean().item(), wide.std().item() if x.numel() > 1 else 0.0
     if spread == 0:
         spread = x.shape[-1] ** -0.5 if x.dim() > 1 else 0.1 if mean else 1.0
+    spread *= 2 ** (seed * GOLDEN % 3)
     drawn = _normal(x, seed) * spread + mean
     if least >= 0 and most > 0:
         drawn = drawn.abs()

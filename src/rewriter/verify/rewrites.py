@@ -97,7 +97,7 @@ class _Checks:
             told.status, told.reason = NOT_CHECKED, "out of memory: take a smaller batch, or fewer layers"
             told.results.clear()
         except NotExact as e:
-            told.status, told.reason = NOT_CHECKED, f"no fp64 to judge by: {e}"
+            told.status, told.reason = NOT_CHECKED, f"no fp64 to judge by: {e}".split("\n")[0]
         except Exception as e:
             told.status, told.reason = NOT_CHECKED, f"it does not run by itself: {_shown(e)}"
         finally:

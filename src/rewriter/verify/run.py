@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sloth.compat.dispatch import HigherOrderOperator, OpOverload, pytree
+from sloth.compat.dispatch import HigherOrderOperator, OpOverload, TorchDispatchMode, pytree
 from sloth.rewriter.graph.ambient import OFF, under
 from sloth.rewriter.graph.lower import PLAIN
 from sloth.rewriter.graph.value import Region
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 WIDE = dict.fromkeys(NARROW, torch.float64) | {torch.complex64: torch.complex128}
+TRACED = "_sloth_traced"  # on a tensor that is fp64 for this dtype
 OWN = ("aten", "prims", "prim")
 _EXACT: dict[str, Callable[..., Any]] = {}
 
@@ -32,7 +32,9 @@ class NotExact(Exception):
 
 
 def exact(operator: str) -> Callable[[Callable], Callable]:
-    """Enter what an operator of others ("namespace::name") computes, in ATen's, for its arguments in fp64."""
+    """Enter what an operator of others ("namespace::name") computes, as ATen operations on fp64. The function gets the operator's
+    arguments, and as `traced` the dtype that the first of them has outside of fp64.
+    """
 
     def enter(function: Callable) -> Callable:
         _EXACT[operator] = function
@@ -68,6 +70,7 @@ class Exactly(TorchDispatchMode):
             return self.foreign(func, args, kwargs)
         if func is torch.ops.aten.view.dtype:
             raise NotExact("it reads the bits of a number")
+        asked = kwargs.get("dtype") if func is torch.ops.aten._to_copy.default else None
         args, kwargs = pytree.tree_map(lambda a: WIDE.get(a, a) if isinstance(a, torch.dtype) else a, (args, kwargs))
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         if any(t.dtype in WIDE for t in tensors) and any(t.dtype == torch.float64 for t in tensors):
@@ -75,13 +78,17 @@ class Exactly(TorchDispatchMode):
             names = [a.name for a in func._schema.arguments]
             args = tuple(a if n in written else pytree.tree_map(widened, a) for n, a in zip(names, args, strict=False))
             kwargs = {n: a if n in written else pytree.tree_map(widened, a) for n, a in kwargs.items()}
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if asked is not None and isinstance(out, torch.Tensor):
+            vars(out)[TRACED] = asked
+        return out
 
     def foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name
         if any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in pytree.tree_leaves((args, kwargs))):
-            if name in _EXACT:
-                return _EXACT[name](*args, **kwargs)
+            traced = vars(args[0]).get(TRACED) if args and isinstance(args[0], torch.Tensor) else None
+            if name in _EXACT and traced is not None:
+                return _EXACT[name](*args, **kwargs, traced=traced)
             raise NotExact(f"{name} does not compute in fp64")
         self.as_it_is.add(name)
         return func(*args, **kwargs)
@@ -136,7 +143,7 @@ class RunExactly(Run):
         name = n.target._schema.name
         if name in _EXACT:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return _EXACT[name](*args, **kwargs)
+            return _EXACT[name](*args, **kwargs, traced=n.args[0].meta["example_value"].dtype)
         given = fx.node.map_arg((n.args, n.kwargs), lambda a: _as_traced(self.env[a], a))
         return pytree.tree_map(widened, n.target(*given[0], **given[1]))
 

@@ -1,7 +1,7 @@
 """The whole step: the compiled model beside eager, its loss, its logits and each parameter's gradient, judged in fp64.
 
-fp64 is a copy of the model whose parameters and buffers are widened, run under `Exactly`. Rounding of one step is one draw: whatever
-lies beyond the limit is drawn again with other embeddings, a little apart, and the draws are the clusters of the interval.
+fp64 is a copy of the model whose parameters and buffers are widened, run under `Exactly`. Rounding of one step is one draw:
+whatever lies beyond the limit is drawn again with other embeddings, of the words that are read and of those that are predicted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from sloth.compat.dispatch import pytree
 from sloth.rewriter.graph.ambient import OFF, under
 from sloth.rewriter.verify.report import GOOD, NOT_CHECKED, WRONG, Checked, Result
 from sloth.rewriter.verify.run import WIDE, Exactly, NotExact, same_random_numbers, widened
-from sloth.rewriter.verify.tally import Tally
+from sloth.rewriter.verify.tally import LIMIT, Tally
 
 DRAWS = 6  # at most
-APART = 2.0**-6  # by which the parameters of a draw differ, times a normal number
+APART = 2.0**-6  # by which the numbers of a draw differ, times a normal number
 LOGITS = 1 << 27  # elements: more are not compared
 
 Found = dict[str, torch.Tensor]  # by "loss", "logits", "gradient of PARAMETER"
@@ -44,7 +45,7 @@ def _check(model: torch.nn.Module, compiled: Callable[..., Any], batch: Mapping[
     if not torch.equal(*(_run(model, model._call_impl, batch, seed, backward=False)["loss"] for seed in (0, 1))):
         told.status, told.reason = NOT_CHECKED, "two calls of the model differ: random numbers; set dropout to 0"
         return
-    tallies: dict[str, Tally] = {}
+    tallies: dict[tuple[str, str], Tally] = {}
     for number in range(DRAWS):
         with _apart(model, number):
             exact = _exactly(model, batch)
@@ -56,19 +57,21 @@ def _check(model: torch.nn.Module, compiled: Callable[..., Any], batch: Mapping[
             except Exception as e:
                 told.status, told.reason = WRONG, f"the compiled model raises {type(e).__name__}: {e}".split("\n")[0][:300]
                 return
-        _compare(ours, eager, exact, tallies, told)
-        told.results = [Result(what, "real", tally.judged()) for what, tally in tallies.items()]
-        if told.status == WRONG or not any(r.ratio.open for r in told.results):
+        _compare("varied" if number else "real", (ours, eager, exact), tallies, told)
+        told.results = [Result(what, inputs, tally.judged()) for (inputs, what), tally in tallies.items()]
+        beyond = (r.ratio.ratio > LIMIT if r.inputs == "real" and not number else r.ratio.open for r in told.results)
+        if told.status == WRONG or any(r.ratio.worse for r in told.results) or not any(beyond):
             break
     if worse := [r for r in told.results if r.ratio.worse]:
         worst = max(worse, key=lambda r: r.ratio.ratio)
         told.status = WRONG
         told.reason = told.reason or f"the error of the {worst.what} is {worst.ratio.ratio:.3g} times eager's"
-    if "logits" not in tallies:
+    if ("real", "logits") not in tallies:
         told.notes.append("logits were not compared")
 
 
-def _compare(ours: Found, eager: Found, exact: Found, tallies: dict[str, Tally], told: Checked) -> None:
+def _compare(inputs: str, found: tuple[Found, Found, Found], tallies: dict[tuple[str, str], Tally], told: Checked) -> None:
+    ours, eager, exact = found
     for what, e in exact.items():
         if what not in eager:
             raise NotExact(f"eager has no {what}")
@@ -78,7 +81,7 @@ def _compare(ours: Found, eager: Found, exact: Found, tallies: dict[str, Tally],
         elif ours[what].dtype != eager[what].dtype or ours[what].shape != eager[what].shape:
             told.status, told.reason = WRONG, f"the {what} is {ours[what].dtype} {list(ours[what].shape)}"
         else:
-            tallies.setdefault(what, Tally()).add(ours[what], eager[what], e, whole=True)
+            tallies.setdefault((inputs, what), Tally(single=inputs == "real")).add(ours[what], eager[what], e)
     for what in ours.keys() - exact.keys():
         if bool(torch.count_nonzero(ours[what])):
             told.status, told.reason = WRONG, f"there is a {what}, which eager does not have"
@@ -131,21 +134,30 @@ def _exactly(model: torch.nn.Module, batch: Mapping[str, Any]) -> Found:
 
 @contextmanager
 def _apart(model: torch.nn.Module, number: int) -> Iterator[None]:
-    """For each number but 0 the model has other embeddings (or other numbers in its first parameter)."""
-    get = getattr(model, "get_input_embeddings", None)
-    p = next((p for p in (get() if get else model).parameters() if p.is_floating_point()), None)
-    if number == 0 or p is None:
-        yield
-        return
-    before = p.detach().clone()
-    noise = torch.randn(p.shape, generator=torch.Generator(p.device).manual_seed(number), device=p.device, dtype=torch.float32)
+    """For each number but 0 the model has other embeddings and another head, larger ones too: what is computed of numbers that
+    are all alike is rounded alike. Of a model that does not say what these are, the first parameter is another.
+    """
+    changed = dict.fromkeys(p for p in _ends(model) if p.is_floating_point()) if number else {}
+    before = {p: p.detach().clone() for p in changed}
     try:
         with torch.no_grad():
-            p.mul_(1 + APART * noise)
+            for i, p in enumerate(changed):
+                generator = torch.Generator(p.device).manual_seed(100 * number + i)
+                noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=torch.float32)
+                p.mul_((1 + APART * noise) * 2.0 ** (number % 4))
         yield
     finally:
         with torch.no_grad():
-            p.copy_(before)
+            for p, values in before.items():
+                p.copy_(values)
+
+
+def _ends(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    known = [get() for name in ("get_input_embeddings", "get_output_embeddings") if (get := getattr(model, name, None))]
+    for module in known:
+        yield from module.parameters() if module is not None else ()
+    if not known:
+        yield from islice(model.parameters(), 1)
 
 
 @contextmanager
