@@ -63,7 +63,7 @@ class Check:
         mode = Exactly()
         with mode, under(OFF):
             wide = [list(map(widened, kind)) for kind in (values, given)]
-            exact = evaluate(RunExactly(made.original, made.regions).run, wide[0], made.grads, wide[1])
+            exact = evaluate(RunExactly(made.original, made.regions, mode).run, wide[0], made.grads, wide[1])
         self.as_it_is |= mode.as_it_is
         for (what, a), (_, b), (_, e) in zip(*(_named(found, made) for found in (ours, eager, exact)), strict=True):
             self.compare(inputs, what, a, b, e)

@@ -77,21 +77,31 @@ def cut(placement: list[Match], view: LoweredGraph, bodies: Bodies) -> Cut:
 
 
 def _inside(outputs: list[fx.Node], placement: list[Match], view: LoweredGraph) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The nodes that compute the outputs, and those that they read."""
+    """The nodes that compute the outputs, and those that they read.
+
+    An operand is computed apart where the original does not read the node that the operator reads, but computes the same another
+    time: in another node, or inside of one (autocast's cast). Then both computations are inside, up to what both of them read.
+    """
     held = {h for m in placement for v in operands_of(m) for h in (source_values(v) if view.shadow.owns(v) else ())}
     own = {v for m in placement for v in m.values}
-    apart: set[Value] = set()  # operands that two nodes compute, of which the original reads one and the operator the other
+    apart: set[Value] = set()
     while True:
         found = _walked(outputs, own, held, apart, view)
-        if not isinstance(found, Value):
-            return found
-        apart.add(found)
+        if isinstance(found, Value):
+            apart.add(found)
+            continue
+        inside, read = found
+        alone = {n for n in read if _is_float(n) and not any(n is h.nodes[0] for h in held)}
+        hidden = {h for h in held - apart if alone and not alone.isdisjoint(_made_of(h.nodes[0]))}
+        if not hidden:
+            return inside, read
+        apart |= hidden
 
 
 def _walked(
     outputs: list[fx.Node], own: set[Value], held: set[Value], apart: set[Value], view: LoweredGraph
 ) -> tuple[set[fx.Node], set[fx.Node]] | Value:
-    """Or an operand that is computed apart: then what computes it is inside too, up to what both nodes read."""
+    """Or an operand that turns out to be computed apart."""
     reads = {h.nodes[0] for h in held - apart}
     below = _readers(reads)
     inside: set[fx.Node] = set()
@@ -108,12 +118,26 @@ def _walked(
             found.add(n)
         elif other := next((v for v in values & held - apart if len(nodes := computed(v)) > 1 and n in nodes), None):
             return other
-        elif n in outputs or n in below or values & own or above and any(len(computed(v)) > 1 for v in values):
+        elif n in outputs or n in below or values & (own | apart) or above and any(len(computed(v)) > 1 for v in values):
             inside.add(n)
             todo += [(a, above or not apart.isdisjoint(values)) for a in n.all_input_nodes]
         else:
             found.add(n)
     return inside, found
+
+
+def _is_float(n: fx.Node) -> bool:
+    return getattr(n.meta.get("example_value"), "is_floating_point", lambda: False)()
+
+
+def _made_of(n: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [n]
+    while todo:
+        new = [a for a in todo.pop().all_input_nodes if a not in found]
+        found.update(new)
+        todo += new
+    return found
 
 
 def _readers(nodes: set[fx.Node]) -> set[fx.Node]:

@@ -99,7 +99,7 @@ class Verification:
 def _shown(c: Checked) -> list[Result | None]:
     """The result and the gradient that are furthest off, and all that are too far."""
     kinds = [[r for r in c.results if r.what.startswith("gradient") is g] for g in (False, True)]
-    worst = [max(kind, key=lambda r: r.ratio.ratio) for kind in kinds if kind]
+    worst = [max(kind, key=lambda r: r.ratio.ratio / r.ratio.limit) for kind in kinds if kind]
     return [*worst, *(r for r in c.results if r.ratio.worse and r not in worst)] or [None]
 
 

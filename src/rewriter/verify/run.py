@@ -54,6 +54,7 @@ class Exactly(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.as_it_is: set[str] = set()
+        self.narrowing = False
 
     def __enter__(self) -> Exactly:
         self.default = torch.get_default_dtype()
@@ -66,6 +67,8 @@ class Exactly(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.narrowing:
+            return func(*args, **kwargs)
         if func.namespace not in OWN:
             return self.foreign(func, args, kwargs)
         if func is torch.ops.aten.view.dtype:
@@ -82,6 +85,17 @@ class Exactly(TorchDispatchMode):
         if asked is not None and isinstance(out, torch.Tensor):
             vars(out)[TRACED] = asked
         return out
+
+    def as_traced(self, x: Any, n: fx.Node) -> Any:
+        """In the dtype that the node was traced in."""
+        traced = n.meta.get("example_value")
+        if not isinstance(x, torch.Tensor) or not isinstance(traced, torch.Tensor):
+            return x
+        self.narrowing = True
+        try:
+            return x.to(traced.dtype)
+        finally:
+            self.narrowing = False
 
     def foreign(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name
@@ -132,7 +146,11 @@ class Run(fx.Interpreter):
 
 
 class RunExactly(Run):
-    """In fp64, under `Exactly`: inputs are given as fp64."""
+    """In fp64, under this mode: inputs are given as fp64."""
+
+    def __init__(self, gm: fx.GraphModule, regions: dict[fx.Node, Region], mode: Exactly):
+        super().__init__(gm, regions)
+        self.mode = mode
 
     def autocast(self, region: Region) -> Any:
         return OFF
@@ -140,21 +158,17 @@ class RunExactly(Run):
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function" or not isinstance(n.target, OpOverload) or n.target.namespace in OWN:
             return super().run_node(n)
-        name = n.target._schema.name
-        if name in _EXACT:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return _EXACT[name](*args, **kwargs, traced=n.args[0].meta["example_value"].dtype)
-        given = fx.node.map_arg((n.args, n.kwargs), lambda a: _as_traced(self.env[a], a))
+        if n.target._schema.name in _EXACT:
+            vars(self.env[n.args[0]])[TRACED] = n.args[0].meta["example_value"].dtype
+            return super().run_node(n)
+        given = fx.node.map_arg((n.args, n.kwargs), lambda a: self.mode.as_traced(self.env[a], a))
         return pytree.tree_map(widened, n.target(*given[0], **given[1]))
 
     def other(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         raise NotExact(f"{target.name()} holds code that is not run in fp64")
 
-
-def _as_traced(x: Any, n: fx.Node) -> Any:
-    """In the dtype that the node was traced in."""
-    traced = n.meta.get("example_value")
-    return x.to(traced.dtype) if isinstance(x, torch.Tensor) and isinstance(traced, torch.Tensor) else x
+    def body(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        return RunExactly(gm, {}, self.mode).run
 
 
 def _wrapped(gm: fx.GraphModule, run: Callable[..., Any]) -> fx.GraphModule:
