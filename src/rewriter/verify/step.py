@@ -1,12 +1,11 @@
 """The whole step: the compiled model beside eager, its loss, its logits and each parameter's gradient, judged in fp64.
 
-fp64 is a copy of the model whose parameters and buffers are widened, run under `Exactly`. Rounding of one step is one draw:
-whatever lies beyond the limit is drawn again with other embeddings, of the words that are read and of those that are predicted.
+fp64 is the model whose parameters and buffers are widened, run under `Exactly`. Rounding of one step is one draw: whatever lies
+beyond the limit is drawn again with other embeddings, of the words that are read and of those that are predicted.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -122,14 +121,16 @@ def _loss(out: Any) -> torch.Tensor:
 
 
 def _exactly(model: torch.nn.Module, batch: Mapping[str, Any]) -> Found:
-    wide = copy.deepcopy(model)
-    for module in wide.modules():
-        for kind in (module._parameters, module._buffers):
-            for t in kind.values():
-                if t is not None and t.dtype in WIDE:
-                    t.data = widened(t.data)
-    with Exactly(), under(OFF):
-        return _run(wide, wide._call_impl, pytree.tree_map(widened, dict(batch)))
+    """The model itself, its numbers in fp64 meanwhile: a copy would not be what its closures and hooks hold."""
+    narrow = {t: t.data for t in (*model.parameters(), *model.buffers()) if t.dtype in WIDE}
+    try:
+        for t, data in narrow.items():
+            t.data = widened(data)
+        with Exactly(), under(OFF):
+            return _run(model, model._call_impl, pytree.tree_map(widened, dict(batch)))
+    finally:
+        for t, data in narrow.items():
+            t.data = data
 
 
 @contextmanager

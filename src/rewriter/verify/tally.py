@@ -90,7 +90,12 @@ def _width(a: torch.Tensor, b: torch.Tensor) -> float:
 def _student(df: int) -> float:
     """The 0.9995 quantile of Student's t (Cornish-Fisher; Abramowitz and Stegun 26.7.5)."""
     z = 3.2905
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
     return z + sum(t / df ** (i + 1) for i, t in enumerate(terms))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sloth.compat.dynamo import config
+from sloth.options import parse
 from sloth.rewriter.backend import listening, sloth
 from sloth.rewriter.explain import unchanged
 from sloth.rewriter.verify.report import NOT_CHECKED, Checked, Verification
@@ -26,7 +27,8 @@ def verify(model: torch.nn.Module, batch: Mapping[str, Any], options: Mapping[st
 
     model: any nn.Module, compiled or not, on the device and under the autocast that are to be checked; dropout is off meanwhile.
     Its parameters, gradients, buffers and mode, and the random state, are left as they were. batch: the keyword arguments of one
-    training call. options: of the backend, as for torch.compile. The whole step needs memory for a copy of the model in fp64.
+    training call. options: of the backend, as for torch.compile. The whole step needs memory for the model, its
+    gradients and activations in fp64.
 
     Raises TypeError for a model that is no nn.Module or a batch that is no mapping, ValueError for a model without a loss or for
     an option that is not known, and whatever the model itself raises.
@@ -37,6 +39,7 @@ def verify(model: torch.nn.Module, batch: Mapping[str, Any], options: Mapping[st
         raise TypeError(f"verify needs the keyword arguments of one call as a mapping, not {type(batch).__name__}")
     module = getattr(model, "_orig_mod", model)
     given, found = dict(options or {}), Verification()
+    parse(given)  # a name that is not known is told now
     unlimited = config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
     with unchanged(module), without_dropout(module), unlimited, torch.enable_grad():
         with listening() as graphs:
