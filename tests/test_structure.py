@@ -24,6 +24,7 @@ ARROWS = {
     },
     "rewriter/faults": {"rewriter/graph", "rewriter/match", "rewriter/report", "rewriter/notices"},
     "rewriter/backend": {"rewriter", "integrations", "options"},
+    "rewriter/verify": {"rewriter", "options"},
     "rewriter/entry_point": {"rewriter/backend", "rewriter/notices"},
     "rewriter/explain": {"rewriter"},
     "options": {"rewriter/match", "rewriter/notices"},
@@ -39,7 +40,7 @@ ARROWS = {
     "saving": {"rewriter/notices"},
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},
-    "__init__": {"rewriter/explain", "rewriter/report", "rewriter/match", "models"},  # for type checkers alone
+    "__init__": {"rewriter/explain", "rewriter/verify", "rewriter/report", "rewriter/match", "models"},  # for type checkers alone
     "__main__": {"doctor", "rewriter", "options", "warm", "tiny_model", "integrations", "compat"},
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
