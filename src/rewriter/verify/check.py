@@ -9,6 +9,7 @@ import torch
 
 from sloth.rewriter.graph.aliasing import may_write
 from sloth.rewriter.graph.ambient import OFF, under
+from sloth.rewriter.graph.value import Symbol
 from sloth.rewriter.verify.cut import Cut
 from sloth.rewriter.verify.draws import cotangents, random_inputs
 from sloth.rewriter.verify.report import GOOD, WRONG, Checked, Result
@@ -112,9 +113,9 @@ def _like_examples(made: Cut) -> Iterator[Any]:
     for n in made.inputs:
         example = n.meta.get("example_value")
         if not isinstance(example, torch.Tensor):
-            yield example.node.hint if isinstance(example, torch.SymInt) else example
+            yield example.node.hint if isinstance(example, Symbol) else example
         elif not example.is_floating_point():
             raise NotExact(f"{n.name} is {example.dtype}, and there are no real inputs")
         else:
-            shape = [s.node.hint if isinstance(s, torch.SymInt) else s for s in example.shape]
+            shape = [s.node.hint if isinstance(s, Symbol) else s for s in example.shape]
             yield torch.randn(shape, device=example.device).to(example.dtype)

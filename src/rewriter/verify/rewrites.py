@@ -17,6 +17,7 @@ from sloth.compat.dispatch import FakeTensor
 from sloth.rewriter.compile.structural_key import Bodies
 from sloth.rewriter.graph.aliasing import storages, written_storages
 from sloth.rewriter.graph.lower import LoweredGraph
+from sloth.rewriter.graph.value import Symbol
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.plan.plan import Plan
@@ -154,10 +155,14 @@ def _watched(plan: Plan, inputs: Sequence[Any], watch: _Watch) -> None:
     outer = plan.graphs[0].view
     written = written_storages(outer.writes, outer.gm)
     places = outer.gm.graph.find_nodes(op="placeholder")
-    given = [
-        x.clone() if isinstance(x, torch.Tensor) and not written.isdisjoint(storages(n, outer.gm)) else x
-        for n, x in zip(places, inputs, strict=True)
-    ]
+    given = []
+    for n, x in zip(places, inputs, strict=True):
+        example = n.meta.get("example_value")
+        x = x.node.hint if isinstance(x, Symbol) else x
+        if isinstance(example, torch.Tensor) and not isinstance(x, torch.Tensor):  # a float that dynamic=True made an input
+            x = torch.tensor(x, dtype=example.dtype)
+        is_written = isinstance(x, torch.Tensor) and not written.isdisjoint(storages(n, outer.gm))
+        given.append(x.clone() if is_written else x)
 
     class Watching(Run):
         def run_node(self, n: fx.Node) -> Any:
