@@ -17,8 +17,13 @@ from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
 
 
+PART = "part of a rotation"  # of what sloth.patterns.rotation has read: is it the whole?
+
+
 def is_rotation(v: Value) -> bool:
-    """cat(−x₂, x₁) or its pairwise form, multiplied by a table."""
+    """What was read as one; else cat(−x₂, x₁) or its pairwise form, multiplied by a table."""
+    if PART in v.analyses:
+        return v.analyses[PART]
     if v.op != "cat" or len(v.args[0]) != 2:
         return False
     first, second = (x.args[0] if x.op == "view" else x for x in v.args[0])

@@ -17,7 +17,8 @@ from sloth.rewriter.match.registry import patterns
 ENTRIES = [
     entry
     for entry in patterns()
-    if entry.name not in ("linear_4bit", "attention", "attention_by_mask", "eager_attention", "eager_attention_by_mask")
+    if entry.variants
+    and entry.name not in ("linear_4bit", "attention", "attention_by_mask", "eager_attention", "eager_attention_by_mask")
 ]
 VARIANTS = [variant for entry in ENTRIES for variant in entry.variants]
 

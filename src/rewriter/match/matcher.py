@@ -20,7 +20,7 @@ from sloth.compat.dispatch import FakeTensorMode
 from sloth.rewriter.graph.ambient import OFF, Autocast, dtype_of, under
 from sloth.rewriter.graph.canonical import COMMUTATIVE, VIEWS
 from sloth.rewriter.graph.scratch import comparing_nothing
-from sloth.rewriter.graph.value import Meta, Symbol, Value, literal_key, same_literal
+from sloth.rewriter.graph.value import Meta, Symbol, Value, ValueGraph, literal_key, same_literal
 from sloth.rewriter.match.pattern import Graph, Pattern, Variant
 from sloth.rewriter.notices import warn_once
 
@@ -203,6 +203,7 @@ class Matcher:
         self.mode = mode
         self.traced: dict[Any, Graph] = {}
         self.by_root: dict[str, list[tuple[Variant, Graph]]] = defaultdict(list)
+        self.readers = [entry for entry in entries if entry.reads is not None]
         for entry in entries:
             for variant in entry.variants:
                 try:
@@ -227,6 +228,16 @@ class Matcher:
                 if m is not None and (best is None or m.size > best.size):
                     found[variant.pattern] = m
             yield from found.values()
+
+    def readings(self, shadow: ValueGraph) -> Iterator[Match]:
+        """What entries find that read a graph themselves."""
+        for entry in self.readers:
+            try:
+                for found in entry.reads(shadow):
+                    variant = Variant(entry, found.name, _read, found.options, {})
+                    yield Match(variant, found.tensors, {}, found.roots, found.values)
+            except Exception as e:  # a bug of one entry costs that entry
+                warn_once(f"pattern {entry.name!r} is not used: its reader raises {type(e).__name__}: {e}".split("\n")[0])
 
     def at(self, variant: Variant, graph: Graph, g: Value) -> Match | None:
         """The variant with its main result at `g`, or None, and the reason remembered."""
@@ -312,6 +323,10 @@ class Matcher:
             values |= new
             todo += new
         return Match(variant, tensors, numbers, roots, frozenset(values)), unifier.best
+
+
+def _read() -> None:
+    """In place of the reference of an entry that reads."""
 
 
 def _candidates(root: Value, b: Bindings, near: Value) -> list[Value]:

@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from string import ascii_letters
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -190,6 +190,7 @@ class Pattern:
     also: tuple[Construct, ...] = ()
     numbers: dict[str, tuple[float, ...]] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
+    reads: Callable[[ValueGraph], Iterator[Reading]] | None = None  # finds places itself, in place of variants
     checks: list[Callable[..., None]] = field(default_factory=list)
 
     def variant(self, name: str, dims: dict[str, str] | None = None, **options: Any) -> Callable[[Callable], Callable]:
@@ -205,6 +206,18 @@ class Pattern:
         """Add a condition: `fn(match)` calls `match.require(condition, reason)`."""
         self.checks.append(fn)
         return fn
+
+
+class Reading(NamedTuple):
+    """A place that an entry found by reading what the graph computes: what would be a variant's name, the operator's arguments
+    (tensors, options), its results and all values that it computes.
+    """
+
+    name: str
+    tensors: dict[str, Value]
+    options: dict[str, Any]
+    roots: tuple[Value, ...]
+    values: frozenset[Value]
 
 
 @dataclass(frozen=True)

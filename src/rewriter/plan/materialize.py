@@ -20,6 +20,7 @@ LOWERINGS: dict[str, OpOverload] = {
     "slice": torch.ops.aten.slice.Tensor,
     "detach": torch.ops.aten.detach.default,
     "mul": torch.ops.aten.mul.Tensor,
+    "view_as_real": torch.ops.aten.view_as_real.default,
 }
 REMATERIALIZED: set[OpOverload] = set()  # operators that were added
 

@@ -131,7 +131,7 @@ def plan(
     for view in views:
         graph = GraphPlan(view, LazyOutputs(view, deferrals, costs))
         with timed(seconds, "match"):
-            matches = list(matcher.matches(view.shadow.values))
+            matches = [*matcher.matches(view.shadow.values), *matcher.readings(view.shadow)]
         with timed(seconds, "legality"):
             legal = list(_legal(graph, matches, legality.LegalityContext(view, mode, tried), costs))
             accepted, graph.losers = select_non_overlapping([m for m in legal if not m.values & graph.lazy.reserved])
