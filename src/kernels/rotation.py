@@ -143,8 +143,11 @@ def _restored(x: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:
     """Of [B, heads, S, D] the tensor of this shape that was arranged so."""
     if len(shape) == 2:
         return x[0, 0]
-    heads = [s for d, s in enumerate(shape[:-1]) if d != axis][axis != 0 :]
-    x = x[0].unflatten(0, heads) if axis == 0 else x.unflatten(1, heads) if heads else x[:, 0]
+    others = [s for d, s in enumerate(shape[:-1]) if d != axis]
+    if len(shape) == 3:
+        x = x[0] if axis == 0 else x[:, 0]
+    elif len(shape) > 4:
+        x = x[0].unflatten(0, others) if axis == 0 else x.unflatten(1, others[1:])
     return x.movedim(-2, axis)
 
 
@@ -179,11 +182,11 @@ def _check(xs, tables, axis: int, start: int) -> None:
     h, positions = shapes[0][-1], shapes[0][-2]
     for x in xs:
         torch._check(
-            0 <= axis < x.dim() - 1 and x.shape[axis] == positions,  # noqa: B023
+            0 <= axis < x.dim() - 1 and x.shape[axis] == positions,
             lambda: f"dimension {axis} of x {tuple(x.shape)} is not that of {positions} positions",  # noqa: B023
         )
         torch._check(
-            0 <= start and h > 0 and start + 2 * h <= x.shape[-1],  # noqa: B023
+            start >= 0 and h > 0 and start + 2 * h <= x.shape[-1],
             lambda: f"{h} pairs from channel {start} on are more than x has: {x.shape[-1]} channels",  # noqa: B023
         )
 

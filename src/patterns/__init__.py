@@ -10,7 +10,8 @@ from sloth.patterns import gated_mlp
 from sloth.patterns.loss import head
 from sloth.patterns import layer_norm, linear_4bit
 from sloth.patterns.loss import linear_cross_entropy
-from sloth.patterns import lora, norm_rope, rms_norm, rope, rotation
+from sloth.patterns import lora, norm_rope, rms_norm, rope
+from sloth.patterns.rotation import rotation
 from sloth.patterns.loss import sliced_logits
 # isort: on
 

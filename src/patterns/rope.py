@@ -16,7 +16,6 @@ from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
 
-
 PART = "part of a rotation"  # of what sloth.patterns.rotation has read: is it the whole?
 
 

@@ -74,8 +74,8 @@ def pattern(
 def reader(
     construct: Construct, *, op: Any, no_grad: tuple[str, ...] = (), name: str | None = None
 ) -> Callable[[Callable[[ValueGraph], Iterator[Reading]]], Pattern]:
-    """Register `reads(shadow)`, which finds places by what they compute, whatever they look like: it gives a Reading for each, and
-    has itself proven that `op` with those arguments computes its results. What else makes a match legal is asked as of any.
+    """Register `reads(shadow)`, which finds places by what they compute, whatever they look like: it gives a Reading for each,
+    and has itself proven that `op` with those arguments computes its results. All other legality is asked as of any match.
     Raises PatternError where the name is taken.
     """
 
