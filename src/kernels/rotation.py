@@ -177,9 +177,12 @@ def _rotated(xs, tables, axis, start, how, layout, dtypes) -> list[torch.Tensor]
 
 
 def _check(xs, tables, axis: int, start: int) -> None:
-    shapes = [tuple(t.shape) for t in tables]
-    torch._check(len(set(shapes)) == 1, lambda: f"tables differ in shape: {shapes}")
-    h, positions = shapes[0][-1], shapes[0][-2]
+    positions, h = tables[0].shape[-2:]
+    for t in tables[1:]:
+        torch._check(
+            t.shape[-2] == positions and t.shape[-1] == h,
+            lambda: f"tables differ in shape: {[tuple(t.shape) for t in tables]}",
+        )
     for x in xs:
         torch._check(
             0 <= axis < x.dim() - 1 and x.shape[axis] == positions,
