@@ -104,6 +104,10 @@ class Reader:
             self._known[key] = self._read(v, axes)
         return self._known[key]
 
+    def known(self, v: Value, axes: Axes) -> np.ndarray | None:
+        """What has been read."""
+        return self._known.get((v.id, axes))
+
     def _read(self, v: Value, axes: Axes) -> np.ndarray:
         on_way, is_x = v in self.way, v in self.below
         if on_way and v.op not in VIEWS_OF_ONE:

@@ -73,6 +73,8 @@ def _found(root: Value, shadow: ValueGraph) -> Rotation | None:
         return None
     if root.op == "mul" and not isinstance(root.args[1], Value):  # a number is not worth tables of its own
         return None
+    if root.op == "view" and same_literal(root.args[0].meta.shape[-1], meta.shape[-1]):  # what is viewed may be one
+        return None
     for second in (False, True):
         moving = Moving(second)
         for x, way in _candidates(root, moving):
@@ -108,14 +110,14 @@ class _Proof:
 
     def __init__(self, root: Value, x: Value, way: frozenset[Value], deep: bool, shadow: ValueGraph):
         self.root, self.way, self.rows = root, way, root.meta.shape[:-1]
+        self.axes = (*(UNIT if is_one(s) else d for d, s in enumerate(self.rows)), CHANNEL)
         self.normal = Normal(shadow)
         self.normal.region, self.normal.origin = root.region, root.origin
         self.reader = Reader(self.normal, root, x, way, deep, OPERATIONS)
 
     def rotation(self) -> Rotation:
         width = self.root.meta.shape[-1]
-        axes = tuple(UNIT if is_one(s) else d for d, s in enumerate(self.rows))
-        array = self.reader.read(self.root, (*axes, CHANNEL))
+        array = self.reader.read(self.root, self.axes)
         own = [i for i, leaf in enumerate(self.reader.leaves) if leaf.moves]
         _require(len(own) == 1, "more than one tensor that is rotated")
         terms = [_terms(p, own[0]) for p in array[:, 0]]
@@ -136,7 +138,9 @@ class _Proof:
         return Rotation(self.root, x, tables, options, self.computed(x))
 
     def rotated(self, leaf: Leaf, first: int, width: int) -> Value:
-        """x, with the dimensions that the result has."""
+        """x, with the dimensions that the result has: as it stands in the graph, or made of the leaf."""
+        if (known := self.standing(leaf, first, width)) is not None:
+            return known
         n, axes, last = self.normal, leaf.axes[:-1], len(leaf.axes) - 1
         rows = [d for d, s in enumerate(self.rows) if not is_one(s)]
         _require(leaf.axes[-1] == CHANNEL and sorted(a for a in axes if a != UNIT) == rows, "rows from elsewhere")
@@ -145,6 +149,16 @@ class _Proof:
         if last == len(self.rows):  # dimensions of size 1 go where there is room
             return n.permute(x, (*(axes.index(k) if k in axes else units.pop(0) for k in range(last)), last))
         return n.view(n.permute(x, (*(axes.index(k) for k in rows), *units, last)), (*self.rows, width))
+
+    def standing(self, leaf: Leaf, first: int, width: int) -> Value | None:
+        """What has been read that is just these channels."""
+        number = self.reader.leaves.index(leaf)
+        wanted = [((((number, (), first + k),), 1),) for k in range(width)]
+        for v in sorted((self.way | self.reader.below) - {self.root}, key=lambda v: v.id):
+            array = self.reader.known(v, self.axes)
+            if v.nodes and array is not None and array.shape == (width, 1) and [*array[:, 0]] == wanted:
+                return v
+        return None
 
     def positions(self, coefficients: Coefficients) -> tuple[bool, int]:
         """Which dimensions tables have: that of positions, and perhaps the batch's."""

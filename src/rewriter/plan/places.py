@@ -33,6 +33,8 @@ class Places:
     def sources(self, match: Match) -> list[fx.Node]:
         """The nodes of this graph that its operands are made of, and those that write to their memory."""
         made_of = [h for v in operands_of(match) if self.view.shadow.owns(v) for h in source_values(v)]
+        if gone := [h for h in made_of if not h.nodes]:
+            raise Refused("hidden", f"operand {gone[0].op} is computed by what another match was replaced by")
         return [
             n for h in made_of for n in (h.nodes[0], *(writers(h, self.view.writes, self.view.gm) if h.mutated_storage else ()))
         ]
