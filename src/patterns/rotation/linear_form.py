@@ -22,7 +22,7 @@ import torch
 from sloth.patterns.rotation.polynomial import Unreadable, filled
 from sloth.rewriter.graph.canonical import Normal
 from sloth.rewriter.graph.normal_form import WIDER
-from sloth.rewriter.graph.value import Value
+from sloth.rewriter.graph.value import Symbol, Value
 
 CHANNEL, UNIT = -1, -2
 MOST = 4096  # channels of a value that is read
@@ -37,6 +37,16 @@ class Leaf(NamedTuple):
     value: Value
     axes: Axes
     moves: bool
+
+
+def known(size: Any) -> Any:
+    """A symbol that is one number as that."""
+    found = size.node.maybe_as_int() if isinstance(size, Symbol) else size
+    return size if found is None else found
+
+
+def shape_of(v: Value) -> tuple:
+    return tuple(map(known, v.meta.shape))
 
 
 def is_one(size: Any) -> bool:
@@ -63,7 +73,7 @@ class Moving:
         """Of a product: what needs a gradient, or has more dimensions."""
         if a.meta.requires_grad != b.meta.requires_grad:
             return a if a.meta.requires_grad else b
-        dims = [sum(not is_one(s) for s in x.meta.shape) for x in (a, b)]
+        dims = [sum(not is_one(s) for s in shape_of(x)) for x in (a, b)]
         if dims[0] != dims[1]:
             return a if dims[0] > dims[1] else b
         self.guessed = True
@@ -157,7 +167,7 @@ class Reader:
 
     def channels(self, v: Value, axes: Axes) -> tuple[int, ...]:
         """The sizes of its channel dimensions."""
-        sizes = tuple(s for s, a in zip(v.meta.shape, axes, strict=True) if a == CHANNEL)
+        sizes = tuple(s for s, a in zip(shape_of(v), axes, strict=True) if a == CHANNEL)
         if not all(isinstance(s, int) for s in sizes) or prod(sizes) > MOST:
             raise Unreadable("its channels are not known, or many")
         return sizes
@@ -167,7 +177,7 @@ class Reader:
         missing = len(axes) - len(x.meta.shape)
         if missing < 0:
             raise Unreadable("an operand of more dimensions")
-        own = tuple(UNIT if is_one(s) else a for s, a in zip(x.meta.shape, axes[missing:], strict=True))
+        own = tuple(UNIT if is_one(s) else a for s, a in zip(shape_of(x), axes[missing:], strict=True))
         return spread(self.read(x, own), (UNIT,) * missing + own, axes)
 
 

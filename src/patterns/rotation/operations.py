@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sloth.patterns.rotation.linear_form import CHANNEL, UNIT, Axes, Reader, is_one, narrows, place, spread
+from sloth.patterns.rotation.linear_form import CHANNEL, UNIT, Axes, Reader, is_one, known, narrows, place, shape_of, spread
 from sloth.patterns.rotation.polynomial import Poly, Unreadable, plus, scaled, times, total
 from sloth.rewriter.graph.value import Value, same_literal
 
@@ -33,7 +33,7 @@ def _require(condition: bool, why: str) -> None:
 @_reads("view")
 def _view(r: Reader, v: Value, axes: Axes) -> np.ndarray:
     x = v.args[0]
-    array = r.read(x, _axes_below(x.meta.shape, v.meta.shape, axes))
+    array = r.read(x, _axes_below(shape_of(x), shape_of(v), axes))
     return array.reshape((*r.channels(v, axes), array.shape[-1]))
 
 
@@ -84,10 +84,10 @@ def _expand(r: Reader, v: Value, axes: Axes) -> np.ndarray:
 def _repeat(r: Reader, v: Value, axes: Axes) -> np.ndarray:
     x, times_each = v.args
     missing = len(axes) - len(x.meta.shape)
-    shape = (1,) * missing + tuple(x.meta.shape)
-    times_each = (1,) * (len(axes) - len(times_each)) + tuple(times_each)
-    known = all(is_one(n) or is_one(s) or a == CHANNEL for n, s, a in zip(times_each, shape, axes, strict=True))
-    _require(known and all(isinstance(n, int) for n in times_each), "rows that are repeated")
+    shape = (1,) * missing + shape_of(x)
+    times_each = (1,) * (len(axes) - len(times_each)) + tuple(map(known, times_each))
+    apart = all(is_one(n) or is_one(s) or a == CHANNEL for n, s, a in zip(times_each, shape, axes, strict=True))
+    _require(apart and all(isinstance(n, int) for n in times_each), "rows that are repeated")
     array = r.operand(x, axes)
     tiles = [1 if is_one(s) else n for n, s, a in zip(times_each, shape, axes, strict=True) if a == CHANNEL]
     return np.broadcast_to(np.tile(array, (*tiles, 1)), (*r.channels(v, axes), array.shape[-1]))
@@ -95,9 +95,8 @@ def _repeat(r: Reader, v: Value, axes: Axes) -> np.ndarray:
 
 @_reads("slice")
 def _slice(r: Reader, v: Value, axes: Axes) -> np.ndarray:
-    x, dim, start, end, step = v.args
-    known = all(isinstance(i, int) for i in (x.meta.shape[dim], start, end, step))
-    _require(known and axes[dim] < 0, "some of the rows")
+    x, dim, start, end, step = map(known, v.args)
+    _require(all(isinstance(i, int) for i in (shape_of(x)[dim], start, end, step)) and axes[dim] < 0, "some of the rows")
     array, at = r.read(x, (*axes[:dim], CHANNEL, *axes[dim + 1 :])), place(axes, dim)
     return array.take(start, at) if axes[dim] == UNIT else array[(slice(None),) * at + (slice(start, end, step),)]
 
@@ -109,7 +108,7 @@ def _cat(r: Reader, v: Value, axes: Axes) -> np.ndarray:
     pieces = []
     for x in xs:
         _require(len(x.meta.shape) == len(axes), "nothing side by side")
-        own = (*axes[:dim], UNIT if is_one(x.meta.shape[dim]) else CHANNEL, *axes[dim + 1 :])
+        own = (*axes[:dim], UNIT if is_one(shape_of(x)[dim]) else CHANNEL, *axes[dim + 1 :])
         pieces.append(spread(r.read(x, own), own, axes))
     return np.concatenate(pieces, place(axes, dim))
 
@@ -185,7 +184,7 @@ def _sum(r: Reader, v: Value, axes: Axes) -> np.ndarray:
     own = list(axes)
     for d in dims:
         own[d : d + keep] = [CHANNEL]
-        _require(isinstance(x.meta.shape[d], int) and 1 < x.meta.shape[d] <= SMALL, "a sum over many")
+        _require(isinstance(shape_of(x)[d], int) and 1 < shape_of(x)[d] <= SMALL, "a sum over many")
     array = r.operand(x, tuple(own))
     for d in reversed(dims):
         array = total(array, place(tuple(own), d))
@@ -195,7 +194,7 @@ def _sum(r: Reader, v: Value, axes: Axes) -> np.ndarray:
 @_reads("matmul", "matmul_transposed")
 def _matmul(r: Reader, v: Value, axes: Axes) -> np.ndarray:
     (a, b), (*batch, m, n) = v.args, axes
-    _require(isinstance(a.meta.shape[-1], int) and 1 < a.meta.shape[-1] <= SMALL, "a product that sums over many")
+    _require(isinstance(shape_of(a)[-1], int) and 1 < shape_of(a)[-1] <= SMALL, "a product that sums over many")
     together = (*batch, m, n, CHANNEL)
     left = spread(r.operand(a, (*batch, m, CHANNEL)), (*batch, m, UNIT, CHANNEL), together)
     if v.op == "matmul_transposed":

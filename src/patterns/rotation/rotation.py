@@ -19,7 +19,20 @@ import torch
 
 from sloth.kernels.rotation import CONTIGUOUS, LIKE, rotate, rotate_both
 from sloth.patterns.rope import PART, ROPE
-from sloth.patterns.rotation.linear_form import CHANNEL, UNIT, Axes, Leaf, Moving, Reader, is_one, narrows, real_dtype
+from sloth.patterns.rotation.linear_form import (
+    ARITHMETIC,
+    CHANNEL,
+    UNIT,
+    VIEWS_OF_ONE,
+    Axes,
+    Leaf,
+    Moving,
+    Reader,
+    is_one,
+    narrows,
+    real_dtype,
+    shape_of,
+)
 from sloth.patterns.rotation.operations import OPERATIONS
 from sloth.patterns.rotation.polynomial import Unreadable
 from sloth.rewriter.graph.canonical import Normal
@@ -69,22 +82,26 @@ def _found(root: Value, shadow: ValueGraph) -> Rotation | None:
     meta = root.meta
     if meta is None or len(meta.shape) < 2 or meta.dtype not in FLOATS or root.mutated_storage:
         return None
-    if not isinstance(meta.shape[-1], int) or meta.shape[-1] < 2 or root.op == "cast" and not narrows(root):
+    width = shape_of(root)[-1]
+    if not isinstance(width, int) or width < 2 or root.op == "cast" and not narrows(root):
         return None
     if root.op == "mul" and not isinstance(root.args[1], Value):  # a number is not worth tables of its own
         return None
     if root.op == "view" and same_literal(root.args[0].meta.shape[-1], meta.shape[-1]):  # what is viewed may be one
         return None
     for second in (False, True):
-        moving = Moving(second)
+        moving, found, known = Moving(second), None, frozenset()
         for x, way in _candidates(root, moving):
+            if found is not None and any(v.op in ARITHMETIC for v in way - known):
+                break  # what x is computed by is its own
             for deep in (True, False):
                 try:
-                    return _Proof(root, x, way, deep, shadow).rotation()
+                    found, known = _Proof(root, x, way, deep, shadow).rotation(), way
+                    break
                 except Unreadable:
                     continue
-        if not moving.guessed:
-            break
+        if found is not None or not moving.guessed:
+            return found
     return None
 
 
@@ -109,14 +126,14 @@ class _Proof:
     """That one result is a rotation of one tensor. Raises Unreadable where it is not."""
 
     def __init__(self, root: Value, x: Value, way: frozenset[Value], deep: bool, shadow: ValueGraph):
-        self.root, self.way, self.rows = root, way, root.meta.shape[:-1]
+        self.root, self.way, self.rows = root, way, shape_of(root)[:-1]
         self.axes = (*(UNIT if is_one(s) else d for d, s in enumerate(self.rows)), CHANNEL)
         self.normal = Normal(shadow)
         self.normal.region, self.normal.origin = root.region, root.origin
         self.reader = Reader(self.normal, root, x, way, deep, OPERATIONS)
 
     def rotation(self) -> Rotation:
-        width = self.root.meta.shape[-1]
+        width = shape_of(self.root)[-1]
         array = self.reader.read(self.root, self.axes)
         own = [i for i, leaf in enumerate(self.reader.leaves) if leaf.moves]
         _require(len(own) == 1, "more than one tensor that is rotated")
@@ -177,11 +194,11 @@ class _Proof:
         if len(parts) > 1 or number != 1:  # a product of tables is not rounded to less than fp32
             found, *others = (n.cast(p, torch.promote_types(p.meta.dtype, torch.float32)) for p in parts)
             for other in others:
-                shape = tuple(b if is_one(a) else a for a, b in zip(found.meta.shape, other.meta.shape, strict=True))
+                shape = tuple(b if is_one(a) else a for a, b in zip(shape_of(found), shape_of(other), strict=True))
                 dtype = torch.promote_types(found.meta.dtype, other.meta.dtype)
                 found = n.add("mul", (found, other), found.meta._replace(shape=shape, dtype=dtype))
             found = found if number == 1 else n.add("mul", (found, number), found.meta)
-        *rows, pairs = found.meta.shape
+        *rows, pairs = shape_of(found)
         _require(not is_one(rows[-1]), "a table without positions")
         return found if same_literal(pairs, len(coefficients)) else n.expand(found, (*rows, len(coefficients)))
 
@@ -198,7 +215,7 @@ class _Proof:
 
     def arranged(self, v: Value, axes: Axes) -> Value:
         """A leaf as [positions, channels] or [batch, positions, channels]; of size 1 where it has no such dimension."""
-        shape, rows = v.meta.shape, [axes.index(k) for k in self.table_rows if k in axes]
+        shape, rows = shape_of(v), [axes.index(k) for k in self.table_rows if k in axes]
         channels = [d for d, a in enumerate(axes) if a == CHANNEL]
         if [*rows, *channels] != sorted([*rows, *channels]):
             order = (*rows, *channels, *(d for d, a in enumerate(axes) if a == UNIT))
@@ -223,6 +240,11 @@ class _Proof:
             if v in read and v not in found:
                 found.add(v)
                 todo += v.inputs
+        todo = [*found - {self.root}]
+        while todo:  # views that the normal form has looked through: nobody reads them but what is read here
+            views = [u for u in todo.pop().users if u.op in VIEWS_OF_ONE and not u.users and u.nodes and u not in found]
+            todo += [u for u in views if not any(user.op == "output" for n in u.nodes for user in n.users)]
+            found.update(todo)
         return frozenset(found)
 
 
