@@ -73,6 +73,35 @@ def test_uses_that_nobody_reads_do_not_count() -> None:
     assert statuses(checked(Call(fn), x_like(2, 3, 8))) == [("rms_norm", "matched")]
 
 
+ROOTS = {
+    "divided": lambda x, m: x / torch.sqrt(m),
+    "inverse": lambda x, m: x * (1 / m.sqrt()),
+    "reciprocal": lambda x, m: x * m.sqrt().reciprocal(),
+    "powers": lambda x, m: torch.div(x, m**0.5),
+}
+
+
+@pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS)
+def test_what_a_rule_looks_through_is_used_by_nobody(root: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The node of sqrt(m) is read by that of x / sqrt(m) alone, which holds x · rsqrt(m)."""
+
+    def fn(m, x):
+        return m.w * root(x, x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    assert statuses(checked(Call(fn), x_like(2, 3, 8))) == [("rms_norm", "matched")]
+
+
+def test_what_a_rule_looks_through_may_be_read_far_away() -> None:
+    def fn(m, x):
+        r = (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        y, far = m.w * (x / r), r
+        for _ in range(20):
+            far = far.cos()
+        return y + far
+
+    assert statuses(checked(Call(fn), x_like(2, 3, 8))) == [("rms_norm", "escape")]
+
+
 @pytest.mark.parametrize("use", [lambda a, g: a + 1, lambda a, g: a, lambda a, g: a.detach() * g, lambda a, g: a[..., :2]])
 def test_a_cheap_value_used_elsewhere_is_computed_twice(use: Callable[[Tensor, Tensor], Tensor]) -> None:
     def fn(m, x):

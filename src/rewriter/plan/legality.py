@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from sloth.compat.dispatch import FakeTensorMode, OpOverload, has_kernel, opdef_of, pytree
-from sloth.rewriter.graph.aliasing import copies_by_layout, is_plain, root, storages, writers
+from sloth.rewriter.graph.aliasing import copies_by_layout, is_plain, may_write, root, storages, writers
 from sloth.rewriter.graph.ambient import under
 from sloth.rewriter.graph.canonical import ALIASES, POINTWISE, VIEWS
 from sloth.rewriter.graph.lower import LoweredGraph
@@ -112,6 +112,7 @@ def operands(match: Match, context: LegalityContext) -> None:
 def escapes(match: Match, context: LegalityContext) -> None:
     """What is used elsewhere too is a result, or cheap to have twice, or given out and computed when it is read."""
     cheap: dict[Value, bool] = {}
+    own = {n for v in match.values for n in v.nodes}
 
     def is_cheap(v: Value) -> bool:
         if v not in match.values:
@@ -122,7 +123,7 @@ def escapes(match: Match, context: LegalityContext) -> None:
 
     for v in match.values - set(match.roots):
         given_out = any(user.op == "output" for n in v.nodes for user in n.users)
-        elsewhere = any(u not in match.values and _alive(u) and not only_given_out(match, u, context.view) for u in v.users)
+        elsewhere = any(u not in match.values and _alive(u, own) and not only_given_out(match, u, context.view) for u in v.users)
         if not is_cheap(v) and (elsewhere or given_out and not deferrable(match, v, context.view)):
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
         if _widens(v) and any(_read_within_and_without(n, match, context.view) for n in v.nodes):
@@ -310,11 +311,26 @@ def _around(v: Value, context: LegalityContext) -> bool:
     return not context.view.shadow.owns(v)
 
 
-def _alive(v: Value) -> bool:
-    """Does anybody read it in the end? Dead code of the model counts as nobody, and so does what a rule made of other values:
-    those read the same, and whoever computes it computes them.
+def _alive(v: Value, own: Set[fx.Node]) -> bool:
+    """Does anybody but the match's `own` nodes read it in the end? Dead code of the model counts as nobody, and so does what a
+    rule made of other values: those read the same, and whoever computes it computes them. A rule may have looked through a value
+    (`a / sqrt(x)`, which is `a · rsqrt(x)`): the node that holds it is read by the match alone, and goes with it.
     """
-    return any(n.users for n in v.nodes) or not v.replaces and any(_alive(u) for u in v.users)
+    return any(_is_read(n, own) for n in v.nodes) or not v.replaces and any(_alive(u, own) for u in v.users)
+
+
+def _is_read(node: fx.Node, own: Set[fx.Node]) -> bool:
+    """Few calls lie between what a rule looked through and the match: beyond them, somebody does."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo and len(seen) < 8:
+        n = todo.pop()
+        readers = [u for u in n.users if u not in own and u not in seen]
+        if any(u.op == "output" or u.is_impure() or may_write(u) for u in readers):
+            return True
+        seen.update(readers)
+        todo += readers
+    return bool(todo)
 
 
 def _name(v: Value) -> str:
