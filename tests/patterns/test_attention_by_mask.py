@@ -136,7 +136,7 @@ def infinite(x, mask):
     return torch.where(mask, 0.0, -torch.inf)
 
 
-LEFT_ALONE = {of_heads: "from head to head", numbers: "numbers that are added", infinite: "from outside"}
+LEFT_ALONE = {of_heads: "from head to head", numbers: "a bias that is not proven", infinite: "from outside"}
 
 
 @pytest.mark.parametrize("mask", LEFT_ALONE, ids=lambda f: f.__name__)

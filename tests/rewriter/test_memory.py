@@ -213,3 +213,15 @@ def test_buffers_written_each_step() -> None:
             return self.norm(x) + self.average
 
     only(checked(Running(), x_like(2, 3, 8)), rms_norm="1/1")
+
+
+def test_a_constant_that_is_filled_in_place_is_read_behind_that() -> None:
+    """Its value has no node but the last write: what reads it by its first name stays behind it."""
+
+    def fn(m, x):
+        y = llama_norm(x, m.w)
+        scale = torch.ones(8)
+        scale.masked_fill_(y[0, 0] > 0, 2.0)  # depends on a result
+        return llama_norm(y * scale, scale) + scale
+
+    assert matched(checked(Call(fn), x_like(2, 3, 8)))["rms_norm"] == 2

@@ -111,6 +111,56 @@ CASES = [
         ),
     ),
     Case(
+        "contraries",
+        (
+            lambda x, m: x <= m,
+            lambda x, m: ~~(x <= m),
+            lambda x, m: torch.logical_not(torch.logical_not(x <= m)),
+            lambda x, m: (~(x <= m)).logical_not(),
+        ),
+        (lambda x, m: ~(x > m), lambda x, m: m >= x, lambda x, m: x < m),
+    ),
+    Case(
+        "contraries of integers",
+        (lambda i: i > 2, lambda i: ~(i <= 2), lambda i: (i <= 2).logical_not()),
+        (lambda i: ~(i < 2), lambda i: ~i > 2, lambda i: i.logical_not()),
+    ),
+    Case(
+        "written over",
+        (
+            lambda x, i: torch.where(i > 2, x[..., :3], -1e9),
+            lambda x, i: torch.where(i <= 2, -1e9, x[..., :3]),
+            lambda x, i: x[..., :3].masked_fill(i <= 2, -1e9),
+            lambda x, i: x[..., :3].masked_fill(~(i > 2), torch.full((), -1e9)),
+            lambda x, i: torch.where(~(i <= 2), x[..., :3], torch.full((), -1e9)),
+            lambda x, i: torch.where(i <= 2, torch.full((), -1e9), x[..., :3]),
+        ),
+        (
+            lambda x, i: torch.where(i <= 2, x[..., :3], -1e9),
+            lambda x, i: x[..., :3].masked_fill(i > 2, -1e9),
+            lambda x, i: torch.where(i > 2, x[..., :3], torch.full((), -1e9, dtype=torch.float64)),
+            lambda x, i: torch.where(i > 2, x[..., :3], -1e8),
+        ),
+    ),
+    Case(
+        "written over and scaled",
+        (
+            lambda x, m: torch.where(m > 0, x / 3, -4.0),
+            lambda x, m: torch.where(m > 0, x, -12.0) / 3,
+            lambda x, m: x.masked_fill(~(m > 0), -12.0) / 3,
+        ),
+        (
+            lambda x, m: torch.where(m > 0, x, -12.0) / -3,
+            lambda x, m: torch.where(m > 0, x, -4.0) / 3,
+            lambda x, m: torch.where(m > 0, x, -12.0) // 3,
+        ),
+    ),
+    Case(
+        "scaled and written over",
+        (lambda x, m: torch.where(m > 0, x * 3, -12.0), lambda x, m: 3 * torch.where(m > 0, x, -4.0)),
+        (lambda x, m: torch.where(m > 0, x, -4.0) * 0,),
+    ),
+    Case(
         "plus zero",
         (lambda x: x, lambda x: x + 0, lambda x: x + 0.0, lambda x: 0 + x, lambda x: x - 0, lambda x: torch.add(x, 0, alpha=3)),
         (lambda x: x + 1e-30, lambda x: 0 - x, lambda x: x + True),

@@ -21,9 +21,12 @@ By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing
          Of `visible`, the first and last key of each query and so on are measured, on the device: two passes over it in a step,
          no wait. What lies beyond them is not computed. It stays in memory, and is read where it has holes between them.
 Backward is that of those. A query that sees nothing gives 0, or, where `uniform`, the mean of all values: with the gradient of a
-softmax whose scores were swallowed by the least number there is, added to each.
+softmax whose scores were swallowed by the least number there is, added to each. Where they are `written` over instead, they have
+no gradient, as that of a query that is 0: it is made so. A softmax of −∞ alone is nan, and its gradient: of values alone where
+scores are written over. `nan` gives that.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,7 +42,8 @@ torch.library.define(
     "sloth::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
     " float dropout_p=0.0, float? scale=None, float? softcap=None, Tensor? sinks=None,"
-    " Tensor? bias=None, Tensor? visible=None, bool uniform=False, Tensor[]? bounds=None) -> Tensor",
+    " Tensor? bias=None, Tensor? visible=None, bool uniform=False, Tensor[]? bounds=None, bool written=False,"
+    " bool nan=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -205,20 +209,21 @@ def attention_bounds_composite(documents, valid, ahead=None, behind=None, visibl
 @torch.library.impl("sloth::attention", "CompositeImplicitAutograd")
 def attention_composite(
     query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-    bias=None, visible=None, uniform=False, bounds=None,
+    bias=None, visible=None, uniform=False, bounds=None, written=False,
+    nan=False,
 ):  # fmt: skip
     plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
     told = visible is not None or documents or valid or bounds is not None
     if plain and not told and ahead in (0, None) and behind is None:
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
-    S, D, E, T = query.shape[2], query.shape[3], value.shape[3], key.shape[2]
+    S, T = query.shape[2], key.shape[2]
     torch._check(dropout_p == 0 or plain and not uniform, lambda: "attention: no dropout here")
     measured_mask = visible is not None or bounds is not None
     torch._check(S == T or measured_mask and bias is None, lambda: f"attention: {S} queries, {T} keys")
     torch._check(sinks is None or bias is None, lambda: "attention: no bias beside sinks")
     bias = None if bias is None else bias.reshape(-1, query.shape[1], T)
-    scale = D**-0.5 if scale is None else scale
+    scale = query.shape[3] ** -0.5 if scale is None else scale
     device = query.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as it does for torch's own
         low = torch.get_autocast_dtype(device)
@@ -228,6 +233,19 @@ def attention_composite(
         of = Bounds(*seen, fully_masked=fully_masked)
     else:
         of = bounds_of(documents, valid, ahead, behind, visible, uniform, S, query.device)
+    sees = (of.lo >= 0 if uniform else of.lo <= of.hi)[:, None, :, None] if written or nan else None
+    if written and not nan:
+        query = torch.where(sees, query, 0.0)
+    out = _by_bounds(query, key, value, of, dropout_p, scale, softcap, sinks, bias, uniform)
+    if written and nan:
+        lost = value.sum(2, keepdim=True) * torch.where(sees.all(2, keepdim=True), 0.0, math.nan).to(value.dtype)
+        return torch.where(sees, out, lost.repeat_interleave(query.shape[1] // key.shape[1], 1))
+    return out * torch.where(sees, 1.0, math.nan).to(out.dtype) if nan else out
+
+
+def _by_bounds(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool) -> Tensor:
+    D, E, T = query.shape[3], value.shape[3], key.shape[2]
+    plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
     if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
         mask = of.mask(torch.arange(T, dtype=torch.int32, device=query.device)[None])
         if plain and not uniform:
@@ -242,6 +260,7 @@ def attention_composite(
 
 attention = torch.ops.sloth.attention.default
 """attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-bias=None, visible=None, uniform=False, bounds=None) -> [B, H, S, E]. With bounds (of attention_bounds), masks are not read."""
+bias=None, visible=None, uniform=False, bounds=None, written=False, nan=False) -> [B, H, S, E]. With bounds (of
+attention_bounds), masks are not read."""
 attention_bounds = torch.ops.sloth.attention_bounds.default
 """attention_bounds(documents, valid, ahead=None, behind=None, visible=None, uniform=False) -> what there is of `Bounds`; S > 1"""

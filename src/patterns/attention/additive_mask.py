@@ -2,80 +2,63 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
 
-from sloth.patterns.attention.index_expr import is_truth, source
-from sloth.patterns.attention.mask_analysis import Interval
+from sloth.patterns.attention.levels import as_value, levels, stopped
+from sloth.patterns.attention.mask_analysis import Interval, name_of
+from sloth.rewriter.graph.aliasing import root
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.matcher import Match
 
 ABSORBS = torch.finfo(torch.bfloat16).min  # a sum with it, or less, is it again, whatever the score
-ZEROS = ("zeros", "zeros_like", "new_zeros", "full")
-NOT = ("bitwise_not", "logical_not")
+HIDES = -9984.0  # −10,000 in bf16; less leaves a key no weight, unless scores of a query are thousands apart
 
 
 class Added(NamedTuple):
     seen: Value  # true where a key is seen
-    least: float  # what is added where it is not
-    bias: Value | None  # what is added where it is; None: 0
+    least: float  # what is added where it is not: no more than that
+    bias: Value | None = None  # what is added where it is; None: 0
+    alike: bool = True  # the same is added wherever it is not
 
 
 def added(mask: Value) -> Added | None:
-    """What the mask is where(seen, bias, least) of, in either spelling, if it is."""
-    mask = source(mask)
-    if mask.mutated_storage or mask.op not in ("where", "masked_fill"):
+    """What the mask is where(seen, bias, least) of, however it is spelled, if it is."""
+    if "added" not in mask.analyses:  # all variants ask
+        mask.analyses["added"] = _added(mask)
+    return mask.analyses["added"]
+
+
+def _added(mask: Value) -> Added | None:
+    known = levels(mask) or {}
+    hidden = [x for x in known if not isinstance(x, Value) and x <= HIDES]
+    others = [x for x in known if x not in hidden]
+    if len(others) != 1 or not isinstance(others[0], Value) and others[0] != 0:
         return None
-    if mask.op == "where":
-        seen, bias, least = mask.args
-    else:
-        bias, hidden, least = mask.args
-        seen = seen_of(hidden)
-        bias = 0 if source(hidden).op == "cast" and source(hidden).args[0] is bias else bias  # what is 0 is filled nowhere
-    if seen is None or not isinstance(least, float) or least > torch.finfo(mask.meta.dtype).min:
-        return None
-    return Added(seen, least, None if _is_zero(bias) else bias) if isinstance(bias, Value) or _is_zero(bias) else None
+    (bias,) = others
+    seen = as_value(known[bias], mask)
+    return Added(seen, max(hidden, default=-inf), bias if isinstance(bias, Value) else None, len(hidden) < 2)
 
 
-def seen_of(hidden: Value) -> Value | None:
-    """What `hidden` is the contrary of: itself said so, or as what is not 0 in a mask that is added."""
-    hidden = source(hidden)
-    if not is_truth(hidden):
-        return _zero_where(hidden)
-    if hidden.mutated_storage or not hidden.args or not isinstance(hidden.args[0], Value):
-        return None
-    of = hidden.args[0]
-    if hidden.op in NOT:
-        return of
-    if hidden.op == "cast" and is_truth(hidden) or hidden.op == "ne" and hidden.args[1] == 0:
-        return _zero_where(of)
-    if hidden.op == "lt" and isinstance(hidden.args[1], int | float):
-        found = added(of)
-        return found.seen if found is not None and found.bias is None and found.least < hidden.args[1] <= 0 else None
-    return None
+def why_not(mask: Value) -> str:
+    """Why it is not read as a mask that is added: the operation at which reading stopped."""
+    if (known := levels(mask)) is not None:
+        told = ", ".join("a bias" if isinstance(x, Value) else f"{x:.6g}" for x in known)
+        return f"its mask adds {told}: one of them should be 0, the others {HIDES:.0f} or less"
+    v = stopped(mask)
+    if root(v).op == "input":
+        return "its mask comes into this graph from outside as numbers: of what they mean nothing is known"
+    how = " written in place" if v.mutated_storage else ""
+    return f"its mask is a bias: numbers that are added to the scores; it is read up to {name_of(v)}{how}"
 
 
-def _zero_where(x: Value) -> Value | None:
-    """m, if x is where(m, 0, least) or 1 − m."""
-    x = source(x)
-    if x.op == "sub" and not x.mutated_storage and x.args[0] == 1:
-        m = source(x.args[1])
-        return m.args[0] if m.op == "cast" and not m.mutated_storage and is_truth(m.args[0]) else None
-    found = added(x)
-    return found.seen if found is not None and found.bias is None else None
-
-
-def _is_zero(x: Value | float) -> bool:
-    if isinstance(x, Value) and x.op in ZEROS and not x.mutated_storage:
-        x = x.args[1] if x.op == "full" else 0
-    return not isinstance(x, Value) and x == 0
-
-
-def require_swallowed(match: Match, least: float, by_sink: bool = False) -> None:
+def require_swallowed(match: Match, mask: Added, by_sink: bool = False) -> None:
     """Of a query that sees nothing, scores must be lost in what is added to them, or beside a sink."""
-    match.require(-float("inf") < least, "a query may see nothing, and is nan then")
-    match.require(by_sink or least <= ABSORBS, f"a query may see nothing, and {least} does not absorb its scores")
+    match.require(by_sink or mask.alike, "a query may see nothing, and not the same is added to all its scores")
+    swallowed = by_sink or mask.least <= ABSORBS
+    match.require(swallowed, f"a query may see nothing, and {mask.least:.6g} does not absorb its scores")
 
 
 def may_see_nothing(interval: Interval) -> bool:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from sloth.kernels.attention.attention import attention, attention_bounds
 from sloth.patterns.attention.additive_mask import Added, added, may_see_nothing, require_swallowed
+from sloth.patterns.attention.additive_mask import why_not as why_not_added
 from sloth.patterns.attention.alibi import of_keys
 from sloth.patterns.attention.index_expr import is_truth
 from sloth.patterns.attention.mask_analysis import Interval, meaning, why_not
@@ -24,8 +25,8 @@ def is_masked(v: Value) -> bool:
     return v.op == "scaled_dot_product_attention" and isinstance(v.args[3], Value)
 
 
-BEFORE = VIEWS | {"add", "sub", "mul", "div", "tanh", "cat", "where", "masked_fill"}  # what makes scores of products
-BEHIND = VIEWS | {"mul", "dropout", "masked_fill"}  # … and weights of their softmax
+BEFORE = VIEWS | {"add", "sub", "mul", "div", "tanh", "cat", "where"}  # what makes scores of products
+BEHIND = VIEWS | {"mul", "dropout", "where"}  # … and weights of their softmax
 
 
 def is_spelled(v: Value) -> bool:
@@ -131,15 +132,21 @@ def is_supported(match):
     match.require(meaning(mask.seen) is not None, why_not(mask.seen))
     match.require(told(match) is not None, "its queries and keys differ in number, and its mask is not causal")
     if uniform(match):
-        require_swallowed(match, mask.least)
+        require_finite(match, mask)
     require_widths(match)
 
 
 def readable(match) -> Added:
     """What is said of the mask in the operator's terms; refused where it adds other numbers to scores."""
     mask = shown(match)
-    match.require(mask is not None and (mask.bias is None or bias(match) is not None), why_not(match.attn_mask))
+    match.require(mask is not None, why_not_added(match.attn_mask))
+    match.require(mask.bias is None or bias(match) is not None, "its mask adds a bias that is not proven to be ALiBi's")
     return mask
+
+
+def require_finite(match, mask: Added) -> None:
+    match.require(-math.inf < mask.least, "a query may see nothing, and is nan then")
+    require_swallowed(match, mask)
 
 
 def require_widths(match) -> None:

@@ -6,18 +6,31 @@ last key that each query sees, and reads the mask where it has holes between the
 is proven.
 """
 
+import torch
+
 from sloth.kernels.attention.attention import attention
-from sloth.patterns.attention.additive_mask import require_swallowed
-from sloth.patterns.attention.attention import ATTENTION, bias, plain, readable, require_widths, shown, told
+from sloth.patterns.attention.additive_mask import HIDES, Added
+from sloth.patterns.attention.attention import ATTENTION, bias, plain, readable, require_finite, require_widths, shown, told
 from sloth.patterns.attention.index_expr import is_one, is_truth
+from sloth.patterns.attention.levels import normal_at
 from sloth.rewriter.graph.value import Value, same_literal
 from sloth.rewriter.match.registry import pattern
+from sloth.rewriter.plan.materialize import source_values
 
 
 def given(match) -> Value | None:
     """The mask, once where it is the same for the whole batch."""
     mask = shown(match)
-    return mask and once(mask.seen, match)
+    return mask and measurable(mask, match.attn_mask, match)
+
+
+def measurable(mask: Added, spelled: Value | None, match) -> Value:
+    """What is true where a key is seen, as the graph has it, or where the mask that is added is more than what hides a key."""
+    found = once(mask.seen, match)
+    if spelled is None or is_truth(spelled) or all(v.nodes or v.op == "input" for v in source_values(found)):
+        return found
+    n, spelled = normal_at(spelled), once(spelled, match)
+    return n.call("gt", (spelled, HIDES), (spelled.meta._replace(dtype=torch.bool, requires_grad=False),))
 
 
 def once(seen: Value, match) -> Value:
@@ -48,5 +61,5 @@ def needs_dense_mask(match):
     match.require(is_whole(given(match), match), "its mask is not one for all heads, of each query and key")
     match.require(match.dropout_p == 0, "it has dropout, and its mask is not proven to be causal")
     if not is_truth(match.attn_mask):
-        require_swallowed(match, mask.least)
+        require_finite(match, mask)
     require_widths(match)

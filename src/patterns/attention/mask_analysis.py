@@ -25,6 +25,7 @@ import torch
 from sympy.core.function import AppliedUndef
 
 from sloth.patterns.attention.index_expr import MANY, D, Reader, is_one, is_truth, is_wide, source
+from sloth.patterns.attention.levels import as_value, truth
 from sloth.rewriter.graph.aliasing import root
 from sloth.rewriter.graph.value import Value, uncast
 
@@ -59,7 +60,8 @@ def why_not(mask: Value) -> str:
 def _told(mask: Value) -> tuple[Interval | None, str]:
     mask = source(mask)
     if "meaning" not in mask.analyses:  # all layers ask
-        mask.analyses["meaning"] = _proven(mask)
+        read = mask if mask.meta.dtype != torch.bool else as_value(truth(mask), mask)
+        mask.analyses["meaning"] = _proven(read)
     return mask.analyses["meaning"]
 
 
@@ -80,13 +82,17 @@ def _proven(mask: Value) -> tuple[Interval | None, str]:
         )
     if unproven.mutated_storage:
         return None, "its mask is written in place"
-    name = f"`{unproven.nodes[0].name}`" if unproven.nodes else unproven.op
+    name = name_of(unproven)
     if _of_numbers(unproven):
         return None, f"its mask depends on numbers that the model computes: {name}"
     return (
         None,
         f"its mask is not proven to be an interval of keys for each query: {name} in it is neither bound, run nor padding",
     )
+
+
+def name_of(v: Value) -> str:
+    return f"`{v.nodes[0].name}`" if v.nodes else v.op
 
 
 def _of_numbers(v: Value) -> bool:

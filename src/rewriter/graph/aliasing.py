@@ -82,9 +82,25 @@ def may_write(node: fx.Node) -> bool:
     return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or node.op == "call_module"
 
 
+def writes_for_others(node: fx.Node) -> bool:
+    """Does it write what other calls read by the name that it had before?"""
+    return may_write(node) and any(u is not node for x in may_be_written(node) for u in x.users)
+
+
 def written_storages(writes: Iterable[tuple[fx.Node, Value]], gm: fx.GraphModule) -> frozenset[int]:
     """The memory that these calls write to: of the operands that they may, where that is known, or of all that hold the value."""
     return frozenset(s for call, v in writes for n in may_be_written(call) or v.nodes for s in storages(n, gm))
+
+
+def in_written_memory(
+    gm: fx.GraphModule, values: Iterable[Value], writes: Iterable[tuple[fx.Node, Value]], rebound: Iterable[Value]
+) -> frozenset[fx.Node]:
+    """The nodes in memory that these calls write to, and those that become another tensor."""
+    roots = {root(v) for _, v in writes}
+    written = {n for v in values if root(v) in roots for n in v.nodes}
+    places = {s for n in written for s in storages(n, gm)}
+    others = {n for n in gm.graph.nodes if not places.isdisjoint(storages(n, gm))}
+    return frozenset(written | {n for v in rebound for n in v.nodes} | others)
 
 
 def may_be_written(node: fx.Node) -> list[fx.Node]:

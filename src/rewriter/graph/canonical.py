@@ -19,6 +19,8 @@ COMMUTATIVE = frozenset({"add", "mul"})
 VIEWS = frozenset({"view", "expand", "permute", "slice", "cast"})  # cheap to have twice
 ALIASES = VIEWS - {"cast"} | {"detach", "no_grad", "bitcast"}  # share the memory of their first argument
 POINTWISE = frozenset({"add", "sub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "tanh", "rsqrt", "sqrt", "exp", "relu"})
+FACTORIES = frozenset({"empty", "zeros", "ones", "full", "arange", "scalar_tensor"})  # of numbers alone
+FRESH = POINTWISE | FACTORIES | {"cast", "triu", "tril", "fill", "where", "masked_fill"}  # in memory of their own for sure
 INT_MAX = 2**63 - 1
 
 
@@ -56,6 +58,7 @@ class Normal:
         self.mutated: set[Value] = set()  # written in place by some call
         self.rebound: set[Value] = set()  # made to be another tensor by `set_`: the memory itself is not written
         self.last_use = False  # is the first operand of the current call in memory that nobody else reads?
+        self.fills = False  # does the current call write a constant that is being made (`fills.py`)?
         self.consumed: set[Value] = set()  # by a call that wrote to such memory
 
     def call(self, op: str, args: tuple, metas: Metas) -> Any:
@@ -88,7 +91,7 @@ class Normal:
         (self.rebound if name == "set_" else self.mutated).update(values_in(written))
         if any(p.is_out for p in schema.arguments):  # no rule is about writing
             name += ".out"
-        elif written == [args[0]] and self.last_use and _fresh(args[0]) and name.endswith("_"):
+        elif written == [args[0]] and name.endswith("_") and (self.fills or self.last_use and _fresh(args[0])):
             self.mutated.discard(args[0])
             self.consumed.add(args[0])
             promoted = functools.reduce(torch.promote_types, (v.meta.dtype for v in values_in(args)))
@@ -153,7 +156,7 @@ class Normal:
 
 def _fresh(v: Value) -> bool:
     """Is it in memory of its own for sure? Custom operators (with a namespace) may not return their operands."""
-    return v.op in POINTWISE or v.op == "cast" or "::" in v.op
+    return v.op in FRESH or "::" in v.op
 
 
 def _wants_grad(a: Any) -> bool:

@@ -28,9 +28,10 @@ from sloth.compat.dispatch import (
     exit_inference_mode,
     set_grad_enabled,
 )
-from sloth.rewriter.graph.aliasing import may_write, root, storages, tensors, written_storages
+from sloth.rewriter.graph.aliasing import in_written_memory, may_write, storages, tensors, written_storages
 from sloth.rewriter.graph.ambient import Autocast, current, under
 from sloth.rewriter.graph.autograd_functions import is_derivative
+from sloth.rewriter.graph.fills import Fills, fills
 from sloth.rewriter.graph.identity import held
 from sloth.rewriter.graph.normal_form import Normal
 from sloth.rewriter.graph.record import Ref, Trace, rebuilt, resolve, trace
@@ -85,10 +86,9 @@ def lower(gm: fx.GraphModule) -> list[LoweredGraph]:
                 _pass(seen[id(body)], region, operands, around, call)
                 continue
             builder = _Builder(LoweredGraph(body, path, region), mode, memo)
-            written = builder.run()
-            if written:  # somebody writes in place: once more, with that memory marked as mutated
-                places = written_storages(builder.view.writes, body)
-                builder = _Builder(LoweredGraph(body, path, region), mode, memo, written, places)
+            builder.run()
+            if builder.view.writes:  # somebody writes in place: once more, with that memory marked as mutated
+                builder = _Builder(LoweredGraph(body, path, region), mode, memo, builder)
                 builder.run()
             seen[id(body)] = builder.view
             _pass(builder.view, region, operands, around, call)
@@ -129,11 +129,10 @@ def shape_env_of(gm: fx.GraphModule) -> ShapeEnv | None:
 
 
 class _Builder:
-    def __init__(
-        self, view: LoweredGraph, mode: FakeTensorMode, memo: dict[Any, Any], written: frozenset = frozenset(), places=frozenset()
-    ):
+    def __init__(self, view: LoweredGraph, mode: FakeTensorMode, memo: dict[Any, Any], first: _Builder | None = None):
         self.view, self.mode, self.memo = view, mode, memo
-        self.written, self.places = written, places  # nodes in memory that is written or like such; that memory
+        # Nodes in memory that is written, or like such; that memory; and writes that only make a constant.
+        self.written, self.places, self.fills = first.in_place() if first else (frozenset(), frozenset(), {})
         self.outside = current()
         self.normal = Normal(view.shadow)
         self.normal.region = view.region
@@ -144,31 +143,33 @@ class _Builder:
         self.autocasts: list[tuple[torch.autocast, Autocast]] = []  # open blocks, and the state outside of each
         self.dropped: frozenset[fx.Node] = frozenset()  # returned, but to nobody who reads them
 
-    def run(self) -> frozenset[fx.Node]:
-        """Build the view; the nodes whose memory is written in place."""
+    def run(self) -> None:
+        """Build the view."""
         with under(self.view.region.autocast):
             try:
                 self.lower_all()
             finally:
                 while self.autocasts:
                     self.leave_autocast()
-        gm, values = self.view.gm, self.view.shadow.values
-        roots = {root(v) for _, v in self.view.writes}
-        rebound = {n for v in self.normal.rebound for n in v.nodes}
-        written = {n for v in values if root(v) in roots for n in v.nodes}
-        places = {s for n in written for s in storages(n, gm)}
-        self.view.writes += [(gm.graph.output_node(), v) for v in self.normal.rebound]  # it is another tensor until the end
-        return frozenset(written | rebound | {n for n in gm.graph.nodes if not places.isdisjoint(storages(n, gm))})
+        # what is rebound is another tensor until the end
+        self.view.writes += [(self.view.gm.graph.output_node(), v) for v in self.normal.rebound]
+
+    def in_place(self) -> tuple[frozenset[fx.Node], frozenset[int], Fills]:
+        gm, told = self.view.gm, fills(self.view.gm, self.view.env, self.view.writes)
+        writes = [w for w in self.view.writes if w[0] not in told]
+        written = in_written_memory(gm, self.view.shadow.values, writes, self.normal.rebound)
+        return written, written_storages(writes, gm), told
 
     def lower_all(self) -> None:
         for node in self.view.gm.graph.nodes:
             self.normal.origin = node
-            self.normal.mutated_storage = node in self.written
+            self.normal.mutated_storage, self.normal.fills = node in self.written, node in self.fills
             self.view.regions[node] = self.normal.region
             known = len(self.view.shadow.values)
             result = self.view.env[node] = held(self.normal, node, self.view.gm, self.places, self.lower(node), known)
             if isinstance(result, Value):
                 result.nodes.append(node)
+            self.view.env |= dict.fromkeys(self.fills.get(node, ()), result)
             self.view.writes += [(node, v) for v in self.normal.mutated]
             self.normal.mutated.clear()
 
@@ -271,8 +272,9 @@ class _Builder:
         try:
             self.normal.last_use = self.is_last_use(node)
             result = self.normal.replay(*self.recorded(node, args, kwargs))
-            for v in self.normal.consumed:  # the node that held it holds something else from now on
-                v.nodes[:] = [n for n in v.nodes if n is not node.args[0]]
+            gone = self.fills.get(node, node.args[:1])
+            for v in self.normal.consumed:  # what held it holds something else from now on
+                v.nodes[:] = [n for n in v.nodes if n not in gone]
             self.normal.consumed.clear()
         except Exception as e:
             return self.opaque(node, example, f"{type(e).__name__}: {e}".split("\n")[0][:200])

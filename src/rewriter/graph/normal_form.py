@@ -10,6 +10,7 @@ dtypes, constants.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,6 +56,57 @@ def nothing_to_detach(n: Normal, c: Call, x: Value):
 def no_dropout(n: Normal, c: Call, x: Value, p, train):
     """dropout(x) = x with p = 0 or outside of training."""
     return x if train is False or (_number(p) and p == 0) else None
+
+
+# ---------------------------------------------------------------- choices
+
+
+@rule("bitwise_not", "logical_not")
+def negation(n: Normal, c: Call, x: Value):
+    """not not x = x, of truths;  not (a ≤ b) = a > b, of integers."""
+    if x.meta.dtype != torch.bool:
+        return None
+    if n.near(x, "bitwise_not"):
+        return x.args[0]
+    contrary = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}.get(x.op, "")
+    if n.near(x, x.op) and contrary and not any(v.meta.dtype.is_floating_point for v in x.inputs):
+        return n.add(contrary, x.args, c.meta)
+    return n.add("bitwise_not", (x,), c.meta)
+
+
+@rule("masked_fill")
+def filled(n: Normal, c: Call, x: Value, mask: Value, number):
+    """masked_fill(x, m, number) = where(not m, x, number)."""
+    number = _scalar(number, c.meta.dtype)
+    if number is None or x.meta.dtype != c.meta.dtype or x.mutated_storage:
+        return None
+    return n.call("where", (n.call("bitwise_not", (mask,), (mask.meta,)), x, number), c.metas)
+
+
+@rule("where")
+def choice(n: Normal, c: Call, mask: Value, a, b):
+    """where(m, number, x) = where(not m, x, number);  where(not m, a, b) = where(m, b, a), both tensors or both numbers."""
+    a, b = (x if (k := _scalar(x, c.meta.dtype)) is None else k for x in (a, b))
+    if c.meta.dtype.is_floating_point:
+        a, b = (x if isinstance(x, Value) else float(x) for x in (a, b))
+    tensor = isinstance(a, Value), isinstance(b, Value)
+    if tensor == (False, True) or tensor[0] == tensor[1] and n.near(mask, "bitwise_not"):
+        mask, a, b = n.call("bitwise_not", (mask,), (mask.meta,)), b, a
+    return n.add("where", (mask, a, b), c.meta)
+
+
+@rule("mul", "div")
+def scaled_choice(n: Normal, c: Call, x, k, *rounding):
+    """where(m, x, number) · k = where(m, x · k, number · k), for numbers k > 0;  / k too."""
+    x, k = (x, k) if isinstance(x, Value) or c.op == "div" else (k, x)
+    if any(rounding) or not _number(k) or not 0 < k < math.inf or not n.near(x, "where") or x.meta.dtype != c.meta.dtype:
+        return None
+    mask, inner, number = x.args
+    if not isinstance(inner, Value) or not _number(number) or inner.meta.dtype != c.meta.dtype:
+        return None
+    scaled = n.call(c.op, (inner, k), (inner.meta,))
+    number = torch.tensor(number * k if c.op == "mul" else number / k, dtype=torch.float64).to(c.meta.dtype).item()
+    return n.add("where", (mask, scaled, number), c.meta)
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -299,6 +351,13 @@ def repeated(n: Normal, c: Call, x: Value, k, dim=None, output_size=None):
 
 def _number(a: Any) -> bool:
     return isinstance(a, int | float) and not isinstance(a, bool)
+
+
+def _scalar(a: Any, dtype: torch.dtype) -> Any:
+    """The number that `a` is, or that stands in this tensor without dimensions, of this dtype; None if it is none."""
+    if isinstance(a, Value) and a.op == "full" and not a.meta.shape and not a.mutated_storage and a.meta.dtype == dtype:
+        a = torch.tensor(a.args[1], dtype=dtype).item() if _number(a.args[1]) else None
+    return a if isinstance(a, int | float) else None
 
 
 def _dim(x: Value, d: int) -> int:

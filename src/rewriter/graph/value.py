@@ -58,6 +58,7 @@ class Value:
     origin: fx.Node | None = None  # the node during whose expansion it first appeared
     analyses: dict[str, Any] = field(default_factory=dict)  # what patterns found out about it, each asked once
     replaces: list[Value] = field(default_factory=list)  # a rule put this in place of the first of these, made of the others
+    graph: ValueGraph | None = None  # that it is a value of
     captured_from: Value | None = None  # of an input of a body: the value of the graph around it that is always passed there
 
     @property
@@ -101,9 +102,9 @@ def _told_frozen(origin: fx.Node | None) -> bool:
 
 
 def literal_key(a: Any) -> Any:
-    """A hashable stand-in for an argument: SymInts by their expression, Values by their number."""
+    """A hashable stand-in for an argument: SymInts by their expression, Values by which they are."""
     if isinstance(a, Value):
-        return ("%", a.id)
+        return ("%", id(a))
     if isinstance(a, tuple | list):
         return tuple(literal_key(x) for x in a)
     if isinstance(a, Symbol):
@@ -151,7 +152,7 @@ class ValueGraph:
             return known
         if mutated_storage and meta is not None and meta.dtype.is_floating_point and not _told_frozen(origin):
             meta = meta._replace(requires_grad=True)  # what is written into it may bring a gradient
-        value = Value(len(self.values), op, args, meta, region, mutated_storage, origin=origin)
+        value = Value(len(self.values), op, args, meta, region, mutated_storage, origin=origin, graph=self)
         self.values.append(value)
         for v in dict.fromkeys(value.inputs):
             v.users.append(value)
@@ -161,7 +162,7 @@ class ValueGraph:
 
     def owns(self, value: Value) -> bool:
         """Is it a value of this shadow, and not of the graph around?"""
-        return value.id < len(self.values) and self.values[value.id] is value
+        return value.graph is self
 
     def __str__(self) -> str:
         return "\n".join(map(repr, self.values))

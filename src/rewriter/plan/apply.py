@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sloth.rewriter.graph.aliasing import copies_by_layout, may_write, storages
+from sloth.rewriter.graph.aliasing import copies_by_layout, may_write, storages, writes_for_others
 from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
@@ -158,7 +158,7 @@ class Rewriter:
         nodes = {*old, *(v.origin for v in values if v.origin is not None)}
         order = self.places.order
         for n in sorted(nodes & order.keys(), key=order.__getitem__, reverse=True):
-            if n.op not in ("placeholder", "get_attr") and not n.users and not n.is_impure():
+            if n.op not in ("placeholder", "get_attr") and not n.users and not n.is_impure() and not writes_for_others(n):
                 self.graph.erase_node(n)
                 del order[n]
                 for v in (*values, *values_in((self.view.env.get(n),))):

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from sloth.compat.dispatch import OpOverload
-from sloth.rewriter.graph.aliasing import writers
+from sloth.rewriter.graph.aliasing import writers, writes_for_others
 from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
@@ -66,9 +66,9 @@ class Places:
         return moved
 
     def in_written_memory(self, node: fx.Node) -> bool:
-        """Does it read or write memory that somebody writes?"""
+        """Does it read memory that somebody writes, or write some?"""
         values = (self.view.env.get(n) for n in (node, *node.all_input_nodes))
-        return any(v.mutated_storage for v in values_in(values))
+        return writes_for_others(node) or any(v.mutated_storage for v in values_in(values))
 
 
 def computed(v: Value) -> list[fx.Node]:
