@@ -48,10 +48,57 @@ def olmo(x, *, eps: float):
     return F.layer_norm(x.float(), (x.shape[-1],), None, None, eps).to(x.dtype)
 
 
+def centred(x, eps):
+    h = x - x.mean(-1, keepdim=True)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+
+
 @norm.variant("cohere")
 def cohere(x, weight, *, eps: float):
     """Written out in fp32, no bias."""
-    h = x.float()
-    h = h - h.mean(-1, keepdim=True)
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight.float() * h).to(x.dtype)
+    return (weight.float() * centred(x.float(), eps)).to(x.dtype)
+
+
+def written(x, weight, bias, *, eps: float):
+    """Written out in the model's dtype."""
+    return weight * centred(x, eps) + bias
+
+
+def written_no_bias(x, weight, *, eps: float):
+    return weight * centred(x, eps)
+
+
+def written_plain(x, *, eps: float):
+    return centred(x, eps)
+
+
+def cast_back(x, weight, bias, *, eps: float):
+    """In fp32; back in the model's dtype, weight and bias."""
+    return weight * centred(x.float(), eps).to(x.dtype) + bias
+
+
+def cast_back_no_bias(x, weight, *, eps: float):
+    return weight * centred(x.float(), eps).to(x.dtype)
+
+
+def cast_back_plain(x, *, eps: float):
+    return centred(x.float(), eps).to(x.dtype)
+
+
+def cast_last(x, weight, bias, *, eps: float):
+    """In fp32, weight and bias too."""
+    return (weight * centred(x.float(), eps) + bias).to(x.dtype)
+
+
+def cast_last_no_bias(x, weight, *, eps: float):
+    return (weight * centred(x.float(), eps)).to(x.dtype)
+
+
+def cast_all(x, weight, bias, *, eps: float):
+    return (weight.float() * centred(x.float(), eps) + bias.float()).to(x.dtype)
+
+
+for _form in (
+    written, written_no_bias, written_plain, cast_back, cast_back_no_bias, cast_back_plain, cast_last, cast_last_no_bias, cast_all
+):  # fmt: skip
+    norm.variant(_form.__name__)(_form)

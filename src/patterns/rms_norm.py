@@ -4,6 +4,8 @@ Dtype placement is part of each form: where the variance is taken, and whether t
 back.
 """
 
+from inspect import signature
+
 import torch
 import torch.nn.functional as F
 
@@ -71,6 +73,42 @@ def no_weight(x, *, eps: float):
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def in_dtype(x, weight, *, eps: float):
+    """Without a cast."""
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def in_dtype_no_weight(x, *, eps: float):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def root(x, eps):
+    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
+def root_cast(x, weight, *, eps: float):
+    """Only the root is computed in fp32 (cpmant)."""
+    return weight * (x * root(x, eps).to(x.dtype))
+
+
+def root_cast_no_weight(x, *, eps: float):
+    """… (deepseek_v4, inkling2)."""
+    return x * root(x, eps).to(x.dtype)
+
+
+def promoted(x, weight, *, eps: float):
+    """x itself becomes fp32 by promotion (Baichuan, MiniCPM)."""
+    return weight * (x * root(x, eps)).to(x.dtype)
+
+
+def promoted_olmo2(x, weight, *, eps: float):
+    return (weight * (x * root(x, eps))).to(x.dtype)
+
+
+def promoted_no_weight(x, *, eps: float):
+    return (x * root(x, eps)).to(x.dtype)
+
+
 def torch_rms_norm(x, weight, *, eps: float):
     """torch.nn.RMSNorm."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -87,6 +125,13 @@ FORMS = {
     "helium": (helium, {}),
     "gemma": (gemma, {"offset": 1.0}),
     "no_weight": (no_weight, {}),
+    "in_dtype": (in_dtype, {}),
+    "in_dtype_no_weight": (in_dtype_no_weight, {}),
+    "root_cast": (root_cast, {}),
+    "root_cast_no_weight": (root_cast_no_weight, {}),
+    "promoted": (promoted, {}),
+    "promoted_olmo2": (promoted_olmo2, {}),
+    "promoted_no_weight": (promoted_no_weight, {}),
     "torch": (torch_rms_norm, {}),
     "torch_no_weight": (torch_no_weight, {}),
 }
@@ -104,7 +149,7 @@ def after_addition(form):
         h = x + residual
         return h, form(h, eps=eps)
 
-    return both_no_weight if form in (no_weight, torch_no_weight) else both
+    return both if "weight" in signature(form).parameters else both_no_weight
 
 
 norm = pattern(RMS_NORM, op=rms_norm, dims=DIMS, name="rms_norm", variant="llama", promote=True)(llama)

@@ -36,7 +36,8 @@ def matched_sites(match: Match) -> list[Site]:
     """One of its construct, and one for each anchor of others that it holds too. To be taken before the graph is rewritten: the
     rewrite removes the nodes they point to.
     """
-    own = Site(match.pattern.construct.name, str(match.variant), MATCHED, *source(match.roots[-1].nodes[0]))
+    root = match.roots[-1]
+    own = Site(match.pattern.construct.name, str(match.variant), MATCHED, *source(root.nodes[0] if root.nodes else root.origin))
     return [own, *_held(match.values, match.pattern.also, str(match.variant))]
 
 

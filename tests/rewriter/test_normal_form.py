@@ -332,7 +332,61 @@ CASES = [
         (lambda x: x[0].bfloat16() @ x[1].mT.bfloat16(), lambda x: torch.bmm(x[0].bfloat16(), x[1].bfloat16().mT)),
         (lambda x: x[0] @ x[1].mT, lambda x: (x[0] @ x[1].mT).bfloat16()),
     ),
-    Case("product of matrices", (lambda m: m @ m.mT,), (lambda m: m.mT @ m, lambda m: F.linear(m, m))),
+    Case(
+        "product of matrices",
+        (lambda m: m @ m.mT, lambda m: F.linear(m, m), lambda m: torch.mm(m, m.t()), lambda m: torch.matmul(m, m.T)),
+        (lambda m: m.mT @ m, lambda m: F.linear(m, m, m[:, 0]), lambda m: m[:, :4] @ m[:, :4]),
+    ),
+    Case(
+        "mean as a sum",
+        (
+            lambda x: x.mean(-1, keepdim=True),
+            lambda x: x.sum(-1, keepdim=True) / 6,
+            lambda x: x.sum(3, keepdim=True) * (1 / 6),
+            lambda x: torch.div(torch.sum(x, (-1,), keepdim=True), 6.0),
+        ),
+        (
+            lambda x: x.sum(-1, keepdim=True) / 5,
+            lambda x: x.sum(-1) / 6,
+            lambda x: x.sum(-1, keepdim=True) // 6,
+            lambda x: x.sum(-2, keepdim=True) / 4,
+        ),
+    ),
+    Case(
+        "variance",
+        (
+            lambda x: (x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True),
+            lambda x: x.var(-1, unbiased=False, keepdim=True),
+            lambda x: torch.var(x, (3,), correction=0, keepdim=True),
+            lambda x: torch.var_mean(x, -1, correction=0, keepdim=True)[0],
+            lambda x: (x * x).mean(-1, keepdim=True) - x.mean(-1, keepdim=True).square(),
+        ),
+        (
+            lambda x: x.var(-1, keepdim=True),
+            lambda x: x.var(-1, unbiased=False),
+            lambda x: x.var((-1, -2), unbiased=False, keepdim=True),
+            lambda x: (x * x).mean(-1, keepdim=True) - x.mean(-2, keepdim=True).square(),
+            lambda x: (x - x.mean(-2, keepdim=True)).pow(2).mean(-1, keepdim=True),
+        ),
+    ),
+    Case(
+        "deviation",
+        (
+            lambda x: x.std(-1, unbiased=False),
+            lambda x: torch.std(x, dim=(-1,), correction=0),
+            lambda x: x.var(-1, correction=0).sqrt(),
+        ),
+        (lambda x: x.std(-1), lambda x: x.std(-1, unbiased=False, keepdim=True)),
+    ),
+    Case(
+        "eps that torch chooses",
+        (
+            lambda x: F.rms_norm(x, (6,)),
+            lambda x: torch.nn.RMSNorm(6, elementwise_affine=False)(x),
+            lambda x: F.rms_norm(x, (6,), eps=2**-23),
+        ),
+        (lambda x: F.rms_norm(x, (6,), eps=1e-6), lambda x: F.rms_norm(x, (4, 6))),
+    ),
     Case(
         "softmax",
         (
@@ -667,6 +721,13 @@ def test_every_entry_of_the_table_is_exercised(monkeypatch: pytest.MonkeyPatch) 
     assert all(r.__doc__ for rules in RULES.values() for r in rules), "the docstring is the law that the table prints"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_eps_that_torch_chooses(dtype: torch.dtype) -> None:
+    x = torch.full((1, 4), 1e-4, dtype=dtype)
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    torch.testing.assert_close(F.rms_norm(x, (4,)), F.rms_norm(x, (4,), eps=eps))
+
+
 def test_names_of_rules_are_operators() -> None:
     assert [op for op in RULES if "::" not in op and not hasattr(aten, op)] == []
 
@@ -933,6 +994,7 @@ def compute(v: Value, args: list[Any]) -> Any:
         "slice": lambda x, dim, start, end, step: aten.slice(x, dim, start, end, step),
         "getitem": lambda xs, i: xs[i],
         "bitcast": lambda x, dtype: x.view(dtype),
+        "matmul_transposed": lambda a, b: a @ b.mT,
     }
     if v.op in canonical:
         return canonical[v.op](*args)

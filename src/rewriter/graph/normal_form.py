@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sloth.rewriter.graph import means, products  # noqa: F401  (which have rules too)
 from sloth.rewriter.graph.canonical import INT_MAX, RULES, VIEWS, Call, Normal, rule
 from sloth.rewriter.graph.value import Symbol, Value, same_literal
 
@@ -210,15 +211,17 @@ def one_softmax(n: Normal, c: Call, x: Value, dim, dtype=None):
     return n.add("softmax", (n.cast(x, dtype) if dtype else x, _dim(x, dim)), c.meta)
 
 
-@rule("matmul", "bmm")
+@rule("matmul", "bmm", "mm")
 def batched_product(n: Normal, c: Call, a: Value, b: Value):
-    """bmm = matmul;  a bᵀ = matmul_transposed(a, b), where the permutation bᵀ, cast or not, has b's last dimension as its row. A
-    permutation is a view: of memory that somebody writes, too, it is the product that reads.
+    """bmm = matmul;  a Wᵀ = linear(a, W), W a matrix;  a bᵀ = matmul_transposed(a, b), where the permutation bᵀ, cast or not, has
+    b's last dimension as its row. A permutation is a view: of memory that somebody writes, too, it is the product that reads.
     """
     rank = len(b.meta.shape)
+    x = b.args[0] if n.near(b, "cast") else b  # autocast's
+    if rank == 2 and len(a.meta.shape) > 1 and x.op == "permute" and x.region == n.region and b.meta.dtype == c.meta.dtype:
+        return n.add("linear", (a, n.cast(x.args[0], b.meta.dtype), None), c.meta)
     if len(a.meta.shape) < 3 or rank < 3:
         return None
-    x = b.args[0] if n.near(b, "cast") else b  # autocast's
     if x.op == "permute" and x.region == n.region and x.args[1][-2] == rank - 1:
         *dims, last, row = x.args[1]
         return n.add("matmul_transposed", (a, n.cast(n.permute(x.args[0], (*dims, row, last)), b.meta.dtype)), c.meta)

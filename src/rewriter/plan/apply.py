@@ -17,7 +17,7 @@ from sloth.rewriter.plan.bodies import lift_captured_value
 from sloth.rewriter.plan.hoist import drop_unread_inputs, hoist
 from sloth.rewriter.plan.lazy_outputs import Deferred
 from sloth.rewriter.plan.legality import call_arguments, operands_of, takes_many
-from sloth.rewriter.plan.materialize import LOWERINGS, lowered_args
+from sloth.rewriter.plan.materialize import LOWERINGS, held_results, lowered_args
 from sloth.rewriter.plan.narrow import keep_narrow
 from sloth.rewriter.plan.places import Places, computed
 from sloth.rewriter.plan.plan import GraphPlan, Plan
@@ -106,13 +106,26 @@ class Rewriter:
         outputs = self.outputs(call, matches[0], roots)
         self.view.regions |= dict.fromkeys((call, *outputs), roots[0].region)
         for value, output in zip(roots, outputs, strict=True):
-            replaced = computed(value)
-            for node in replaced:
-                node.replace_all_uses_with(output)
-            value.nodes[:] = [output, *(n for n in value.nodes if n not in replaced)]
+            held = held_results(value)
+            self.hold(value, output)
+            for view in held if value not in held else ():  # the value itself was computed inside of one call
+                nodes, view.nodes[:] = [*view.nodes], []
+                with self.graph.inserting_after(outputs[-1]):
+                    made = self.operand(view)
+                view.nodes[:] = nodes
+                made.meta.update(nodes[0].meta)
+                self.hold(view, made)
+                old += nodes
         self.erase_dead_nodes({v for m in matches for v in m.values}, old)
         self.places = Places(self.view)
         return call
+
+    def hold(self, value: Value, output: fx.Node) -> None:
+        """From now on `output` is what computes the value."""
+        replaced = computed(value)
+        for node in replaced:
+            node.replace_all_uses_with(output)
+        value.nodes[:] = [output, *(n for n in value.nodes if n not in replaced)]
 
     def operand(self, v: Value) -> fx.Node:
         """The node that holds `v`, or what `v` is made of some, written out.
@@ -138,8 +151,12 @@ class Rewriter:
         """The nodes that hold the results, with the metadata of those they replace: where in the model, and what it looks
         like.
         """
-        sites = [r.nodes[0] for r in roots]
+        held = [held_results(r)[0] for r in roots]
+        sites = [v.nodes[0] for v in held]
         call.meta.update(sites[0].meta, sloth=match.pattern.name)
+        for r, v in zip(roots, held, strict=True):
+            if r is not v and isinstance(example := call.meta.get("example_value"), torch.Tensor):
+                call.meta["example_value"] = example.new_empty(r.meta.shape, dtype=r.meta.dtype)
         if match.pattern.recompute:
             call.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         if len(match.pattern.op._schema.returns) == 1 and not takes_many(match.pattern.op):

@@ -23,7 +23,9 @@ from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.match.pattern import ARGUMENTS
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.plan.lazy_outputs import deferrable, only_given_out
-from sloth.rewriter.plan.materialize import materialized_values, source_values
+from sloth.rewriter.plan.materialize import held_results, materialized_values, source_values
+
+NEVER_CAST = frozenset({"add", "sub", "mul", "div", "neg", "mean", "where", "silu", "sigmoid", "tanh", "relu", "sqrt"})
 
 
 @dataclass
@@ -90,11 +92,19 @@ def _views(v: Value, ops: Set[str] = ALIASES) -> list[Value]:
 
 
 def regions(match: Match, context: LegalityContext) -> None:
-    """It does not span a change of grad mode or autocast."""
-    if len({v.region for v in match.values}) > 1:
+    """It does not span a change of grad mode, nor of autocast that would change anything."""
+    own = match.roots[0].region
+    if any(v.region != own and (v.region._replace(autocast=own.autocast) != own or may_be_cast(v)) for v in match.values):
         raise Refused("region", "it spans a change of grad mode or autocast")
     if match.roots[0].region.transforms:
         raise Refused("region", "it is inside of a transform of torch.func")
+
+
+def may_be_cast(v: Value) -> bool:
+    """Might autocast cast an operand of this operation? Of some it casts to fp32 alone."""
+    if v.op in VIEWS | NEVER_CAST:
+        return False
+    return not (v.op in ("rsqrt", "exp", "sum") and all(x.meta is not None and x.meta.dtype == torch.float32 for x in v.inputs))
 
 
 def operands(match: Match, context: LegalityContext) -> None:
@@ -105,7 +115,7 @@ def operands(match: Match, context: LegalityContext) -> None:
         if made := [h for h in source_values(v) if h in match.roots]:
             raise Refused("convexity", f"{_name(made[0])} is an operand and a result")
     for v in match.roots:
-        if not v.nodes:
+        if not held_results(v):
             raise Refused("hidden", f"result {v.op} is computed inside one call")
 
 

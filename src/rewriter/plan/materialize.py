@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sloth.compat.dispatch import OpOverload
-from sloth.rewriter.graph.canonical import INT_MAX
+from sloth.rewriter.graph.canonical import INT_MAX, VIEWS
 from sloth.rewriter.graph.value import Symbol, Value
 
 # By canonical operation: how it is written. `emit` adds to it.
@@ -38,6 +38,24 @@ def source_values(v: Value) -> list[Value]:
     if not v.nodes and v.replaces:
         return source_values(v.replaces[0])
     return [h for x in v.inputs for h in source_values(x)] if _is_materialized(v) else [v]
+
+
+def held_results(root: Value) -> list[Value]:
+    """The values by which nodes of the traced graph hold a result: itself, or where none does (it is computed inside one call),
+    the views and casts of it that are held. Empty where something else is made of it in there.
+    """
+    if root.nodes:
+        return [root]
+    found = []
+    for u in root.users:
+        if u.op in VIEWS and not u.mutated_storage and _is_materialized(u) | bool(u.nodes):
+            inner = held_results(u)
+            found += inner
+            if inner or not u.users:
+                continue
+        if u.nodes or u.users:
+            return []
+    return found
 
 
 def materialized_values(operands: Iterable[Value]) -> list[Value]:

@@ -11,7 +11,7 @@ from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.plan.legality import operands_of
-from sloth.rewriter.plan.materialize import source_values
+from sloth.rewriter.plan.materialize import held_results, source_values
 
 
 class Places:
@@ -45,7 +45,7 @@ class Places:
 
     def behind(self, matches: list[Match], place: fx.Node) -> set[fx.Node]:
         """The nodes up to `place` that depend on a result, results aside. None of them may be an operand (convexity)."""
-        results = {n for m in matches for r in m.roots for n in computed(r)}
+        results = {n for m in matches for r in m.roots for v in held_results(r) for n in computed(v)}
         found, todo, last = set(), [u for n in results for u in n.users], self.order[place]
         while todo:
             n = todo.pop()
