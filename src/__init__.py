@@ -40,8 +40,8 @@ _HOME = {
 }
 __version__ = "0.2.0"
 __all__ = [
-    "Construct", "FastLanguageModel", "FastModel", "PatternError", "Report", "TrainingChart", "Verification", "__version__", "cost",
-    "explain", "is_bfloat16_supported", "pattern", "unregister", "verify",
+    "Construct", "FastLanguageModel", "FastModel", "PatternError", "Report", "TrainingChart", "Verification", "__version__",
+    "cost", "explain", "is_bfloat16_supported", "pattern", "unregister", "verify",
 ]  # fmt: skip
 
 
