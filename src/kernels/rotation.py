@@ -194,7 +194,7 @@ def _check(xs, tables, axis: int, start: int) -> None:
         )
 
 
-@triton_op("sloth::rotate")
+@triton_op("sloth::rotate", "rope")
 def _rotate(
     x: torch.Tensor,
     cos: torch.Tensor,
@@ -214,7 +214,7 @@ def _rotate(
     return _rotated([x], (cos, sin, cos_second, sin_second), axis, start, how, layout, [dtype or x.dtype])[0]
 
 
-@triton_op("sloth::rotate_both")
+@triton_op("sloth::rotate_both", "rope")
 def _rotate_both(
     q: torch.Tensor,
     k: torch.Tensor,
