@@ -131,6 +131,7 @@ def test_modes_are_inductors(mode: str | None, configurations: list[dict[str, An
     (config,) = configurations
     assert config.pop("post_grad_custom_post_pass") and config.pop("joint_custom_pre_pass")  # sloth's own
     assert {name: config.pop(name) for name in inductor.PREFERRED} == inductor.PREFERRED
+    assert config.pop(inductor.SAME_BITS, False) == ("max-autotune" not in (mode or ""))
     assert config == torch._TorchCompileInductorWrapper(mode, {}, None).config
 
 
