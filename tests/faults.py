@@ -3,6 +3,7 @@
     python -m tests.faults                all of them; each writes its row of the table of docs/testing.md
     python -m tests.faults --only 3 17    some of them
     python -m tests.faults --missing      those that have no row
+    python -m tests.faults --verify       instead: in which of the programs of tests/verified.py `sloth.verify` finds them
     python -m tests.faults --everything   where the tests named beside a fault pass, all of the default tier too
     python -m tests.faults --list
 
@@ -423,9 +424,22 @@ def caught(fault: Fault, everything: bool) -> Caught:
     return Caught("", "", time.monotonic() - start)
 
 
-def row(fault: Fault, found: Caught) -> str:
-    test = f"`{found.test}`" if found.tier else "**nothing**"
-    return f"| {fault.kind} | {fault.what} | {test} | {found.tier} |"
+def verified(fault: Fault) -> str:
+    """The programs in which `sloth.verify` finds it; "–" where in none."""
+    with tempfile.TemporaryDirectory() as folder:
+        planted(fault, Path(folder))
+        env = os.environ | {"PYTHONPATH": str(Path(folder, "path")), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "tests.verified"]
+        done = subprocess.run(command, cwd=Path(folder, "tree"), env=env, capture_output=True, text=True, timeout=LIMIT)
+    names = dict.fromkeys(re.findall(r"^(\w+): .* wrong: ", done.stdout, re.MULTILINE))
+    if done.returncode not in (0, 1) or bool(names) != bool(done.returncode):
+        raise RuntimeError(f"{fault.what}: the programs end with {done.returncode}: {done.stderr[-2000:]}")
+    return ", ".join(f"`{name}`" for name in names) or "–"
+
+
+def row(fault: Fault, found: Caught) -> list[str]:
+    """All but the last column."""
+    return [fault.kind, fault.what, f"`{found.test}`" if found.tier else "**nothing**", found.tier]
 
 
 def main() -> None:
@@ -434,26 +448,34 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", type=int, help="those of these numbers, in this order")
     parser.add_argument("--missing", action="store_true", help="those that have no row yet")
     parser.add_argument("--everything", action="store_true", help="where the likely tests pass, run the whole default tier")
+    parser.add_argument("--verify", action="store_true", help="fill the last column instead")
     given = parser.parse_args()
     for i in range(len(FAULTS)) if given.only is None else given.only:
         fault = FAULTS[i]
         if given.list:
             print(f"{i:3} {fault.kind}: {fault.what} ({fault.file})")
-        elif not given.missing or fault.what not in rows():
+        elif given.verify:
+            cells = rows().get(fault.what) or [fault.kind, fault.what, "", "", ""]
+            write(rows() | {fault.what: [*cells[:4], verified(fault)]})
+            print(f"{i:3} {fault.what}: {rows()[fault.what][4]}", flush=True)
+        elif not given.missing or not rows().get(fault.what, ["", "", ""])[2]:
             found = caught(fault, given.everything)
-            write(rows() | {fault.what: row(fault, found)})
-            print(f"{i:3} {found.seconds:5.0f} s {row(fault, found)}", flush=True)
+            cells = row(fault, found)
+            write(rows() | {fault.what: [*cells, rows().get(fault.what, [""])[-1]]})
+            print(f"{i:3} {found.seconds:5.0f} s {' | '.join(cells)}", flush=True)
 
 
-def rows() -> dict[str, str]:
-    """The rows of the page, by what the fault is."""
+def rows() -> dict[str, list[str]]:
+    """The cells of the page's rows, by what the fault is."""
     table = PAGE.read_text().split(BEGIN)[1].split(END)[0]
-    return {line.split(" | ")[1]: line for line in table.splitlines()[2:]}
+    cells = (line[2:-2].split(" | ") for line in table.splitlines()[2:])
+    return {row[1]: row for row in cells}
 
 
-def write(known: dict[str, str]) -> None:
+def write(known: dict[str, list[str]]) -> None:
     page = PAGE.read_text()
-    table = ["| kind | fault | caught by | tier |", "|---|---|---|---|", *(known[f.what] for f in FAULTS if f.what in known)]
+    table = ["| kind | fault | caught by | tier | by verify |", "|---|---|---|---|---|"]
+    table += [f"| {' | '.join(known[f.what])} |" for f in FAULTS if f.what in known]
     before, after = page.index(BEGIN) + len(BEGIN), page.index(END)
     PAGE.write_text(page[:before] + "\n".join(table) + "\n" + page[after:])
 

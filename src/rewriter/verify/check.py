@@ -13,7 +13,7 @@ from sloth.rewriter.graph.value import Symbol
 from sloth.rewriter.verify.cut import Cut
 from sloth.rewriter.verify.draws import cotangents, random_inputs
 from sloth.rewriter.verify.report import GOOD, WRONG, Checked, Result
-from sloth.rewriter.verify.run import Exactly, NotExact, Run, RunExactly, evaluate, widened
+from sloth.rewriter.verify.run import Exactly, Found, NotExact, Run, RunExactly, evaluate, widened
 from sloth.rewriter.verify.tally import Tally
 
 AT_LEAST, DRAWS = 2, 24  # of random inputs; as many as it takes to tell
@@ -68,6 +68,9 @@ class Check:
         self.as_it_is |= mode.as_it_is
         for (what, a), (_, b), (_, e) in zip(*(_named(found, made) for found in (ours, eager, exact)), strict=True):
             self.compare(inputs, what, a, b, e)
+        for i, (a, b) in enumerate(zip(ours[2], eager[2], strict=True)):
+            if a != b:
+                self.wrong(f"result {i + 1} {'requires' if a else 'does not require'} a gradient, otherwise than in eager")
 
     def compare(self, inputs: str, what: str, ours: Any, eager: Any, exact: Any) -> None:
         if exact is None:
@@ -99,8 +102,8 @@ class Check:
             self.wrong(f"the error of the {worst.what} is {worst.ratio.ratio:.3g} times eager's")
 
 
-def _named(found: tuple[list[Any], list[Any]], made: Cut) -> Iterator[tuple[str, Any]]:
-    outputs, gradients = found
+def _named(found: Found, made: Cut) -> Iterator[tuple[str, Any]]:
+    outputs, gradients, _ = found
     for i, out in enumerate(outputs):
         yield "result" if len(outputs) == 1 else f"result {i + 1}", out
     for name, gradient, wanted in zip(made.names, gradients, made.grads, strict=True):

@@ -22,7 +22,6 @@ from sloth.rewriter.match.matcher import Match
 from sloth.rewriter.plan.legality import call_arguments, operands_of, takes_many
 from sloth.rewriter.plan.materialize import LOWERINGS, lowered_args, source_values
 from sloth.rewriter.plan.places import computed
-from sloth.rewriter.report import source
 
 
 @dataclass(eq=False)
@@ -45,10 +44,6 @@ class Cut:
     @property
     def region(self) -> Region:
         return self.placement[0].roots[0].region
-
-    @property
-    def where(self) -> tuple[str, int]:
-        return source(self.outputs[-1])
 
     @property
     def grads(self) -> list[bool]:

@@ -186,12 +186,12 @@ def _wrapped(gm: fx.GraphModule, run: Callable[..., Any]) -> fx.GraphModule:
     return fx.GraphModule({}, graph)
 
 
-Gradients = list[torch.Tensor | None]
+Found = tuple[list[Any], list[torch.Tensor | None], list[bool]]  # results, gradients, which results require a gradient
 
 
 def evaluate(
     function: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[bool], cotangents: Sequence[Any], grad: bool = True
-) -> tuple[list[Any], Gradients]:
+) -> Found:
     """Results, and gradients at fresh leaves with the values and strides of `inputs`. cotangents: of the results, None where they
     are no floating-point tensors.
     """
@@ -205,7 +205,8 @@ def evaluate(
         roots, given = zip(*used, strict=True)
         found = iter(torch.autograd.grad(roots, wanted, given, allow_unused=True))
     gradients = [next(found, None) if g else None for g in grads]
-    return [o.detach() if isinstance(o, torch.Tensor) else o for o in out], gradients
+    required = [isinstance(o, torch.Tensor) and o.requires_grad for o in out]
+    return [o.detach() if isinstance(o, torch.Tensor) else o for o in out], gradients, required
 
 
 @contextmanager
