@@ -314,6 +314,22 @@ def test_code_runs_in_fp64() -> None:
         x.detach().view(torch.int64)
 
 
+def test_products_of_experts_run_in_fp64() -> None:
+    """torch's grouped product takes no fp64: forward, and both gradients."""
+    a, w, ends = torch.randn(6, 16), torch.randn(3, 16, 16), torch.tensor([1, 1, 6], dtype=torch.int32)
+
+    def product(a: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        a, w = a.detach().requires_grad_(), w.detach().requires_grad_()
+        y = F.grouped_mm(a, w, offs=ends)
+        return y, *torch.autograd.grad(y.pow(2).sum(), (a, w))
+
+    with Exactly():
+        wide = product(a.double(), w.double())
+    for x, y in zip(wide, product(a, w), strict=True):
+        assert x.dtype == torch.float64
+        torch.testing.assert_close(x.float(), y)
+
+
 def test_an_operator_of_others_may_say_what_it_is() -> None:
     @torch.library.custom_op("test_verify::third", mutates_args=())
     def third(x: Tensor) -> Tensor:
@@ -344,6 +360,9 @@ def test_errors_are_compared_beyond_doubt() -> None:
     assert tally(1, 1.2).judged().open and tally(24, 1.2).judged().worse
     assert not tally(1, 1.9, single=True).judged().open and tally(1, 2.5, single=True).judged().worse
     assert tally(4, 17.0).judged().worse and tally(1, 1000.0).judged().worse
+    once = tally(6, 1.0)
+    once.ours[3] *= 400.0
+    assert once.judged().ratio > 8 and not once.judged().worse  # another expert was taken, once
     few = [tally(1, 1.0, rows=1, single=True).judged() for _ in range(3)]
     assert not any(r.worse for r in few)
     assert [round(_student(df), 2) for df in (5, 10, 100)] == pytest.approx([6.87, 4.59, 3.39], abs=0.05)

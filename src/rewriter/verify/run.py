@@ -32,8 +32,8 @@ class NotExact(Exception):
 
 
 def exact(operator: str) -> Callable[[Callable], Callable]:
-    """Enter what an operator of others ("namespace::name") computes, as ATen operations on fp64. The function gets the operator's
-    arguments, and as `traced` the dtype that the first of them has outside of fp64.
+    """Enter what an operator ("namespace::name") that takes no fp64 computes, as ATen operations on fp64. The function gets the
+    operator's arguments, and of one of others as `traced` the dtype that the first of them has outside of fp64.
     """
 
     def enter(function: Callable) -> Callable:
@@ -41,6 +41,26 @@ def exact(operator: str) -> Callable[[Callable], Callable]:
         return function
 
     return enter
+
+
+@exact("aten::_grouped_mm")
+def grouped_products(a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+    """Of experts: the products of a's and b's parts that end at `offs`."""
+    if offs is None:
+        return a @ b
+    ends = offs.tolist()
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    if a.dim() == b.dim() == 2:  # [M, T] · [T, N], a gradient of weights
+        return torch.stack([a[:, p] @ b[p] for p in parts])
+    if a.dim() == 2:  # [T, K] · [E, K, N]
+        made = a.new_zeros(a.shape[0], b.shape[-1])
+        for p, w in zip(parts, b, strict=True):
+            made[p] = a[p] @ w
+        return made
+    made = b.new_zeros(a.shape[1], b.shape[-1])
+    for p, w in zip(parts, a, strict=True):
+        made[:, p] = w @ b[:, p]
+    return made
 
 
 def widened(x: Any) -> Any:
@@ -83,6 +103,8 @@ class Exactly(TorchDispatchMode):
             names = [a.name for a in func._schema.arguments]
             args = tuple(a if n in written else pytree.tree_map(widened, a) for n, a in zip(names, args, strict=False))
             kwargs = {n: a if n in written else pytree.tree_map(widened, a) for n, a in kwargs.items()}
+        if func._schema.name in _EXACT:
+            return _EXACT[func._schema.name](*args, **kwargs)
         out = func(*args, **kwargs)
         if asked is not None and isinstance(out, torch.Tensor):
             vars(out)[TRACED] = asked

@@ -6,8 +6,8 @@ eager's
 
     log ratio = ½ log(Σa / Σb),    var(log ratio) ≈ ¼ Σ (a_i/Σa − b_i/Σb)²
 
-(delta method, clusters taken for independent), Student's quantile for few. Of fewer than 4 clusters the F distribution of as many
-degrees of freedom says how far equally good results may lie apart.
+(delta method, clusters taken for independent), Student's quantile for few. Of fewer than 4 clusters, or where the sum is that of
+fewer than 3 of them, the F distribution of as many degrees of freedom says how far equally good results may lie apart.
 
 Clusters are draws: within one, rounding is not independent. Where numbers are all alike (the probabilities of a fresh model), so
 are their roundings, and one code hits a power of two where the other just misses it: a factor of up to 2, since that is how far
@@ -24,7 +24,7 @@ import torch
 LIMIT = 1.05
 SLACK = 4.0  # ulps of fp32 of the norm, for sums that are taken in another order
 AT_ONCE = 1 << 24  # elements that are compared at a time
-FEW = 4  # clusters
+FEW = 4  # clusters: of fewer no spread can be told
 
 
 @dataclass
@@ -81,8 +81,9 @@ def _over(a: float, b: float) -> float:
 def _width(a: torch.Tensor, b: torch.Tensor) -> float:
     """Half of the 99.9 % interval of the log ratio."""
     n = len(a)
-    if n < FEW:
-        return 3.5 / math.sqrt(n - 0.7)  # F(n, n) has 0.999 of its mass below exp(2 · this)
+    that_count = (a.sum().square() / a.square().sum()).item()  # one draw in which an expert was another is one, not many
+    if n < FEW or that_count < FEW - 1:
+        return 3.5 / math.sqrt(min(n, that_count) - 0.7)  # F(n, n) has 0.999 of its mass below exp(2 · this)
     spread = (a / a.sum() - b / b.sum()).square().sum().item() * n / (n - 1)
     return _student(n - 1) * 0.5 * math.sqrt(spread)
 
