@@ -176,7 +176,7 @@ def test_what_is_matched_and_is_something_else_is_found(monkeypatch: pytest.Monk
             return (d * torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + 1e-5) * self.w + self.v).pow(2).mean()
 
     found = verified(Turned(), batch(2, 5, 8, dtype=torch.float32), only="layer_norm")
-    assert [c.status for c in found.checked] == [WRONG, WRONG], str(found)
+    assert {c.status for c in found.checked} == {WRONG}, str(found)  # and so is what comes in its place
     assert found.rewrites[0].rewrite.startswith("layer_norm")
     assert {r.what for r in found.rewrites[0].results if r.ratio.worse} == {"result", "gradient of weight"}
 
