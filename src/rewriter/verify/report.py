@@ -73,9 +73,8 @@ class Verification:
         return json.dumps(_finite(self.to_dict()), indent=1)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        right = {"justify": "right"}
-        table = Table("rewrite", Column("sites", **right), "of", Column("error", **right), Column("eager's", **right),
-                      Column("ratio", **right), "", title="sloth verify")  # fmt: skip
+        numbers = (Column(name, justify="right") for name in ("error", "eager's", "ratio"))
+        table = Table("rewrite", Column("sites", justify="right"), "of", *numbers, "", title="sloth verify")
         for c in self.checked:
             for i, r in enumerate(_shown(c)):
                 first = (Text(c.rewrite), str(c.sites) if c.sites else "") if i == 0 else ("", "")
@@ -106,8 +105,8 @@ def _shown(c: Checked) -> list[Result | None]:
 def _cells(r: Result) -> tuple[str, str, str, str]:
     ratio = r.ratio
     interval = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low else ""
-    relative = [f"{e / ratio.norm:.1e}" if ratio.norm else f"{e:.1e}" for e in (ratio.ours, ratio.eager)]
-    return f"{r.what}, {r.inputs}", *relative, f"{ratio.ratio:.2f}{interval}"
+    ours, eager = (f"{e / ratio.norm:.1e}" if ratio.norm else f"{e:.1e}" for e in (ratio.ours, ratio.eager))
+    return f"{r.what}, {r.inputs}", ours, eager, f"{ratio.ratio:.2f}{interval}"
 
 
 def _verdict(c: Checked) -> Text:
