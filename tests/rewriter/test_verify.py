@@ -299,6 +299,19 @@ def test_models(arch: str, checkpointing: bool) -> None:
     assert len(found.rewrites) > 2 and found.step.status == GOOD, str(found)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4"])
+def test_layers_of_bitsandbytes_are_checked(kind: str) -> None:
+    """Whether their weights come of one call with the product or by themselves; within what a sum in bf16 may be off."""
+    from tests.patterns import peft_layers
+
+    model = peft_layers.adapted(peft_layers.Attention(kind, BF16, checkpointed=True), {})
+    torch._dynamo.reset()
+    found = sloth.verify(model, {"x": batch(2, 5, peft_layers.K)}, EAGER)
+    assert found.rewrites and not found.not_checked, str(found)
+    assert all(r.ratio.ratio < 1.3 for c in found.rewrites for r in c.results if r.inputs == "random"), str(found)
+
+
 # ---------------------------------------------------------------- fp64, and errors compared
 
 
