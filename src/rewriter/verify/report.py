@@ -104,9 +104,9 @@ def _shown(c: Checked) -> list[Result | None]:
 
 def _cells(r: Result) -> tuple[str, str, str, str]:
     ratio = r.ratio
-    interval = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low else ""
+    interval = f" ({ratio.low:.3g} to {ratio.high:.3g})" if ratio.low else ""
     ours, eager = (f"{e / ratio.norm:.1e}" if ratio.norm else f"{e:.1e}" for e in (ratio.ours, ratio.eager))
-    return f"{r.what}, {r.inputs}", ours, eager, f"{ratio.ratio:.2f}{interval}"
+    return f"{r.what}, {r.inputs}", ours, eager, f"{ratio.ratio:.3g}{interval}"
 
 
 def _verdict(c: Checked) -> Text:
