@@ -81,4 +81,4 @@ def load_static(static: Any, compiled: Any, device: int) -> None:
 
 def compile_launcher(compiled: Any) -> None:
     """Have Triton's own launcher of a compiled kernel in its cache: C code, which some versions give to gcc."""
-    driver.active.launcher_cls(compiled.src, compiled.metadata)
+    active_driver().launcher_cls(compiled.src, compiled.metadata)

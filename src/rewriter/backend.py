@@ -96,20 +96,20 @@ def sloth(
         return mark_requires_grad(plain_inputs(compiled), required)
 
     made = compile_in_spite(attempt, getattr(compile_id, "frame_id", None))
-    report, compiled = made.report, made.compiled
+    report = made.report
     plan, report.plan = report.plan, None
     for listener in _listeners:
         listener.append(report)
-    if compiled is None:
+    if (error := made.error) is not None:
         if chosen.inner != "inductor":  # whoever chose another compiler is told what it raises
-            raise made.error
+            raise error
         if plan is not None:
             plan.restore()
-        files = any(isinstance(e, OSError) for e in causes(made.error))
+        files = any(isinstance(e, OSError) for e in causes(error))
         hint = ". TORCHINDUCTOR_CACHE_DIR names another folder for what it writes" * files
-        warn_once(f"Inductor fails on a graph as the model has it, which runs uncompiled: {first_line(made.error)}{hint}")
+        warn_once(f"Inductor fails on a graph as the model has it, which runs uncompiled: {first_line(error)}{hint}")
         return finish(gm.forward)
-    compiled = wrap_outputs(finish(compiled), report.deferred)
+    compiled = wrap_outputs(finish(made.compiled), report.deferred)
     if report.rewrites and not writes:
         compiled = run_in_spite(compiled, Original(gm, dict(plan.originals)), made.entries, finish)
     return compiled

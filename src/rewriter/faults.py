@@ -41,7 +41,7 @@ class Attempt:
     """To compile a graph: what came of it, or why nothing did."""
 
     report: GraphReport
-    compiled: Compiled | None = None
+    compiled: Any = None
     error: Exception | None = None
 
     @property
