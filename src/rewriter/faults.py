@@ -21,16 +21,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from sloth.compat import dynamo
 from sloth.compat.dispatch import CheckpointStop
-from sloth.compat.dynamo import RestartAnalysis, SkipFrame, breaks_the_graph
 from sloth.rewriter.match.registry import deferrals, patterns
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.report import MATCHED, GraphReport, Site
 
 PATIENCE = 120.0  # seconds of compiling in which the entry to blame is looked for
-PASSED_ON = (
-    torch.OutOfMemoryError, torch.AcceleratorError, RestartAnalysis, SkipFrame, CheckpointStop, *breaks_the_graph
-)  # fmt: skip
+STEERING = tuple(getattr(dynamo, name, ()) for name in ("RestartAnalysis", "SkipFrame", "breaks_the_graph"))
+PASSED_ON = (torch.OutOfMemoryError, torch.AcceleratorError, CheckpointStop, STEERING)
 
 Compiled = Callable[..., Any]
 _guilty: dict[Any, frozenset[str]] = {}  # by the code that Dynamo traced: not tried again for its next sizes
