@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch._inductor.exc import InductorError
+from torch.utils.checkpoint import checkpoint
 from toys import Call, llama_norm
 
 from sloth import Construct, pattern
@@ -212,6 +213,16 @@ def test_a_graph_whose_operator_raises_runs_as_the_model_has_it(raising: Any, no
     assert matched(trains(sinh, **EAGER)) == {"sinh", "rms_norm"}
     (warning,) = nothing_said
     assert "raises where the model does not" in warning and "ValueError: my bug" in warning and "rms_norm,test_sinh" in warning
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_bodies_of_checkpoints_and_sizes_that_vary_run_so_too(raising: Any, nothing_said: set[str], dynamic: bool) -> None:
+    """The body was rewritten in place; sizes are arguments."""
+    model = Call(lambda m, x: checkpoint(lambda y: sinh(m, y), x * x.shape[0], use_reentrant=False))
+    call = torch.compile(model, backend="sloth", options=EAGER, dynamic=dynamic)
+    for x in (X, X, torch.cat((X, X)) if dynamic else X):
+        torch.testing.assert_close(step(model, call, x), step(model, model, x), rtol=1e-4, atol=1e-5)
+    assert len(nothing_said) == 1
 
 
 def test_what_the_model_raises_too_is_its_own_error(nothing_said: set[str]) -> None:
