@@ -127,6 +127,27 @@ def test_the_next_sizes_are_compiled_without_it_at_once(compiler: Any, nothing_s
     assert ["gated_act" in ops for ops in given] == [True, False, False] and len(nothing_said) == 1
 
 
+@pytest.mark.nightly
+def test_a_backward_pass_that_does_not_compile_is_met_in_time(monkeypatch: pytest.MonkeyPatch, nothing_said: set[str]) -> None:
+    """In `backward()` it would be too late: it is compiled with the forward pass."""
+    from torch._inductor import compile_fx
+
+    compile_graph = compile_fx.compile_fx_inner
+
+    def compiling(*args: Any, **how: Any) -> Any:
+        if how.get("is_backward"):
+            raise RuntimeError("no backward pass")
+        return compile_graph(*args, **how)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compiling)
+    x = torch.ones(3, requires_grad=True)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        torch.compile(lambda x: x.sin().sum(), backend="sloth")(x).backward()
+    torch.testing.assert_close(x.grad, x.detach().cos())
+    (warning,) = nothing_said
+    assert "runs uncompiled: RuntimeError: no backward pass" in warning
+
+
 def test_a_folder_that_cannot_be_written_is_told(compiler: Any, nothing_said: set[str]) -> None:
     compiler(lambda ops: InductorError(PermissionError(13, "Permission denied", "/cache/locks"), None))
     trains()
