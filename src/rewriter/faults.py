@@ -186,6 +186,8 @@ def run_in_spite(
                 found = eager(*args)
             except torch.OutOfMemoryError:  # it takes more
                 raise e from None
+            except Exception as own:
+                raise own from None
         instead.append(eager)
         names = ",".join(sorted(entries))
         warn_once(
