@@ -131,16 +131,17 @@ def _blame(done: Attempt, failed: Attempt, blamed: frozenset[str], before: froze
 
 
 def _named(failed: Attempt) -> frozenset[str]:
-    """The entries whose operators the error speaks of: `sloth.rms_norm_backward` is of the entry whose operator is rms_norm."""
+    """The entries whose operator the error speaks of: `sloth.rms_norm_backward` is of the entry whose operator is rms_norm. None
+    where it speaks of several, as where it shows a graph.
+    """
     assert failed.error is not None
     text = "\n".join("".join(traceback.format_exception_only(c)) for c in causes(failed.error))
-    found = set()
-    for word in set(re.findall(r"\b(\w+(?:::|\.)\w+)", text)):
-        operators = {p.name: p.op.name().replace("::", ".") for p in patterns() if p.name in failed.entries}
+    operators = {p.name: p.op.name().replace("::", ".") for p in patterns() if p.name in failed.entries}
+    named = set()
+    for word in re.findall(r"\b(\w+(?:::|\.)\w+)", text):
         meant = {op for op in operators.values() if f"{word.replace('::', '.')}_".startswith(f"{op}_")}
-        longest = max(meant, key=len, default=None)
-        found |= {name for name, op in operators.items() if op == longest}
-    return frozenset(found)
+        named |= {max(meant, key=len)} if meant else set()
+    return frozenset(name for name, op in operators.items() if named == {op})
 
 
 # ---------------------------------------------------------------- while it runs
