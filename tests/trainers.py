@@ -144,11 +144,12 @@ def train(row: Row, model: Any, out: Path, steps: int = STEPS, own: dict[str, An
     module, _, name = row.trainer.rpartition(".")
     trainer = getattr(import_module(module), name)
     config = getattr(import_module(module), {"Trainer": "TrainingArguments"}.get(name, name.replace("Trainer", "Config")))
-    arguments = config(
-        output_dir=str(out), use_cpu=True, max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
-        **{"bf16": False, "gradient_checkpointing": False} | row.more | more,
-    )  # fmt: skip
+    usual = {
+        "output_dir": str(out), "use_cpu": True, "max_steps": steps, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "lr_scheduler_type": "constant",
+        "bf16": False, "gradient_checkpointing": False,
+    }  # fmt: skip
+    arguments = config(**usual | row.more | more)
     given = dict(row.own) | (own or {})
     if given.get("teacher_model") == "another":
         given["teacher_model"] = str(checkpoint(out.parent / "teacher", seed=1))

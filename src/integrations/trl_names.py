@@ -41,6 +41,8 @@ def _accepting(begin: Callable[..., None], kind: Any) -> Callable[..., None]:
         strange = {name: kwargs.pop(name) for name in kwargs.keys() - today.parameters.keys()}
         tokenizer = strange.pop("tokenizer", None)
         moved = {called(name): strange.pop(name) for name in list(strange) if called(name) in of_config}
+        if tokenizer is None and not moved:
+            return begin(self, *args, **kwargs, **strange)
         given = today.bind_partial(self, *args, **kwargs).arguments
         if tokenizer is not None and given.setdefault("processing_class", tokenizer) is not tokenizer:
             raise TypeError("tokenizer is processing_class by now, and both are given: leave tokenizer out")
@@ -48,9 +50,8 @@ def _accepting(begin: Callable[..., None], kind: Any) -> Callable[..., None]:
             given["args"] = _holding(given.get("args"), kind, moved)
         belongs = ["processing_class=…"] if tokenizer is not None else []
         belongs += [f"{kind.__name__}({', '.join(f'{name}=…' for name in sorted(moved))})"] if moved else []
-        if belongs:
-            log.warning("sloth: %s: by TRL's names of today that is %s", type(self).__name__, ", ".join(belongs))
-        begin(**given, **strange)
+        log.warning("sloth: %s: by TRL's names of today that is %s", type(self).__name__, ", ".join(belongs))
+        return begin(**given, **strange)
 
     return __init__
 

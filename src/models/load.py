@@ -39,7 +39,8 @@ def load(
         adapter = json.loads((adapters / CONFIG).read_text())
         source, of_source = adapter["base_model_name_or_path"], _of_base(adapter, hub)
         loading = {k: v for k, v in loading.items() if k != "subfolder"}
-        words = (str(adapters), {}) if any(adapters.glob("*token*")) else (source, of_source)
+        has_words = any(adapters.glob("*token*"))
+        words = (str(adapters), {"trust_remote_code": hub["trust_remote_code"]}) if has_words else (source, of_source)
     config = AutoConfig.from_pretrained(source, **of_source, **_of_files(loading))
     weights = dtype_of(dtype)
     quantised, written = quantisation_of(config, bits, full, quantisation, weights)
@@ -67,7 +68,7 @@ def load(
     if adapters:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapters, is_trainable=True)
+        model = PeftModel.from_pretrained(model, str(adapters), is_trainable=True)
     checkpoint(base, checkpointed and (full or bool(adapters)))
     return model.train(), tokenizer
 

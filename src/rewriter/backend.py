@@ -42,8 +42,7 @@ from sloth.rewriter.plan.lazy_outputs import wrap_outputs
 from sloth.rewriter.plan.plan import Plan
 from sloth.rewriter.report import GraphReport
 
-MET = ("generation", "llamafactory", "peft", "peft_model", "trainer", "trl")
-load(*(f"sloth.integrations.{name}" for name in MET))  # as they are
+load(*(f"sloth.integrations.{name}" for name in ("generation", "llamafactory", "peft", "trainer", "trl")))  # met as they are
 TAUGHT = ("collector", "graph_breaks", "module_floats", "repeated_layers", "varying_sizes")
 load(*(f"sloth.rewriter.dynamo.{name}" for name in TAUGHT))
 patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know

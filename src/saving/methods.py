@@ -44,7 +44,10 @@ def save_pretrained_merged(
     if method == "lora" and not hasattr(model, "peft_config"):
         raise ValueError("save_method='lora' saves adapters, and this model has none: give 'merged_16bit'")
     if method == "lora" and not hasattr(model, "get_base_model"):
-        raise ValueError("save_method='lora': a trainer put the adapters around this model: save trainer.model")
+        raise ValueError(
+            "save_method='lora': a trainer put the adapters around this model: FastLanguageModel.save_pretrained_merged("
+            "trainer.model, …, save_method='lora') saves them"
+        )
     target = Path(save_directory)
     if method == "lora" and any(p for pattern in WHOLE for p in target.glob(pattern)):
         raise ValueError(f"{target} holds a whole model, perhaps the one that these adapters are for: save them elsewhere")
