@@ -187,7 +187,7 @@ FAULTS = [
     ),
     Fault(
         LEGALITY, "a match spans a change of autocast",
-        "rewriter/plan/legality.py", "if len({v.region for v in match.values}) > 1:",
+        "rewriter/plan/legality.py", "if any(v.region != own and (v.region._replace(autocast=own.autocast) != own or may_be_cast(v)) for v in match.values):",
         "if False:", "rewriter/test_autocast.py rewriter/test_legality.py",
     ),
     Fault(

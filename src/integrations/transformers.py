@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sloth.compat.dynamo import ConstantVariable, is_ours
+from sloth.compat.dynamo import is_ours
 from sloth.integrations.integration import integration
 
 _hooks: set[CodeType] = set()  # functions whose call of it is left out
@@ -81,7 +81,7 @@ def _teach_requires_grad(tensor: ModuleType) -> None:
     tensor.TensorVariable.method_requires_grad_ = _skipping(tensor.TensorVariable.method_requires_grad_)
 
 
-def _saying_now(trace: Callable[..., Any]) -> Callable[..., Any]:
+def _saying_now(trace: Callable[..., Any], constant: Any) -> Callable[..., Any]:
     """Dynamo's `trace` of a logger's method. transformers' `warning_once` is called now, while a graph of sloth is traced."""
 
     @wraps(trace)
@@ -90,7 +90,7 @@ def _saying_now(trace: Callable[..., Any]) -> Callable[..., Any]:
             return trace(self, tx, name, args, kwargs)
         with suppress(NotImplementedError):  # a message with something in it that is not known yet
             self.value.warning_once(*(a.as_python_constant() for a in args))
-        return ConstantVariable.create(value=None)
+        return constant.create(value=None)
 
     return call_method
 
@@ -100,7 +100,9 @@ def _saying_now(trace: Callable[..., Any]) -> Callable[..., Any]:
     why="warnings of transformers do not break the graph",
 )  # fmt: skip
 def _teach_warnings(misc: ModuleType) -> None:
-    misc.LoggingLoggerVariable.call_method = _saying_now(misc.LoggingLoggerVariable.call_method)
+    from sloth.compat.dynamo import ConstantVariable  # where it is gone, this alone is off
+
+    misc.LoggingLoggerVariable.call_method = _saying_now(misc.LoggingLoggerVariable.call_method, ConstantVariable)
 
 
 def outputs_requiring_grad(gm: fx.GraphModule) -> list[int]:
