@@ -118,6 +118,11 @@ class Reader:
         """What has been read."""
         return self._known.get((v.id, axes))
 
+    def tables(self) -> frozenset[Value]:
+        """What has been read of tables."""
+        read = {self.normal.shadow.values[i] for i, _ in self._known}
+        return frozenset(read - self.way - self.below)
+
     def _read(self, v: Value, axes: Axes) -> np.ndarray:
         on_way, is_x = v in self.way, v in self.below
         if on_way and v.op not in VIEWS_OF_ONE:

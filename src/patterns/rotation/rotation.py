@@ -45,7 +45,7 @@ from sloth.rewriter.plan.narrow import rounds_once
 
 PRODUCTS = {"mul", "addcmul", "matmul", "matmul_transposed"}
 MIXES = {"slice", "cat", "flip", "roll", "view_as_complex", "complex", "sum", "matmul", "matmul_transposed"}
-ROOTS = {"add", "sub", "cat", "view", "cast", "mul", "addcmul", "sum", "matmul", "matmul_transposed", "view_as_real"}
+ROOTS = {"add", "sub", "cat", "view", "cast", "addcmul", "sum", "matmul", "matmul_transposed", "view_as_real"}
 LARGEST, FARTHEST = 48, 8  # operations of a rotation; values that could be what is rotated
 TABLES = ("cos", "sin", "cos_second", "sin_second")
 PAIRINGS = ((False, False), (True, True), (True, False), (False, True))  # interleaved? x, the result
@@ -60,6 +60,12 @@ class Rotation(NamedTuple):
     tables: dict[str, Value]
     options: dict[str, Any]
     values: frozenset[Value]
+    read: frozenset[Value]  # these, and what tables are made of
+
+    @property
+    def learns(self) -> bool:
+        """Do its tables want a gradient?"""
+        return any(t.meta.requires_grad for t in self.tables.values())
 
     @property
     def name(self) -> str:
@@ -72,8 +78,15 @@ def rotations(shadow: ValueGraph) -> list[Rotation]:
     values = [*shadow.values]
     for v in reversed(values):
         if "rotation" not in v.analyses and PART not in v.analyses and v.op in ROOTS and v.nodes:
-            v.analyses["rotation"] = found = _found(v, shadow)
-            for part in found.values if found is not None else ():
+            found = _found(v, shadow)
+            if (
+                found is not None
+                and found.learns
+                and any((part := _found(w, shadow)) and not part.learns for w in found.values - {v} if w.op in ROOTS)
+            ):
+                found = None  # of a weight that something smaller is multiplied by
+            v.analyses["rotation"] = found
+            for part in found.read if found is not None else ():
                 part.analyses[PART] = part is v
     return [found for v in values if (found := v.analyses.get("rotation")) is not None]
 
@@ -84,8 +97,6 @@ def _found(root: Value, shadow: ValueGraph) -> Rotation | None:
         return None
     width = shape_of(root)[-1]
     if not isinstance(width, int) or width < 2 or root.op == "cast" and not narrows(root):
-        return None
-    if root.op == "mul" and not isinstance(root.args[1], Value):  # a number is not worth tables of its own
         return None
     if root.op == "view" and same_literal(root.args[0].meta.shape[-1], meta.shape[-1]):  # what is viewed may be one
         return None
@@ -152,7 +163,8 @@ class _Proof:
         self.require_precise([x, *tables.values()])
         options = {"axis": axis, "start": start, "interleaved": pairing[0], "interleaves": pairing[1]}
         options |= {"first": signs[0], "second": signs[1], "layout": _layout(self.root, self.way), "dtype": self.root.meta.dtype}
-        return Rotation(self.root, x, tables, options, self.computed(x))
+        computed = self.computed(x)
+        return Rotation(self.root, x, tables, options, computed, computed | self.reader.tables())
 
     def rotated(self, leaf: Leaf, first: int, width: int) -> Value:
         """x, with the dimensions that the result has: as it stands in the graph, or made of the leaf."""
