@@ -71,6 +71,11 @@ FAULTS = [
         "sin_at + col", "kernels/test_rope.py -k test_kernels",
     ),
     Fault(
+        KERNELS, "a rotation of pairs goes the same way in the backward pass",
+        "kernels/rotation.py", "interleaves, interleaved, second, first, POSITIONS_FIRST",
+        "interleaves, interleaved, first, second, POSITIONS_FIRST", "kernels/test_rotation.py -k gradcheck",
+    ),
+    Fault(
         KERNELS, "the derivative of GELU's tanh form lacks a factor 3, in ATen alone",
         "kernels/gated_act.py", "* 2 * k * (1 + 3 * 0.044715",
         "* 2 * k * (1 + 0.044715", "kernels/test_gated_act.py -k gradcheck",
@@ -249,6 +254,11 @@ FAULTS = [
         CHOICE, "a call does not wait for what writes to its operands",
         "rewriter/plan/places.py", "if h.mutated_storage else ()",
         "if False else ()", "rewriter/test_memory.py",
+    ),
+    Fault(
+        PATTERNS, "channels that are flipped are read as they stand",
+        "patterns/rotation/operations.py", "np.flip(r.read(x, axes), [place(axes, d) for d in dims if axes[d] == CHANNEL])",
+        "r.read(x, axes)", "patterns/test_rotation.py -k backwards",
     ),
     Fault(
         PATTERNS, "j < i + a is read as j ≤ i + a: a window is one key too wide",
