@@ -7,7 +7,7 @@ asks of its operands follows from that: an operand that cannot be read so is a l
 
     axes      of a value's dimensions: for rows a label (the dimension of the result), for channels CHANNEL, for size 1 UNIT
     array     polynomials over its channels (sloth.patterns.rotation.polynomial)
-    atom      (leaf, names of the dtypes that it is rounded to, channel of the leaf)
+    atom      a channel of a leaf, rounded to some dtypes
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from sloth.patterns.rotation.polynomial import Unreadable, filled
+from sloth.patterns.rotation.polynomial import Array, Unreadable, elements_of
 from sloth.rewriter.graph.canonical import Normal
 from sloth.rewriter.graph.normal_form import WIDER
 from sloth.rewriter.graph.value import Symbol, Value
@@ -106,15 +105,15 @@ class Reader:
         self.below = {x}  # x, and what it is a view of
         self.ends: set[Value] = set()  # where the reading of what moves ended
         self._numbers: dict[tuple[int, Axes], int] = {}
-        self._known: dict[tuple[int, Axes], np.ndarray] = {}
+        self._known: dict[tuple[int, Axes], Array] = {}
 
-    def read(self, v: Value, axes: Axes) -> np.ndarray:
+    def read(self, v: Value, axes: Axes) -> Array:
         key = (v.id, axes)
         if key not in self._known:
             self._known[key] = self._read(v, axes)
         return self._known[key]
 
-    def known(self, v: Value, axes: Axes) -> np.ndarray | None:
+    def known(self, v: Value, axes: Axes) -> Array | None:
         """What has been read."""
         return self._known.get((v.id, axes))
 
@@ -123,7 +122,7 @@ class Reader:
         read = {self.normal.shadow.values[i] for i, _ in self._known}
         return frozenset(read - self.way - self.below)
 
-    def _read(self, v: Value, axes: Axes) -> np.ndarray:
+    def _read(self, v: Value, axes: Axes) -> Array:
         on_way, is_x = v in self.way, v in self.below
         if on_way and v.op not in VIEWS_OF_ONE:
             return self.operation(v, axes)
@@ -149,15 +148,15 @@ class Reader:
             return False
         return not (v.op == "cast" and narrows(v) or v.op == "slice" and axes[v.args[1]] != CHANNEL)
 
-    def operation(self, v: Value, axes: Axes) -> np.ndarray:
+    def operation(self, v: Value, axes: Axes) -> Array:
         if v.op not in self.table:
             raise Unreadable(v.op)
         return self.table[v.op](self, v, axes)
 
-    def leaf(self, v: Value, axes: Axes, moves: bool) -> np.ndarray:
+    def leaf(self, v: Value, axes: Axes, moves: bool) -> Array:
         if v.meta.dtype.is_complex:
             meta = v.meta._replace(shape=(*v.meta.shape, 2), dtype=v.meta.dtype.to_real())
-            return self.leaf(self.normal.add("view_as_real", (v,), meta), (*axes, CHANNEL), moves)[..., 0]
+            return self.leaf(self.normal.add("view_as_real", (v,), meta), (*axes, CHANNEL), moves).map(lambda a: a[..., 0])
         shape = self.channels(v, axes)
         if moves:
             self.ends.add(v)
@@ -168,7 +167,7 @@ class Reader:
         if key not in self._numbers:
             self._numbers[key] = len(self.leaves)
             self.leaves.append(Leaf(v, axes, moves))
-        return filled([((((self._numbers[key], (), k),), 1),) for k in range(prod(shape))], (*shape, 1))
+        return elements_of(self._numbers[key], shape)
 
     def channels(self, v: Value, axes: Axes) -> tuple[int, ...]:
         """The sizes of its channel dimensions."""
@@ -177,7 +176,7 @@ class Reader:
             raise Unreadable("its channels are not known, or many")
         return sizes
 
-    def operand(self, x: Value, axes: Axes) -> np.ndarray:
+    def operand(self, x: Value, axes: Axes) -> Array:
         """An operand that is broadcast to these dimensions, with an axis for each of their channels."""
         missing = len(axes) - len(x.meta.shape)
         if missing < 0:
@@ -189,7 +188,7 @@ class Reader:
 ARITHMETIC = {"add", "sub", "mul", "div", "addcmul", "sum", "matmul", "matmul_transposed"}
 
 
-def spread(array: np.ndarray, own: Axes, axes: Axes) -> np.ndarray:
+def spread(array: Array, own: Axes, axes: Axes) -> Array:
     """With an axis of size 1 for each channel dimension that only `axes` has."""
     sizes = iter(array.shape[:-1])
     shape = [next(sizes) if o == CHANNEL else 1 for o, a in zip(own, axes, strict=True) if CHANNEL in (o, a)]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sloth.patterns.rotation.linear_form import CHANNEL, UNIT, Axes, Reader, is_one, known, narrows, place, shape_of, spread
-from sloth.patterns.rotation.polynomial import Poly, Unreadable, plus, scaled, times, total
+from sloth.patterns.rotation.polynomial import Array, Unreadable, plus, rounded, scaled, side_by_side, times, total
 from sloth.rewriter.graph.value import Value, same_literal
 
 SMALL = 8  # channels that a product sums over
-OPERATIONS: dict[str, Callable[[Reader, Value, Axes], np.ndarray]] = {}
+OPERATIONS: dict[str, Callable[[Reader, Value, Axes], Array]] = {}
 
 
 def _reads(*ops: str) -> Callable:
@@ -31,7 +31,7 @@ def _require(condition: bool, why: str) -> None:
 
 
 @_reads("view")
-def _view(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _view(r: Reader, v: Value, axes: Axes) -> Array:
     x = v.args[0]
     array = r.read(x, _axes_below(shape_of(x), shape_of(v), axes))
     return array.reshape((*r.channels(v, axes), array.shape[-1]))
@@ -67,21 +67,21 @@ def _axes_below(below: Sequence, above: Sequence, axes: Axes) -> Axes:
 
 
 @_reads("permute")
-def _permute(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _permute(r: Reader, v: Value, axes: Axes) -> Array:
     x, dims = v.args
     own = tuple(axes[dims.index(d)] for d in range(len(dims)))
     order = [place(own, d) for a, d in zip(axes, dims, strict=True) if a == CHANNEL]
-    return r.read(x, own).transpose((*order, len(order)))
+    return r.read(x, own).map(lambda a: a.transpose((*order, len(order))))
 
 
 @_reads("expand")
-def _expand(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _expand(r: Reader, v: Value, axes: Axes) -> Array:
     array = r.operand(v.args[0], axes)
-    return np.broadcast_to(array, (*r.channels(v, axes), array.shape[-1]))
+    return array.expand((*r.channels(v, axes), array.shape[-1]))
 
 
 @_reads("repeat", "tile")
-def _repeat(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _repeat(r: Reader, v: Value, axes: Axes) -> Array:
     x, times_each = v.args
     missing = len(axes) - len(x.meta.shape)
     shape = (1,) * missing + shape_of(x)
@@ -90,19 +90,21 @@ def _repeat(r: Reader, v: Value, axes: Axes) -> np.ndarray:
     _require(apart and all(isinstance(n, int) for n in times_each), "rows that are repeated")
     array = r.operand(x, axes)
     tiles = [1 if is_one(s) else n for n, s, a in zip(times_each, shape, axes, strict=True) if a == CHANNEL]
-    return np.broadcast_to(np.tile(array, (*tiles, 1)), (*r.channels(v, axes), array.shape[-1]))
+    return array.map(lambda a: np.tile(a, (*tiles, 1))).expand((*r.channels(v, axes), array.shape[-1]))
 
 
 @_reads("slice")
-def _slice(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _slice(r: Reader, v: Value, axes: Axes) -> Array:
     x, dim, start, end, step = map(known, v.args)
     _require(all(isinstance(i, int) for i in (shape_of(x)[dim], start, end, step)) and axes[dim] < 0, "some of the rows")
     array, at = r.read(x, (*axes[:dim], CHANNEL, *axes[dim + 1 :])), place(axes, dim)
-    return array.take(start, at) if axes[dim] == UNIT else array[(slice(None),) * at + (slice(start, end, step),)]
+    if axes[dim] == UNIT:
+        return array.map(lambda a: a.take(start, at))
+    return array.map(lambda a: a[(slice(None),) * at + (slice(start, end, step),)])
 
 
 @_reads("cat")
-def _cat(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _cat(r: Reader, v: Value, axes: Axes) -> Array:
     xs, dim = v.args[0], v.args[1] % len(axes)
     _require(axes[dim] == CHANNEL, "rows side by side")
     pieces = []
@@ -110,30 +112,34 @@ def _cat(r: Reader, v: Value, axes: Axes) -> np.ndarray:
         _require(len(x.meta.shape) == len(axes), "nothing side by side")
         own = (*axes[:dim], UNIT if is_one(shape_of(x)[dim]) else CHANNEL, *axes[dim + 1 :])
         pieces.append(spread(r.read(x, own), own, axes))
-    return np.concatenate(pieces, place(axes, dim))
+    sizes = r.channels(v, axes)
+    at = place(axes, dim)
+    pieces = [p.expand((*sizes[:at], p.shape[at], *sizes[at + 1 :], p.shape[-1])) for p in pieces]
+    return side_by_side(pieces, at)
 
 
 @_reads("flip")
-def _flip(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _flip(r: Reader, v: Value, axes: Axes) -> Array:
     x, dims = v.args
     dims = [d % len(axes) for d in dims]
     _require(all(axes[d] < 0 for d in dims), "rows the other way round")
-    return np.flip(r.read(x, axes), [place(axes, d) for d in dims if axes[d] == CHANNEL])
+    flipped = [place(axes, d) for d in dims if axes[d] == CHANNEL]
+    return r.read(x, axes).map(lambda a: np.flip(a, flipped))
 
 
 @_reads("roll")
-def _roll(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _roll(r: Reader, v: Value, axes: Axes) -> Array:
     x, shifts, dims = v.args
     dims = [d % len(axes) for d in dims]
     _require(bool(dims) and all(axes[d] == CHANNEL for d in dims) and all(isinstance(s, int) for s in shifts), "rolled rows")
-    return np.roll(r.read(x, axes), shifts, [place(axes, d) for d in dims])
+    return r.read(x, axes).map(lambda a: np.roll(a, shifts, [place(axes, d) for d in dims]))
 
 
 # ---------------------------------------------------------------- numbers
 
 
 @_reads("cast")
-def _cast(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _cast(r: Reader, v: Value, axes: Axes) -> Array:
     _require(v.meta.dtype.is_complex == v.args[0].meta.dtype.is_complex, "one part of complex numbers")
     array = r.read(v.args[0], axes)
     if not narrows(v):
@@ -141,30 +147,22 @@ def _cast(r: Reader, v: Value, axes: Axes) -> np.ndarray:
     if v in r.way:  # the operator rounds once, to the dtype of the result
         _require(v.meta.dtype == r.root.meta.dtype, "rounded on the way")
         return array
-    name = str(v.meta.dtype).removeprefix("torch.")
-    return np.frompyfunc(lambda p: _rounded(p, name), 1, 1)(array)
-
-
-def _rounded(p: Poly, dtype: str) -> Poly:
-    """Of one element of a table, with its sign."""
-    _require(len(p) == 1 and len(p[0][0]) == 1 and p[0][1] in (1, -1), "a sum that is rounded")
-    (((leaf, roundings, channel),), sign) = p[0]
-    return ((((leaf, (*roundings, dtype), channel),), sign),)
+    return rounded(array, str(v.meta.dtype).removeprefix("torch."))
 
 
 @_reads("neg")
-def _neg(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _neg(r: Reader, v: Value, axes: Axes) -> Array:
     return scaled(r.read(v.args[0], axes), -1)
 
 
 @_reads("add", "sub")
-def _add(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _add(r: Reader, v: Value, axes: Axes) -> Array:
     a, b, factor = (*v.args, 1)[:3]
     return plus(r.operand(a, axes), scaled(r.operand(b, axes), -factor if v.op == "sub" else factor))
 
 
 @_reads("mul", "div")
-def _mul(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _mul(r: Reader, v: Value, axes: Axes) -> Array:
     a, b = v.args
     if isinstance(b, Value):
         return times(r.operand(a, axes), r.operand(b, axes))
@@ -172,13 +170,13 @@ def _mul(r: Reader, v: Value, axes: Axes) -> np.ndarray:
 
 
 @_reads("addcmul")
-def _addcmul(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _addcmul(r: Reader, v: Value, axes: Axes) -> Array:
     x, a, b, factor = v.args
     return plus(r.operand(x, axes), scaled(times(r.operand(a, axes), r.operand(b, axes)), factor))
 
 
 @_reads("sum")
-def _sum(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _sum(r: Reader, v: Value, axes: Axes) -> Array:
     _require(len(v.args) == 3 and isinstance(v.args[1], tuple), "a sum over everything")
     x, dims, keep = v.args
     own = list(axes)
@@ -192,7 +190,7 @@ def _sum(r: Reader, v: Value, axes: Axes) -> np.ndarray:
 
 
 @_reads("matmul", "matmul_transposed")
-def _matmul(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _matmul(r: Reader, v: Value, axes: Axes) -> Array:
     (a, b), (*batch, m, n) = v.args, axes
     _require(isinstance(shape_of(a)[-1], int) and 1 < shape_of(a)[-1] <= SMALL, "a product that sums over many")
     together = (*batch, m, n, CHANNEL)
@@ -201,7 +199,7 @@ def _matmul(r: Reader, v: Value, axes: Axes) -> np.ndarray:
         right = r.operand(b, (*batch, n, CHANNEL))
     else:
         own = (*batch, CHANNEL, n)
-        right = np.moveaxis(r.operand(b, own), place(own, len(batch)), -2)
+        right = r.operand(b, own).map(lambda a: np.moveaxis(a, place(own, len(batch)), -2))
     return total(times(left, spread(right, (*batch, UNIT, n, CHANNEL), together)), -2)
 
 
@@ -209,29 +207,30 @@ def _matmul(r: Reader, v: Value, axes: Axes) -> np.ndarray:
 
 
 @_reads("view_as_complex")
-def _as_complex(r: Reader, v: Value, axes: Axes) -> np.ndarray:
-    return r.read(v.args[0], (*axes, CHANNEL))[..., 0]
+def _as_complex(r: Reader, v: Value, axes: Axes) -> Array:
+    return r.read(v.args[0], (*axes, CHANNEL)).map(lambda a: a[..., 0])
 
 
 @_reads("view_as_real")
-def _as_real(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _as_real(r: Reader, v: Value, axes: Axes) -> Array:
     _require(axes[-1] == CHANNEL, "rows of parts")
-    return r.read(v.args[0], axes[:-1])[..., None]
+    return r.read(v.args[0], axes[:-1]).map(lambda a: a[..., None])
 
 
 @_reads("complex")
-def _complex(r: Reader, v: Value, axes: Axes) -> np.ndarray:
-    return np.concatenate(np.broadcast_arrays(*(r.operand(a, axes) for a in v.args)), -1)
+def _complex(r: Reader, v: Value, axes: Axes) -> Array:
+    sizes = (*r.channels(v, axes), 1)
+    return side_by_side([r.operand(a, axes).expand(sizes) for a in v.args], -1)
 
 
 @_reads("_conj", "conj_physical")
-def _conj(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _conj(r: Reader, v: Value, axes: Axes) -> Array:
     array = r.read(v.args[0], axes)
-    return np.concatenate((array[..., :1], scaled(array[..., 1:], -1)), -1)
+    return side_by_side((array.part(0), scaled(array.part(1), -1)), -1)
 
 
 @_reads("real", "imag")
-def _part(r: Reader, v: Value, axes: Axes) -> np.ndarray:
+def _part(r: Reader, v: Value, axes: Axes) -> Array:
     array = r.read(v.args[0], axes)
     _require(array.shape[-1] == 2, "a part of a real number")
-    return array[..., :1] if v.op == "real" else array[..., 1:]
+    return array.part(0 if v.op == "real" else 1)

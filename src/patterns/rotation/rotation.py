@@ -34,7 +34,7 @@ from sloth.patterns.rotation.linear_form import (
     shape_of,
 )
 from sloth.patterns.rotation.operations import OPERATIONS
-from sloth.patterns.rotation.polynomial import Unreadable
+from sloth.patterns.rotation.polynomial import Array, Unreadable
 from sloth.rewriter.graph.canonical import Normal
 from sloth.rewriter.graph.normal_form import WIDER
 from sloth.rewriter.graph.value import Value, ValueGraph, same_literal
@@ -146,9 +146,11 @@ class _Proof:
     def rotation(self) -> Rotation:
         width = shape_of(self.root)[-1]
         array = self.reader.read(self.root, self.axes)
+        terms_of_each = sum((t.numbers != 0) for t in array.terms)
+        _require(bool(array.terms) and 0 < terms_of_each.min() <= terms_of_each.max() == 2, "no sums of two")
         own = [i for i, leaf in enumerate(self.reader.leaves) if leaf.moves]
         _require(len(own) == 1, "more than one tensor that is rotated")
-        terms = [_terms(p, own[0]) for p in array[:, 0]]
+        terms = _terms(array, own[0])
         first = _first_channel(terms)
         terms = [{i - first: c for i, c in t.items()} for t in terms]
         start, turned = _turned(terms)
@@ -182,11 +184,13 @@ class _Proof:
     def standing(self, leaf: Leaf, first: int, width: int) -> Value | None:
         """What has been read that is just these channels."""
         number = self.reader.leaves.index(leaf)
-        wanted = [((((number, (), first + k),), 1),) for k in range(width)]
+        wanted = range(first, first + width)
         for v in sorted((self.way | self.reader.below) - {self.root}, key=lambda v: v.id):
             array = self.reader.known(v, self.axes)
-            if v.nodes and array is not None and array.shape == (width, 1) and [*array[:, 0]] == wanted:
-                return v
+            if v.nodes and array is not None and array.shape == (width, 1) and len(array.terms) == 1:
+                tensors, elements, numbers = array.terms[0]
+                if tensors == ((number, ()),) and [*elements[0][:, 0]] == [*wanted] and numbers.min() == numbers.max() == 1:
+                    return v
         return None
 
     def positions(self, coefficients: Coefficients) -> tuple[bool, int]:
@@ -265,13 +269,18 @@ def _require(condition: bool, why: str) -> None:
         raise Unreadable(why)
 
 
-def _terms(p: Any, moving: int) -> dict[int, tuple[Any, tuple]]:
-    """A channel of the result: by channels of x, their coefficient (number, atoms of tables)."""
-    found = {}
-    for atoms, number in p:
-        moved = [a for a in atoms if a[0] == moving]
-        _require(len(moved) == 1 and moved[0][2] not in found, "not linear")
-        found[moved[0][2]] = number, tuple(a for a in atoms if a[0] != moving)
+def _terms(array: Array, moving: int) -> list[dict[int, tuple[Any, tuple]]]:
+    """For each channel of the result: by channels of x, their coefficient (number, atoms of tables)."""
+    found: list[dict] = [{} for _ in range(array.shape[0])]
+    for tensors, elements, numbers in array.terms:
+        _require([leaf for leaf, _ in tensors].count(moving) == 1, "not linear")
+        at = next(i for i, (leaf, _) in enumerate(tensors) if leaf == moving)
+        others = [i for i in range(len(tensors)) if i != at]
+        columns = [e[:, 0].tolist() for e in elements]
+        for row, number in enumerate(numbers[:, 0].tolist()):
+            if number:
+                _require(columns[at][row] not in found[row], "not linear")
+                found[row][columns[at][row]] = number, tuple((*tensors[i], columns[i][row]) for i in others)
     return found
 
 
