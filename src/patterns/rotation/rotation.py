@@ -10,7 +10,7 @@ or norm_rope matches too is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -73,11 +73,11 @@ class Rotation(NamedTuple):
         return before if before == after else f"{before}_to_{after}"
 
 
-def rotations(shadow: ValueGraph) -> list[Rotation]:
-    """All results that are one, and no part of a larger one: of more channels, or behind a cast."""
+def rotations(shadow: ValueGraph, taken: Set[Value] = frozenset()) -> list[Rotation]:
+    """All results that are one, and no part of a larger one (of more channels, or behind a cast) nor of what others match."""
     values = [*shadow.values]
     for v in reversed(values):
-        if "rotation" not in v.analyses and PART not in v.analyses and v.op in ROOTS and v.nodes:
+        if "rotation" not in v.analyses and PART not in v.analyses and v.op in ROOTS and v.nodes and v not in taken:
             found = _found(v, shadow)
             if (
                 found is not None
@@ -106,11 +106,13 @@ def _found(root: Value, shadow: ValueGraph) -> Rotation | None:
             if found is not None and any(v.op in ARITHMETIC for v in way - known):
                 break  # what x is computed by is its own
             for deep in (True, False):
+                proof = _Proof(root, x, way, deep, shadow)
                 try:
-                    found, known = _Proof(root, x, way, deep, shadow).rotation(), way
+                    found, known = proof.rotation(), way
                     break
                 except Unreadable:
-                    continue
+                    if len(proof.reader.below) == 1:  # nothing deeper was read
+                        break
         if found is not None or not moving.guessed:
             return found
     return None
@@ -307,10 +309,15 @@ def _pairs(terms: list[dict], start: int, width: int) -> tuple:
     for before, after in PAIRINGS:
         found: list[tuple[Coefficients, Coefficients]] = []
         for second in (0, 1):
-            rows = [terms[place(pair, second, after)] for pair in range(width // 2)]
-            read = [(place(pair, second, before), place(pair, 1 - second, before)) for pair in range(width // 2)]
-            if all(t.keys() == set(r) for t, r in zip(rows, read, strict=True)):
-                found.append(tuple([t[r[i]] for t, r in zip(rows, read, strict=True)] for i in (0, 1)))
+            own, other = [], []
+            for pair in range(width // 2):
+                t, a, b = terms[place(pair, second, after)], place(pair, second, before), place(pair, 1 - second, before)
+                if len(t) != 2 or a not in t or b not in t:
+                    break
+                own.append(t[a])
+                other.append(t[b])
+            else:
+                found.append((own, other))
         if len(found) == 2:
             return (before, after), *found
     raise Unreadable("channels that are no pairs")
@@ -333,10 +340,10 @@ def _reading(found: list[Rotation], names: tuple[str, ...]) -> Reading:
 
 
 @reader(ROPE, op=rotate_both, no_grad=TABLES, name="rotation")
-def both(shadow: ValueGraph) -> Iterator[Reading]:
+def both(shadow: ValueGraph, taken: Set[Value]) -> Iterator[Reading]:
     """q and k of one layer, which are turned alike."""
     alike: dict[Any, list[Rotation]] = {}
-    for found in rotations(shadow):
+    for found in rotations(shadow, taken):
         how = (*found.tables.values(), *found.options.items(), found.root.region, len(found.values))
         alike.setdefault(how, []).append(found)
     for waiting in alike.values():
@@ -345,8 +352,8 @@ def both(shadow: ValueGraph) -> Iterator[Reading]:
 
 
 @reader(ROPE, op=rotate, no_grad=TABLES, name="rotation_single")
-def single(shadow: ValueGraph) -> Iterator[Reading]:
-    for found in rotations(shadow):
+def single(shadow: ValueGraph, taken: Set[Value]) -> Iterator[Reading]:
+    for found in rotations(shadow, taken):
         yield _reading([found], ("x",))
 
 

@@ -9,7 +9,7 @@ for a miss.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -229,11 +229,11 @@ class Matcher:
                     found[variant.pattern] = m
             yield from found.values()
 
-    def readings(self, shadow: ValueGraph) -> Iterator[Match]:
-        """What entries find that read a graph themselves."""
+    def readings(self, shadow: ValueGraph, taken: Set[Value]) -> Iterator[Match]:
+        """What entries find that read a graph themselves, but for what others compute."""
         for entry in self.readers:
             try:
-                for found in entry.reads(shadow):
+                for found in entry.reads(shadow, taken):
                     variant = Variant(entry, found.name, _read, found.options, {})
                     yield Match(variant, found.tensors, {}, found.roots, found.values)
             except Exception as e:  # a bug of one entry costs that entry

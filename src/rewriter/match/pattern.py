@@ -17,7 +17,7 @@ Positional parameters are tensors, keyword-only parameters numbers and dtypes fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -190,7 +190,7 @@ class Pattern:
     also: tuple[Construct, ...] = ()
     numbers: dict[str, tuple[float, ...]] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
-    reads: Callable[[ValueGraph], Iterator[Reading]] | None = None  # finds places itself, in place of variants
+    reads: Reads | None = None  # finds places itself, in place of variants
     checks: list[Callable[..., None]] = field(default_factory=list)
 
     def variant(self, name: str, dims: dict[str, str] | None = None, **options: Any) -> Callable[[Callable], Callable]:
@@ -218,6 +218,9 @@ class Reading(NamedTuple):
     options: dict[str, Any]
     roots: tuple[Value, ...]
     values: frozenset[Value]
+
+
+Reads = Callable[[ValueGraph, Set[Value]], Iterator[Reading]]
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 
 from sloth.compat.dispatch import OpOverload
-from sloth.rewriter.graph.value import Value, ValueGraph
-from sloth.rewriter.match.pattern import Construct, LazyOutputRule, Pattern, PatternError, Reading
+from sloth.rewriter.graph.value import Value
+from sloth.rewriter.match.pattern import Construct, LazyOutputRule, Pattern, PatternError, Reads
 from sloth.rewriter.notices import log
 
 GROUP, OWN = "sloth_patterns", "sloth.patterns"  # entry points of packages with patterns; sloth's own come first
@@ -73,13 +73,14 @@ def pattern(
 
 def reader(
     construct: Construct, *, op: Any, no_grad: tuple[str, ...] = (), name: str | None = None
-) -> Callable[[Callable[[ValueGraph], Iterator[Reading]]], Pattern]:
-    """Register `reads(shadow)`, which finds places by what they compute, whatever they look like: it gives a Reading for each,
-    and has itself proven that `op` with those arguments computes its results. All other legality is asked as of any match.
+) -> Callable[[Reads], Pattern]:
+    """Register `reads(shadow, taken)`, which finds places by what they compute, whatever they look like: it gives a Reading for
+    each, and has itself proven that `op` with those arguments computes its results. All other legality is asked as of any match.
+    taken: values that legal matches of other entries compute; what they hold need not be read.
     Raises PatternError where the name is taken.
     """
 
-    def enter(reads: Callable[[ValueGraph], Iterator[Reading]]) -> Pattern:
+    def enter(reads: Reads) -> Pattern:
         entry = Pattern(name or reads.__name__, construct, overload(op), {}, no_grad=no_grad, reads=reads)
         if entry.name in _deferrals.keys() | _patterns.keys():
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")

@@ -131,9 +131,14 @@ def plan(
     for view in views:
         graph = GraphPlan(view, LazyOutputs(view, deferrals, costs))
         with timed(seconds, "match"):
-            matches = [*matcher.matches(view.shadow.values), *matcher.readings(view.shadow)]
+            matches = list(matcher.matches(view.shadow.values))
         with timed(seconds, "legality"):
-            legal = list(_legal(graph, matches, legality.LegalityContext(view, mode, tried), costs))
+            context = legality.LegalityContext(view, mode, tried)
+            legal = list(_legal(graph, matches, context, costs))
+        with timed(seconds, "match"):
+            matches = list(matcher.readings(view.shadow, frozenset().union(*(m.values for m in legal))))
+        with timed(seconds, "legality"):
+            legal += _legal(graph, matches, context, costs)
             accepted, graph.losers = select_non_overlapping([m for m in legal if not m.values & graph.lazy.reserved])
             graph.placements = group_horizontally(accepted)
             found.graphs.append(graph)
