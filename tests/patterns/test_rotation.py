@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sloth.kernels.rotation import rotate, rotate_both
 from sloth.patterns.rope import ROPE
+from sloth.rewriter.backend import listening
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.pipeline import rewrite
 from sloth.rewriter.report import MATCHED
@@ -313,3 +314,18 @@ def test_what_the_other_entries_match_is_theirs():
     fn = lambda x, c, s: x * c + torch.cat((-parts(x)[1], parts(x)[0]), -1) * s  # noqa: E731
     rewritten(fn, sites)(of_seed(B, H, S, D, seed=1), *(of_seed(1, 1, S, D, seed=seed) for seed in (2, 3)))
     assert [s.variant for s in sites] == ["rope_single[halves_plain_full]"]
+
+
+def test_a_norm_behind_it_does_not_take_its_sum():
+    """NanoChat: q is turned the other way and normalised then. The sum is no residual of the norm."""
+
+    def fn(x, c, s):
+        a, b = parts(x)
+        y = x * torch.cat((c, c), -1) + torch.cat((b, -a), -1) * torch.cat((s, s), -1)
+        return torch.nn.functional.rms_norm(y, (D,), eps=1e-6)
+
+    tensors = [of_seed(B, H, S, D, seed=1), *(of_seed(S, D // 2, seed=seed) for seed in (2, 3))]
+    torch._dynamo.reset()
+    with listening() as reports:
+        torch.compile(fn, backend="sloth", options={"sloth.inner_backend": "eager"})(*tensors)
+    assert {s.variant.split("[")[0] for r in reports for s in r.sites} == {"rotation_single", "rms_norm"}

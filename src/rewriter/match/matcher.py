@@ -9,7 +9,7 @@ for a miss.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -229,9 +229,10 @@ class Matcher:
                     found[variant.pattern] = m
             yield from found.values()
 
-    def readings(self, shadow: ValueGraph, taken: Set[Value]) -> Iterator[Match]:
-        """What entries find that read a graph themselves, but for what others compute."""
+    def readings(self, shadow: ValueGraph, legal: Sequence[Match]) -> Iterator[Match]:
+        """What entries find that read a graph themselves, but for what others of their construct compute."""
         for entry in self.readers:
+            taken = frozenset().union(*(m.values for m in legal if m.pattern.construct is entry.construct))
             try:
                 for found in entry.reads(shadow, taken):
                     variant = Variant(entry, found.name, _read, found.options, {})

@@ -76,7 +76,7 @@ def reader(
 ) -> Callable[[Reads], Pattern]:
     """Register `reads(shadow, taken)`, which finds places by what they compute, whatever they look like: it gives a Reading for
     each, and has itself proven that `op` with those arguments computes its results. All other legality is asked as of any match.
-    taken: values that legal matches of other entries compute; what they hold need not be read.
+    taken: values that legal matches of other entries of the construct compute; what they hold need not be read.
     Raises PatternError where the name is taken.
     """
 

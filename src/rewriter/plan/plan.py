@@ -136,7 +136,7 @@ def plan(
             context = legality.LegalityContext(view, mode, tried)
             legal = list(_legal(graph, matches, context, costs))
         with timed(seconds, "match"):
-            matches = list(matcher.readings(view.shadow, frozenset().union(*(m.values for m in legal))))
+            matches = list(matcher.readings(view.shadow, legal))
         with timed(seconds, "legality"):
             legal += _legal(graph, matches, context, costs)
             accepted, graph.losers = select_non_overlapping([m for m in legal if not m.values & graph.lazy.reserved])
