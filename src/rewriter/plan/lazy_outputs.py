@@ -191,7 +191,7 @@ def _chain(node: fx.Node, view: LoweredGraph) -> Chain | None:
         nodes.add(n)
         if _is_layer(n, view):
             layers[n] = _layer(n, view)
-        elif (layer := _remade_layer(n, view)) is not None:
+        elif (layer := _spelled_layer(n, view) or _remade_layer(n, view)) is not None:
             layers[n] = layer
         elif _row_by_row(n, view):
             todo += n.all_input_nodes
@@ -231,6 +231,18 @@ def _layer(node: fx.Node, view: LoweredGraph) -> Layer | None:
     if any(n.op != "placeholder" for n in tensors[1:]) or any(v.mutated_storage for v in view.env[node].inputs):
         return None
     return Layer(node, hidden, weight, bias) if all(map(_is_plain, tensors)) else None
+
+
+def _spelled_layer(node: fx.Node, view: LoweredGraph) -> Layer | None:
+    """A product that is one: h Wᵀ, by whatever call."""
+    v = view.env.get(node)
+    if not isinstance(v, Value) or v.op != "linear" or any(view.env.get(n) is v for n in node.all_input_nodes):
+        return None
+    x, weight, bias = v.args
+    held = x.nodes and all(map(_is_input, (weight, bias) if bias is not None else (weight,)))
+    if not held or not _is_plain(x.nodes[0]) or any(t.mutated_storage for t in v.inputs):
+        return None
+    return Layer(node, x.nodes[0], weight.nodes[0], bias and bias.nodes[0])
 
 
 def _is_plain(node: fx.Node) -> bool:
