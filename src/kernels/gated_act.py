@@ -1,7 +1,7 @@
 """Gated activation, the middle of a gated MLP:  h = act(g) · u.
 
 Shapes   g, u, h [..., I]; packed: x = [g | u] (or [u | g]) along the last dimension, [..., 2I].
-act      "silu", "gelu" (erf) or "gelu_tanh".
+act      "silu", "gelu" (erf), "gelu_tanh", "quick_gelu", "relu" or "sigmoid".
 
 Forward  h = act(g) · u in fp32, rounded once.
 
@@ -13,6 +13,9 @@ with
     gelu       Φ = ½(1 + erf(g/√2))            act = g·Φ        act' = Φ + g·φ(g),  φ(g) = e^(−g²/2)/√(2π)
     gelu_tanh  z = √(2/π)(g + 0.044715 g³)     act = g·s        act' = s + g·s·(1 − s)·2z'
                s = ½(1 + tanh z) = σ(2z)       z' = √(2/π)(1 + 3·0.044715 g²)
+    quick_gelu s = σ(αg), α = 1.702             act = g·s        act' = s·(1 + αg·(1 − s))
+    relu       act = max(g, 0)                  act' = [g > 0]
+    sigmoid    act = σ(g)                       act' = act·(1 − act)
 (Shazeer, "GLU variants improve transformer", 2020; Hendrycks & Gimpel, "GELU", 2016.)
 
 Saved    g and u (or packed x), which the matmuls before it produced anyway; only g where only u wants a gradient.
@@ -32,7 +35,7 @@ from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
 from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "sigmoid")
 
 # Tuning: elements of a row to a program, and its warps (8 bf16 elements, one 16-byte load, to a thread).
 BLOCK = 1024
@@ -48,6 +51,14 @@ def _act(g, ACT: tl.constexpr):
     if ACT == "silu":
         s = tl.sigmoid(g)
         return g * s, s * (1 + g * (1 - s))
+    elif ACT == "quick_gelu":
+        s = tl.sigmoid(1.702 * g)
+        return g * s, s * (1 + 1.702 * g * (1 - s))
+    elif ACT == "relu":
+        return tl.where(g < 0, 0.0, g), tl.where(g > 0, 1.0, 0.0)
+    elif ACT == "sigmoid":
+        s = tl.sigmoid(g)
+        return s, s * (1 - s)
     elif ACT == "gelu":
         cdf = 0.5 * (1 + tl.erf(g * 0.7071067811865476))
         return g * cdf, cdf + g * tl.exp(-0.5 * g * g) * 0.3989422804014327
@@ -206,6 +217,14 @@ def act_and_derivative(g: torch.Tensor, act: str) -> tuple[torch.Tensor, torch.T
     if act == "silu":
         s = torch.sigmoid(g)
         return g * s, s * (1 + g * (1 - s))
+    if act == "quick_gelu":
+        s = torch.sigmoid(1.702 * g)
+        return g * s, s * (1 + 1.702 * g * (1 - s))
+    if act == "relu":
+        return torch.relu(g), (g > 0).to(g.dtype)
+    if act == "sigmoid":
+        s = torch.sigmoid(g)
+        return s, s * (1 - s)
     if act == "gelu":
         cdf = 0.5 * (1 + torch.erf(g * math.sqrt(0.5)))
         return g * cdf, cdf + g * torch.exp(-0.5 * g * g) * (1 / math.sqrt(2 * math.pi))

@@ -1,13 +1,11 @@
 """The middle of a gated MLP: act(gate) · up, with gate and up from two projections or packed in one."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from sloth.kernels.gated_act import backward_kernel, gated_act, gated_act_packed
 from sloth.rewriter.compile.passes import declare_inplace
-from sloth.rewriter.graph.value import Value, same_literal
+from sloth.rewriter.graph.value import Value, same_literal, uncast
 from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
@@ -18,7 +16,13 @@ def is_gate(v: Value) -> bool:
     """An activation times something else of its shape (times a vector it is a scaling, as in state space models)."""
     if v.op != "mul" or not isinstance(v.args[1], Value) or not same_literal(*(a.meta.shape for a in v.args)):
         return False
-    return any((a.args[0] if a.op == "cast" else a).op in ("silu", "gelu") for a in v.args) and v.args[0] is not v.args[1]
+    return v.args[0] is not v.args[1] and any(map(is_activation, map(uncast, v.args)))
+
+
+def is_activation(v: Value) -> bool:
+    if v.op == "mul" and isinstance(v.args[1], Value):  # x · sigmoid(1.702 · x)
+        return any(s.op == "sigmoid" and s.args[0].op == "mul" and s.args[0].args[0] is x for x, s in (v.args, v.args[::-1]))
+    return v.op in ("silu", "gelu", "relu", "sigmoid")
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:
@@ -33,16 +37,17 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
-def gelu_new(x):
-    """GPT-2's: the tanh form written out."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 ACTIVATIONS = {
     "silu": (F.silu, "silu"),
     "gelu": (F.gelu, "gelu"),
     "gelu_tanh": (gelu_tanh, "gelu_tanh"),
-    "gelu_new": (gelu_new, "gelu_tanh"),
+    "quick_gelu": (quick_gelu, "quick_gelu"),
+    "relu": (F.relu, "relu"),
+    "sigmoid": (torch.sigmoid, "sigmoid"),
 }
 
 

@@ -12,7 +12,14 @@ from recorder import Recorder, interpret, saved
 from sloth.kernels import gated_act as module
 from sloth.kernels.gated_act import ACTIVATIONS, gated_act, gated_act_packed
 
-EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+EAGER = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
 acts = st.sampled_from(ACTIVATIONS)
 one_or_both = st.sampled_from([(True, True), (True, False), (False, True)])
 
@@ -131,7 +138,7 @@ def test_differentiated_once():
 def test_bad_arguments():
     x = make((2, 8), torch.float32)
     with pytest.raises(ValueError, match="act must be"):
-        gated_act(x, x, "relu")
+        gated_act(x, x, "tanh")
     with pytest.raises(RuntimeError, match="differ in shape"):
         gated_act(x, x[:1], "silu")
     with pytest.raises(RuntimeError, match="even last dimension"):
@@ -152,6 +159,15 @@ def test_closed_form(act):
     elif act == "gelu":
         cdf = (1 + sympy.erf(g / sympy.sqrt(2))) / 2
         f, claimed = g * cdf, cdf + g * sympy.exp(-(g**2) / 2) / sympy.sqrt(2 * sympy.pi)
+    elif act == "quick_gelu":
+        alpha = sympy.Rational(1702, 1000)
+        s = 1 / (1 + sympy.exp(-alpha * g))
+        f, claimed = g * s, s * (1 + alpha * g * (1 - s))
+    elif act == "relu":
+        f, claimed = sympy.Max(g, 0), sympy.Heaviside(g)
+    elif act == "sigmoid":
+        f = 1 / (1 + sympy.exp(-g))
+        claimed = f * (1 - f)
     else:
         z = k * (g + a * g**3)
         s = 1 / (1 + sympy.exp(-2 * z))

@@ -1,5 +1,8 @@
 """What is a gated MLP, and what only looks like one."""
 
+import math
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -18,3 +21,70 @@ def test_an_activation_that_is_scaled_is_no_site():
     x, scale = torch.randn(2, 6, 5), torch.randn(6)
     assert sites(lambda x, scale: F.silu(x) * scale[None, :, None], x, scale) == []
     assert sites(lambda x, y: F.silu(x) * y, x, torch.randn(2, 6, 5)) == [("gated_mlp", "matched")]
+
+
+ACTIVATIONS = {
+    "silu": lambda g: g * torch.sigmoid(g),
+    "silu divided": lambda g: g / (1 + torch.exp(-g)),
+    "quick": lambda g: g * torch.sigmoid(1.702 * g),
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "erf": lambda g: 0.5 * g * (1.0 + torch.erf(g / math.sqrt(2.0))),
+    "erf, half last": lambda g: g * (torch.erf(g * 0.7071067811865476) + 1) * 0.5,
+    "erf, half inside": lambda g: g * (0.5 * (1 + torch.erf(g / 2**0.5))),
+    "tanh": lambda g: 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * torch.pow(g, 3)))),
+    "tanh, factored": lambda g: 0.5 * g * (1 + torch.tanh(g * 0.7978845608028654 * (1 + 0.044715 * g * g))),
+}
+GATES = {
+    "left": lambda act, g, u: act(g) * u,
+    "right": lambda act, g, u: u * act(g),
+    "clamped": lambda act, g, u: act(g.clamp(max=7.0)) * (u.clamp(-7.0, 7.0) + 1),
+    "packed": lambda act, g, u: (lambda x: act(x[..., :8]) * x[..., 8:])(torch.cat((g, u), -1)),
+}
+
+
+class Mlp(torch.nn.Module):
+    def __init__(self, spelled):
+        super().__init__()
+        self.gate, self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)
+        self.spelled = spelled
+
+    def forward(self, x):
+        return self.down(self.spelled(self.gate(x), self.up(x)))
+
+
+def gradients(model, run, x):
+    model.zero_grad()
+    y = run(x)
+    y.square().sum().backward()
+    return [y, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_spellings(act):
+    torch.manual_seed(0)
+    gate, x = list(GATES.values())[list(ACTIVATIONS).index(act) % len(GATES)], torch.randn(3, 5, 6)
+    model = Mlp(lambda g, u: gate(ACTIVATIONS[act], g, u))
+    torch._dynamo.reset()
+    with listening() as reports:
+        ours = gradients(model, torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"}), x)
+    assert [(s.construct, s.status) for r in reports for s in r.sites] == [("gated_mlp", "matched")]
+    torch.testing.assert_close(ours, gradients(model, model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_glu():
+    assert sites(lambda x: F.glu(x, -1), torch.randn(2, 6, 8)) == [("gated_mlp", "matched")]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda g: 0.5 * g * (1.0 + torch.erf(g)),
+        lambda g: g * (1.0 + torch.erf(g / math.sqrt(2.0))),
+        lambda g: 0.5 * g * (1.0 - torch.erf(g / math.sqrt(2.0))),
+        lambda g: 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.05 * g**3))),
+        lambda g: 0.5 * (g + 1) * (1.0 + torch.erf(g / math.sqrt(2.0))),
+    ],
+)
+def test_what_is_no_gelu(act):
+    assert ("gated_mlp", "matched") not in sites(lambda g, u: act(g) * u, torch.randn(2, 6, 5), torch.randn(2, 6, 5))

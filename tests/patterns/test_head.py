@@ -266,6 +266,14 @@ class Wide(nn.Module):
         return self.head(x, self.weight)
 
 
+@pytest.mark.parametrize("head", [lambda x, w: x @ w.t(), lambda x, w: torch.einsum("nh,vh->nv", x, w)])
+def test_products_that_are_heads(head):
+    layer, x = Wide(16, V, head), torch.randn(64, 16, device=DEVICE)
+    ours, _ = run(layer, x)
+    assert isinstance(ours, LazyLogits)
+    torch.testing.assert_close(ours + 0, layer(x))
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs", "rows", "head"),
     [
@@ -274,7 +282,7 @@ class Wide(nn.Module):
         (16, V, 8, F.linear),
         (16, V, 64, lambda x, w: F.linear(x, w * 2)),
         (16, V, 64, lambda x, w: F.linear(x, w).view(8, 8, -1)),
-        (16, V, 64, lambda x, w: x @ w.t()),
+        (16, V, 64, lambda x, w: x @ w.view(16, V)),
     ],
     ids=["few words", "hardly wider", "few rows", "computed weight", "other shape", "no layer"],
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sloth.rewriter.graph import losses, means, products  # noqa: F401  (which have rules too)
+from sloth.rewriter.graph import activations, losses, means, products  # noqa: F401  (which have rules too)
 from sloth.rewriter.graph.canonical import INT_MAX, RULES, VIEWS, Call, Normal, rule
 from sloth.rewriter.graph.value import Symbol, Value, same_literal
 
