@@ -73,7 +73,16 @@ def test_spellings(act):
 
 
 def test_glu():
-    assert sites(lambda x: F.glu(x, -1), torch.randn(2, 6, 8)) == [("gated_mlp", "matched")]
+    x, w, v = torch.randn(2, 6, 8), torch.randn(16, 8), torch.randn(8, 8)
+    assert sites(lambda x, w, v: F.linear(F.glu(F.linear(x, w), -1), v), x, w, v) == [("gated_mlp", "matched")]
+
+
+def test_gates_elsewhere_are_no_sites():
+    """Of attention, of norms, of a swish with another slope."""
+    x, y = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    assert sites(lambda x, y: torch.sigmoid(x) * y, x, y) == []
+    assert sites(lambda x, y: torch.relu(x) * y, x, y) == []
+    assert sites(lambda x, y: x * torch.sigmoid(1.3 * x), x, y) == []
 
 
 @pytest.mark.parametrize(
