@@ -117,8 +117,7 @@ def _broadcast(metas: list[Meta]) -> Meta:
 
 def truth(v: Value) -> Tree:
     """Where `v`, of dtype bool, is true."""
-    v = source(v)
-    found = _known(v, "truth", _truth)
+    found = _known(source(v), "truth", _truth)
     return v if found is None else found
 
 
@@ -174,7 +173,7 @@ def _where(v: Value, known: Levels | None, holds: Callable[[float], bool]) -> Tr
 def _viewed(v: Value, t: Tree) -> Tree:
     """The same view of a tree of the Value that `v` is a view of."""
     n, x = normal_at(v), v.args[0]
-    if t is source(x):
+    if t is x or t is source(x):
         return v
 
     def view(leaf: Value) -> Value:

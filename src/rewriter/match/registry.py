@@ -140,8 +140,11 @@ def deferrals() -> list[LazyOutputRule]:
 
 
 def constructs() -> list[Construct]:
-    """The constructs that have entries, in the order of registration."""
-    return list({e.construct.name: e.construct for e in (*patterns(), *deferrals())}.values())
+    """The constructs that have entries, in the order of registration; of those of one name the first."""
+    found: dict[str, Construct] = {}
+    for e in (*patterns(), *deferrals()):
+        found.setdefault(e.construct.name, e.construct)
+    return list(found.values())
 
 
 def overload(op: Any) -> OpOverload:

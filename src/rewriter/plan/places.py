@@ -32,7 +32,8 @@ class Places:
 
     def sources(self, match: Match) -> list[fx.Node]:
         """The nodes of this graph that its operands are made of, and those that write to their memory."""
-        made_of = [h for v in operands_of(match) if self.view.shadow.owns(v) for h in source_values(v)]
+        owns = self.view.shadow.owns
+        made_of = [h for v in operands_of(match) if owns(v) for h in source_values(v) if owns(h)]
         if gone := [h for h in made_of if not h.nodes]:
             raise Refused("hidden", f"operand {gone[0].op} is computed by what another match was replaced by")
         return [
