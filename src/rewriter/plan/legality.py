@@ -136,14 +136,18 @@ def escapes(match: Match, context: LegalityContext) -> None:
         elsewhere = any(u not in match.values and _alive(u, own) and not only_given_out(match, u, context.view) for u in v.users)
         if not is_cheap(v) and (elsewhere or given_out and not deferrable(match, v, context.view)):
             raise Refused("escape", f"{_name(v)} is used elsewhere too")
-        if _widens(v) and any(_read_within_and_without(n, match, context.view) for n in v.nodes):
+        if any(_read_within_and_without(n, match, context.view) for n in v.nodes) and _is_widened(v, match):
             why = f"gradients of {_name(v)}, which is read elsewhere too, are added up in {v.meta.dtype} and rounded once"
             raise Refused("escape", why)
 
 
-def _widens(v: Value) -> bool:
-    """Is it a cast to a wider dtype, through which gradients come back?"""
-    return v.op == "cast" and v.meta.requires_grad and torch.promote_types(v.meta.dtype, v.args[0].meta.dtype) == v.meta.dtype
+def _is_widened(v: Value, match: Match) -> bool:
+    """Do gradients come back through a cast to a wider dtype, between `v` and what the match reads?"""
+    if v not in match.values or not v.meta or not v.meta.requires_grad:
+        return False
+    if v.op == "cast" and torch.promote_types(v.meta.dtype, v.args[0].meta.dtype) == v.meta.dtype:
+        return True
+    return any(_is_widened(x, match) for x in v.inputs)
 
 
 def _read_within_and_without(n: fx.Node, match: Match, view: LoweredGraph) -> bool:
