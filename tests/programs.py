@@ -183,7 +183,11 @@ class Writer:
         dtype = dtype or (self.one(torch.float32, self.dtype) if kind == "w" and self.chance(0.2) else self.dtype)
         if grad is None:
             grad = kind in "xw" and self.chance(self.trainable)
-        layout = self.dice.choice(LAYOUTS if kind == "x" else LAYOUTS[:-1]) if kind == "x" or kind == "w" and self.chance(0.2) else "dense"
+        layout = (
+            self.dice.choice(LAYOUTS if kind == "x" else LAYOUTS[:-1])
+            if kind == "x" or kind == "w" and self.chance(0.2)
+            else "dense"
+        )
         self.program.inputs[name] = made = Input(kind, shape, dtype, grad, layout, kind != "x" or self.chance(0.5))
         self.values[name] = called([name], {name: made}, self.sizes, 1, grad=torch.is_grad_enabled())[1][0]
         return name
@@ -211,15 +215,36 @@ class Writer:
         h = self.step(self.one(f"{x}.float()", f"{x}.float()", f"{x}.to(torch.float32)", x))
         squares = self.one(f"{h}.pow(2)", f"{h} * {h}", f"{h}.square()", f"{h} ** 2")
         dim = self.one("-1", "-1", "-1", "-1", "2", "1")
-        mean = self.step(self.one(f"({squares}).mean({dim}, keepdim=True)", f"({squares}).mean(dim={dim}, keepdim=True)",
-                                  f"torch.mean({squares}, dim={dim}, keepdim=True)",
-                                  f"({squares}).sum({dim}, keepdim=True) / {width}"))  # fmt: skip
+        mean = self.step(
+            self.one(
+                f"({squares}).mean({dim}, keepdim=True)",
+                f"({squares}).mean(dim={dim}, keepdim=True)",
+                f"torch.mean({squares}, dim={dim}, keepdim=True)",
+                f"({squares}).sum({dim}, keepdim=True) / {width}",
+            )
+        )
         v = self.step(self.one(f"{mean} + {eps}", f"{mean} + {eps}", f"{eps} + {mean}", f"{mean}.add({eps})"))
-        n = self.step(self.one(f"{h} * torch.rsqrt({v})", f"torch.rsqrt({v}) * {h}", f"{h} / torch.sqrt({v})", f"{h} * {v} ** -0.5",
-                               f"{h} * ({v}).rsqrt()", f"{h} * (1 / torch.sqrt({v}))", f"{h} * ({v}).pow(-0.5)"))  # fmt: skip
+        n = self.step(
+            self.one(
+                f"{h} * torch.rsqrt({v})",
+                f"torch.rsqrt({v}) * {h}",
+                f"{h} / torch.sqrt({v})",
+                f"{h} * {v} ** -0.5",
+                f"{h} * ({v}).rsqrt()",
+                f"{h} * (1 / torch.sqrt({v}))",
+                f"{h} * ({v}).pow(-0.5)",
+            )
+        )
         back = self.one(f".to({x}.dtype)", f".to({x}.dtype)", f".type_as({x})", "")
-        return self.let(self.one(f"{w} * {n}{back}", f"({w} * {n}){back}", f"({w}.float() * {n}){back}",
-                                 f"({n} * (1.0 + {w}.float())){back}", f"{n}{back}"))  # fmt: skip
+        return self.let(
+            self.one(
+                f"{w} * {n}{back}",
+                f"({w} * {n}){back}",
+                f"({w}.float() * {n}){back}",
+                f"({n} * (1.0 + {w}.float())){back}",
+                f"{n}{back}",
+            )
+        )
 
     def add_norm(self) -> str:
         return self.norm(self.let(f"{self.stream()} + {self.stream()}"))
@@ -251,10 +276,17 @@ class Writer:
             gate, up = self.linear(x), self.linear(x)
         else:
             gate, up = x, self.stream()
-        act = self.one(f"F.silu({gate})", f"F.silu({gate})", f"{gate} * torch.sigmoid({gate})", f"{gate} / (1 + torch.exp(-{gate}))",
-                       f"F.gelu({gate})", f"F.gelu({gate}, approximate='tanh')", f"F.silu({gate}.float()).to({gate}.dtype)",
-                       f"0.5 * {gate} * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * ({gate} + 0.044715 * torch.pow({gate}, 3.0))))",
-                       f"F.mish({gate})")  # fmt: skip
+        act = self.one(
+            f"F.silu({gate})",
+            f"F.silu({gate})",
+            f"{gate} * torch.sigmoid({gate})",
+            f"{gate} / (1 + torch.exp(-{gate}))",
+            f"F.gelu({gate})",
+            f"F.gelu({gate}, approximate='tanh')",
+            f"F.silu({gate}.float()).to({gate}.dtype)",
+            f"0.5 * {gate} * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * ({gate} + 0.044715 * torch.pow({gate}, 3.0))))",
+            f"F.mish({gate})",
+        )
         act = self.step(act)
         return self.let(self.one(f"{act} * {up}", f"{up} * {act}", f"torch.mul({act}, {up})"))
 
@@ -273,19 +305,28 @@ class Writer:
     def heads(self, x: str | None = None, heads: int = HEADS) -> str:
         """[B, heads, S, 4]"""
         x = self.linear(x, heads * 4)
-        x = self.step(self.one(f"{x}.view(*{x}.shape[:2], {heads}, 4)", f"{x}.view({x}.shape[0], {x}.shape[1], -1, 4)",
-                               f"{x}.unflatten(-1, ({heads}, 4))"))  # fmt: skip
+        x = self.step(
+            self.one(
+                f"{x}.view(*{x}.shape[:2], {heads}, 4)",
+                f"{x}.view({x}.shape[0], {x}.shape[1], -1, 4)",
+                f"{x}.unflatten(-1, ({heads}, 4))",
+            )
+        )
         if self.chance(0.2):
             x = self.norm(self.let(x))
         return self.let(f"{x}.transpose(1, 2)")
 
     def tables(self, like: str, width: int) -> tuple[str, str]:
-        angle = self.let(f"torch.outer(torch.arange({like}.shape[2]).float(), 10000 ** (-torch.arange(0, {width}, 2) / {width}))", 0)
+        angle = self.let(
+            f"torch.outer(torch.arange({like}.shape[2]).float(), 10000 ** (-torch.arange(0, {width}, 2) / {width}))", 0
+        )
         return self.turned_tables(angle, like)
 
     def turned_tables(self, angle: str, like: str) -> tuple[str, str]:
         cast = self.one("", f".to({like}.dtype)", f".to({like}.dtype)")
-        angle = self.let(self.one(f"torch.cat(({angle}, {angle}), -1)[None, None]", f"{angle}.repeat_interleave(2, -1)[None, None]"), 0)
+        angle = self.let(
+            self.one(f"torch.cat(({angle}, {angle}), -1)[None, None]", f"{angle}.repeat_interleave(2, -1)[None, None]"), 0
+        )
         expanded = self.let(f"{angle}.expand({like}.shape[0], 1, -1, -1)", 0) if self.chance(0.6) else angle
         return self.let(f"{expanded}.cos(){cast}", 0.02), self.let(f"{expanded}.sin(){cast}", 0.02)
 
@@ -302,9 +343,18 @@ class Writer:
             rotated = self.step(f"torch.cat((-{b}, {a}), -1)")
         else:
             rotated = self.step(f"torch.stack((-{x}[..., 1::2], {x}[..., ::2]), -1).flatten(-2)")
-        y = self.let(self.one(f"({x} * {cos} + {rotated} * {sin}){back}", f"({x} * {cos} + {sin} * {rotated}){back}",
-                              f"({rotated} * {sin} + {x} * {cos}){back}"))  # fmt: skip
-        return y if x == whole or width == self.values[whole].shape[-1] else self.let(f"torch.cat(({y}, {whole}[..., {width}:]), -1)")
+        y = self.let(
+            self.one(
+                f"({x} * {cos} + {rotated} * {sin}){back}",
+                f"({x} * {cos} + {sin} * {rotated}){back}",
+                f"({rotated} * {sin} + {x} * {cos}){back}",
+            )
+        )
+        return (
+            y
+            if x == whole or width == self.values[whole].shape[-1]
+            else self.let(f"torch.cat(({y}, {whole}[..., {width}:]), -1)")
+        )
 
     def rotation(self, q: str | None = None, k: str | None = None) -> tuple[str, str]:
         q, k = q or self.heads(), k or self.heads(heads=self.one(1, 2))
@@ -315,8 +365,13 @@ class Writer:
         return out, self.turn(k, cos, sin, other, width) if self.chance(0.8) else k
 
     def merged(self, out: str) -> str:
-        return self.let(self.one(f"{out}.transpose(1, 2).flatten(2)", f"{out}.transpose(1, 2).reshape(*{out}.transpose(1, 2).shape[:2], -1)",
-                                 f"{out}.transpose(1, 2).contiguous().flatten(2)"))  # fmt: skip
+        return self.let(
+            self.one(
+                f"{out}.transpose(1, 2).flatten(2)",
+                f"{out}.transpose(1, 2).reshape(*{out}.transpose(1, 2).shape[:2], -1)",
+                f"{out}.transpose(1, 2).contiguous().flatten(2)",
+            )
+        )
 
     def turned(self) -> str:
         q, k = self.rotation()
@@ -325,9 +380,15 @@ class Writer:
     def mask(self, like: str) -> str:
         """True where a key is seen, [1 or B, 1, S, S]."""
         i = self.let(f"torch.arange({like}.shape[2])", 0)
-        m = self.let(self.one(f"({i}[None, :] <= {i}[:, None])[None, None]", f"({i}[:, None] >= {i}[None])[None, None]",
-                              f"torch.ones({like}.shape[2], {like}.shape[2], dtype=torch.bool).tril()[None, None]",
-                              f"({i}[None, :] < {i}[:, None] + 1)[None, None]"), 0)  # fmt: skip
+        m = self.let(
+            self.one(
+                f"({i}[None, :] <= {i}[:, None])[None, None]",
+                f"({i}[:, None] >= {i}[None])[None, None]",
+                f"torch.ones({like}.shape[2], {like}.shape[2], dtype=torch.bool).tril()[None, None]",
+                f"({i}[None, :] < {i}[:, None] + 1)[None, None]",
+            ),
+            0,
+        )
         if self.chance(0.3):
             m = self.let(f"{m} & ({i}[None, :] > {i}[:, None] - {self.one(1, 2, 3)})[None, None]", 0)
         if self.chance(0.3):
@@ -343,8 +404,13 @@ class Writer:
         if self.chance(0.4):
             q, k = self.rotation(q, k)
         if groups != HEADS:
-            k, v = (self.let(f"{t}[:, :, None].expand({t}.shape[0], {groups}, {HEADS // groups}, {t}.shape[2], 4)"
-                             f".reshape({t}.shape[0], {HEADS}, {t}.shape[2], 4)") for t in (k, v))  # fmt: skip
+            k, v = (
+                self.let(
+                    f"{t}[:, :, None].expand({t}.shape[0], {groups}, {HEADS // groups}, {t}.shape[2], 4)"
+                    f".reshape({t}.shape[0], {HEADS}, {t}.shape[2], 4)"
+                )
+                for t in (k, v)
+            )
         if self.chance(0.4):
             given = self.one("is_causal=True", f"attn_mask={self.mask(q)}", f"attn_mask={self.mask(q)}", "scale=0.3")
             return self.merged(self.let(f"F.scaled_dot_product_attention({q}, {k}, {v}, {given})"))
@@ -353,14 +419,27 @@ class Writer:
         if self.chance(0.15):
             scores = self.step(f"torch.tanh({scores} / 3.0) * 3.0")
         if self.chance(0.8):
-            m, least = self.mask(q), self.one(f"torch.finfo({q}.dtype).min", "-1e9" if self.dtype is not torch.float16 else "-6e4")
+            m, least = (
+                self.mask(q),
+                self.one(f"torch.finfo({q}.dtype).min", "-1e9" if self.dtype is not torch.float16 else "-6e4"),
+            )
             if self.chance(0.3):
                 scores = self.step(f"{scores}.masked_fill(~{m}, {least})")
             else:
-                added = self.let(self.one(f"torch.where({m}, 0.0, {least})", f"torch.zeros_like({m}, dtype={q}.dtype).masked_fill(~{m}, {least})"), 0)
+                added = self.let(
+                    self.one(
+                        f"torch.where({m}, 0.0, {least})", f"torch.zeros_like({m}, dtype={q}.dtype).masked_fill(~{m}, {least})"
+                    ),
+                    0,
+                )
                 scores = self.step(f"{scores} + {added}")
-        weights = self.step(self.one(f"F.softmax({scores}, -1, dtype=torch.float32).to({q}.dtype)", f"F.softmax({scores}, -1)",
-                                     f"torch.softmax({scores}, dim=-1)"))  # fmt: skip
+        weights = self.step(
+            self.one(
+                f"F.softmax({scores}, -1, dtype=torch.float32).to({q}.dtype)",
+                f"F.softmax({scores}, -1)",
+                f"torch.softmax({scores}, dim=-1)",
+            )
+        )
         return self.merged(self.let(f"{weights} @ {v}"))
 
     def loss(self) -> str:
@@ -389,30 +468,84 @@ class Writer:
 
     def reader(self, t: str | None = None) -> str:
         t = t or self.any()
-        return self.let(self.one(f"{t} * 2", f"{t}.tanh()", f"{t} + 1", f"-{t}", f"{t}.float().sigmoid().to({t}.dtype)", f"{t} * {t}",
-                                 f"{t} + 0", f"{t} * 1", f"{t} - {t}.mean(-1, keepdim=True)"), 0.02)  # fmt: skip
+        return self.let(
+            self.one(
+                f"{t} * 2",
+                f"{t}.tanh()",
+                f"{t} + 1",
+                f"-{t}",
+                f"{t}.float().sigmoid().to({t}.dtype)",
+                f"{t} * {t}",
+                f"{t} + 0",
+                f"{t} * 1",
+                f"{t} - {t}.mean(-1, keepdim=True)",
+            ),
+            0.02,
+        )
 
     def view(self, t: str | None = None) -> str:
         t = t or self.any()
-        return self.let(self.one(f"{t}.view({t}.shape)", f"{t}.reshape({t}.shape)", f"{t}.transpose(0, 1)", f"{t}.transpose(0, 1).transpose(0, 1)",
-                                 f"{t}.flatten(0, 1)", f"{t}[..., :4]", f"{t}[:1]", f"{t}.unsqueeze(0).squeeze(0)", f"{t}.mT.contiguous().mT",
-                                 f"{t}.view_as({t})", f"{t}.expand_as({t})", f"torch.cat(({t}[..., 4:], {t}[..., :4]), -1)"), 0.02)  # fmt: skip
+        return self.let(
+            self.one(
+                f"{t}.view({t}.shape)",
+                f"{t}.reshape({t}.shape)",
+                f"{t}.transpose(0, 1)",
+                f"{t}.transpose(0, 1).transpose(0, 1)",
+                f"{t}.flatten(0, 1)",
+                f"{t}[..., :4]",
+                f"{t}[:1]",
+                f"{t}.unsqueeze(0).squeeze(0)",
+                f"{t}.mT.contiguous().mT",
+                f"{t}.view_as({t})",
+                f"{t}.expand_as({t})",
+                f"torch.cat(({t}[..., 4:], {t}[..., :4]), -1)",
+            ),
+            0.02,
+        )
 
     def copy(self) -> str:
         t = self.any()
-        return self.let(self.one(f"{t}.clone()", f"{t}.contiguous()", f"{t}.double().to({t}.dtype)", f"{t}.float()", f"{t}.detach()", f"{t}.detach().clone()",
-                                 f"{t}.to(torch.bfloat16)", f"{t}.to({t}.dtype)", f"{t}.data", f"{t}.bfloat16().to({t}.dtype)"), 0.1)  # fmt: skip
+        return self.let(
+            self.one(
+                f"{t}.clone()",
+                f"{t}.contiguous()",
+                f"{t}.double().to({t}.dtype)",
+                f"{t}.float()",
+                f"{t}.detach()",
+                f"{t}.detach().clone()",
+                f"{t}.to(torch.bfloat16)",
+                f"{t}.to({t}.dtype)",
+                f"{t}.data",
+                f"{t}.bfloat16().to({t}.dtype)",
+            ),
+            0.1,
+        )
 
     def residual(self) -> str:
-        return self.let(self.one(f"{self.stream()} + {self.stream()}", f"{self.stream()} + {self.stream()} * 0.5",
-                                 f"torch.lerp({self.stream()}, {self.stream()}, 0.5)", f"{self.stream()} - {self.stream()}"))  # fmt: skip
+        return self.let(
+            self.one(
+                f"{self.stream()} + {self.stream()}",
+                f"{self.stream()} + {self.stream()} * 0.5",
+                f"torch.lerp({self.stream()}, {self.stream()}, 0.5)",
+                f"{self.stream()} - {self.stream()}",
+            )
+        )
 
     def write(self, t: str | None = None) -> None:
         t = t or self.any()
         if any(v is self.values[t] for n, v in self.values.items() if n in self.program.inputs and self.program.inputs[n].leaf):
             raise Dropped
-        statement = self.one(f"{t}.mul_(1.5)", f"{t}.add_(1)", f"{t}[..., :2].mul_(3)", f"{t}[:, :1] = 0.5", f"{t}.detach().mul_(1.5)",
-                             f"{t}.view(-1)[::2].add_(0.5)", f"{t}.mT.mul_(2)", f"{t}.copy_({t}.flip(0))", f"{t} += 1")  # fmt: skip
+        statement = self.one(
+            f"{t}.mul_(1.5)",
+            f"{t}.add_(1)",
+            f"{t}[..., :2].mul_(3)",
+            f"{t}[:, :1] = 0.5",
+            f"{t}.detach().mul_(1.5)",
+            f"{t}.view(-1)[::2].add_(0.5)",
+            f"{t}.mT.mul_(2)",
+            f"{t}.copy_({t}.flip(0))",
+            f"{t} += 1",
+        )
         self.do(statement)
 
     def in_block(self, enter: str, context: Any, lines: int) -> None:
@@ -454,15 +587,31 @@ class Writer:
         text = "\n".join(f"    {line}" for s in inner for line in s.splitlines())
         reentrant = "use_reentrant=False"
         outs = [self.name() for _ in given]
-        self.do(f"def {name}({', '.join(read)}):\n{text}\n    return {', '.join(given)},\n"
-                f"{', '.join(outs)}, = checkpoint({', '.join([name, *read])}, {reentrant})")  # fmt: skip
+        self.do(
+            f"def {name}({', '.join(read)}):\n{text}\n    return {', '.join(given)},\n"
+            f"{', '.join(outs)}, = checkpoint({', '.join([name, *read])}, {reentrant})"
+        )
 
     def fragment(self, deeper: float = 1.0) -> None:
         kinds = {
-            self.norm: 4, self.add_norm: 3, self.layer_norm: 2, self.mlp: 4, self.lora: 3, self.turned: 4, self.attention: 4, self.loss: 2,
-            self.linear: 1, self.reader: 1, self.view: 1.5, self.copy: 2, self.residual: 2, self.write: 1.2,
-            self.without_gradients: 0.5 * deeper, self.in_autocast: 0.7 * deeper, self.checkpointed: 1.2 * deeper,
-        }  # fmt: skip
+            self.norm: 4,
+            self.add_norm: 3,
+            self.layer_norm: 2,
+            self.mlp: 4,
+            self.lora: 3,
+            self.turned: 4,
+            self.attention: 4,
+            self.loss: 2,
+            self.linear: 1,
+            self.reader: 1,
+            self.view: 1.5,
+            self.copy: 2,
+            self.residual: 2,
+            self.write: 1.2,
+            self.without_gradients: 0.5 * deeper,
+            self.in_autocast: 0.7 * deeper,
+            self.checkpointed: 1.2 * deeper,
+        }
         (kind,) = self.dice.choices(list(kinds), list(kinds.values()))
         with suppress(Dropped):
             kind()
@@ -515,7 +664,9 @@ def called(
         t = how.make(sizes, 1000 * salt + i)
         t = t.double() if exact and t.is_floating_point() else t
         leaves[name] = t = t.requires_grad_(how.grad and grad)
-        given.append(t if how.leaf or not how.grad or how.layout == "expanded" else t.detach().requires_grad_(t.requires_grad) * 1.0)
+        given.append(
+            t if how.leaf or not how.grad or how.layout == "expanded" else t.detach().requires_grad_(t.requires_grad) * 1.0
+        )
         if given[-1] is not t:
             leaves[name] = t = t.detach().requires_grad_(t.requires_grad)
             given[-1] = t * 1.0
@@ -629,9 +780,9 @@ LIMIT, CANCELLED = 1.05, 4.0
 BESIDE_A_LOSS = 1.75
 
 
-def compare(p: Program) -> list[GraphReport] | None:
+def compare(p: Program, sloth: bool = True) -> list[GraphReport] | None:
     """Raises Wrong where sloth does not give what eager gives, or is further from fp64 than 1.05 times eager. None: torch itself
-    cannot run the program; else the reports of its graphs.
+    cannot run the program; else the reports of its graphs. Without sloth: what compiles the rewritten graph, by itself.
     """
     try:
         for sizes in p.how.sizes:
@@ -640,7 +791,8 @@ def compare(p: Program) -> list[GraphReport] | None:
         return None  # a write to what a gradient needs, …
     options = {"sloth.inner_backend": p.how.inner} | ({"sloth.always": ALWAYS} if p.how.always else {})
     with listening() as reports:
-        run = torch.compile(p.function(), backend="sloth", options=options, dynamic=p.how.dynamic)
+        how = {"backend": "sloth", "options": options} if sloth else {"backend": p.how.inner}
+        run = torch.compile(p.function(), dynamic=p.how.dynamic, **how)
         for sizes in p.how.sizes:
             _compare(p, run, sizes, lambda: BESIDE_A_LOSS if any(r.deferred for r in reports) else LIMIT)
     for report in reports:
@@ -671,11 +823,11 @@ def _compare(p: Program, run: Callable[..., tuple], sizes: dict, limit: Callable
 # ---------------------------------------------------------------- what fails
 
 
-def failure(p: Program) -> str:
+def failure(p: Program, sloth: bool = True) -> str:
     """What is wrong, in a line; empty if nothing is."""
     torch._dynamo.reset()
     try:
-        compare(p)
+        compare(p, sloth)
     except Wrong as e:
         return f"wrong: {e}"
     except Exception as e:
@@ -684,15 +836,8 @@ def failure(p: Program) -> str:
 
 
 def by_torch(p: Program) -> bool:
-    """Does it fail without any rewrite, too?"""
-    from sloth import options
-
-    everything, options.patterns = options.patterns, lambda: []
-    deferred, options.deferrals = options.deferrals, lambda: []
-    try:
-        return bool(failure(replace(p, how=replace(p.how, always=False))))
-    finally:
-        options.patterns, options.deferrals = everything, deferred
+    """Does it fail without sloth, too?"""
+    return bool(failure(p, sloth=False))
 
 
 def shorter(p: Program, kind: str) -> Program:
@@ -714,8 +859,16 @@ def shorter(p: Program, kind: str) -> Program:
             q = replace(p, results=[x for x in p.results if x != r])
             if len(p.results) > 1 and fails(q):
                 p, changed = q, True
-    for simple in ({"shared": ()}, {"backward": "once"}, {"mode": "train"}, {"autocast": None}, {"dynamic": False, "sizes": p.how.sizes[:1]},
-                   {"dynamic": False, "sizes": p.how.sizes[1:2]}, {"inner": "eager"}, {"always": False}):  # fmt: skip
+    for simple in (
+        {"shared": ()},
+        {"backward": "once"},
+        {"mode": "train"},
+        {"autocast": None},
+        {"dynamic": False, "sizes": p.how.sizes[:1]},
+        {"dynamic": False, "sizes": p.how.sizes[1:2]},
+        {"inner": "eager"},
+        {"always": False},
+    ):
         if not (simple.get("sizes") == () or all(getattr(p.how, k) == v for k, v in simple.items())):
             q = replace(p, how=replace(p.how, **simple))
             p = q if fails(q) else p
