@@ -39,8 +39,9 @@ class Fault(NamedTuple):
     likely: str  # files of tests/, and perhaps the words of those that run first
 
 
-KERNELS, FORM, MATCHER, LEGALITY, CHOICE, PATTERNS, LAZY, PLAN, REGIONS = (
+KERNELS, FORM, MATCHER, LEGALITY, CHOICE, PATTERNS, LAZY, PLAN, REGIONS, TRUST = (
     "kernels", "normal form", "matcher", "legality", "plans", "patterns", "lazy logits", "narrowing, hoisting", "regions, passes",
+    "same bits, no code from data",
 )  # fmt: skip
 
 # fmt: off
@@ -379,6 +380,81 @@ FAULTS = [
         REGIONS, "calls that read each other are made one",
         "rewriter/compile/passes.py", " or set(n.all_input_nodes) & set(row)",
         "", "rewriter/test_in_one_call.py",
+    ),
+    Fault(
+        CHOICE, "calls with and without gradients are made one",
+        "rewriter/plan/choice.py", ", m.roots[0].region, m.roots[0].meta.requires_grad) if takes_many(op)",
+        ", m.roots[0].region) if takes_many(op)", "rewriter/test_links.py patterns/test_lora.py",
+    ),
+    Fault(
+        CHOICE, "readers of a result are moved across writes",
+        "rewriter/plan/places.py", " or _random(n) or self.in_written_memory(n) for n in moved",
+        " or _random(n) for n in moved", "rewriter/test_memory.py rewriter/test_rewrite.py",
+    ),
+    Fault(
+        CHOICE, "readers of a result are moved out of their grad mode",
+        "rewriter/plan/places.py", "n.is_impure() or self.view.regions[n] != region or _random(n)",
+        "n.is_impure() or _random(n)", "rewriter/test_rewrite.py rewriter/test_legality.py",
+    ),
+    Fault(
+        CHOICE, "what a refused match took the place of is not tried",
+        "rewriter/plan/plan.py", "todo[:0] = graph.instead_of(placement, why, todo)",
+        "graph.instead_of(placement, why, todo)", "rewriter/test_rewrite.py rewriter/test_plan.py rewriter/test_legality.py",
+    ),
+    Fault(
+        LEGALITY, "what is written needs a gradient, whatever the tracer says",
+        "rewriter/graph/value.py", " and not _told_frozen(origin):",
+        ":", "rewriter/test_memory.py -k without_gradients_has",
+    ),
+    Fault(
+        LEGALITY, "gradients of a cast that others read too are rounded before they are added up",
+        "rewriter/plan/legality.py", "for n in v.nodes) and _is_widened(v, match):",
+        "for n in v.nodes) and False:", "rewriter/test_legality.py -k added_up",
+    ),
+    Fault(
+        PATTERNS, "RoPE of pairs of channels is told to be of halves",
+        "patterns/rope.py", "(pairs, True)",
+        "(pairs, False)", "test_programs.py",
+    ),
+    Fault(
+        PATTERNS, "Gemma's norm is told that its weight is no distance from one",
+        "patterns/rms_norm.py", '"gemma": (gemma, {"offset": 1.0})',
+        '"gemma": (gemma, {"offset": 0.0})', "test_programs.py",
+    ),
+    Fault(
+        LAZY, "a second derivative of lazy logits is nothing instead of refused",
+        "lazy/autograd.py", 'raise RuntimeError("sloth: losses of lazy logits can be differentiated once, not twice")',
+        "return None, None", "test_lazy_as_tensors.py test_losses_of_logits.py test_lazy_logits.py",
+    ),
+    Fault(
+        LAZY, "of several operands of a result all have the first one's gradient",
+        "lazy/autograd.py", "via = Via(ctx.fn, ctx.operands, i)",
+        "via = Via(ctx.fn, ctx.operands, 0)", "test_losses_of_logits.py test_lazy_programs.py",
+    ),
+    Fault(
+        LAZY, "weights that changed are not noticed where gradients of gradients are wanted",
+        "lazy/autograd.py", "if ctx.versions != _versions(ctx.inputs):",
+        "if False:", "test_lazy_as_tensors.py test_lazy_logits.py test_losses_of_logits.py",
+    ),
+    Fault(
+        LAZY, "gradients of logits made of others forget the steps between",
+        "lazy/autograd.py", "through = [p._replace(steps=(*before, via, *p.steps[len(steps) :]), made=None)",
+        "through = [p._replace(steps=(*before, via), made=None)", "test_losses_of_logits.py test_lazy_programs.py",
+    ),
+    Fault(
+        TRUST, "Inductor times reductions in each process",
+        "rewriter/compile/inductor.py", "preferred[SAME_BITS] = True",
+        "preferred[SAME_BITS] = False", "rewriter/test_determinism.py -k clock",
+    ),
+    Fault(
+        TRUST, "code that lies beside a config is run",
+        "tiny_model.py", '"local_files_only": True, "trust_remote_code": False}',
+        '"local_files_only": True, "trust_remote_code": True}', "test_no_code_from_data.py",
+    ),
+    Fault(
+        TRUST, "anybody may read and write caches",
+        "warm.py", "os.O_EXCL | os.O_WRONLY, 0o600",
+        "os.O_EXCL | os.O_WRONLY, 0o666", "test_no_code_from_data.py -k caches",
     ),
 ]
 # fmt: on
