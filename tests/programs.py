@@ -704,15 +704,15 @@ def outcome(p: Program, run: Callable[..., tuple], sizes: dict, salt: int, exact
         wanted = dict(list(wanted.items())[::2])
     if wanting and wanted and how.mode == "train":
         for turn in range(2 if how.backward == "retained" else 1):
-            loss = sum((t.double() * weights(t, turn)).sum() for t in wanting)
+            loss = sum((t.double() * weights(t, 2 * salt + turn)).sum() for t in wanting)
             grads = torch.autograd.grad(loss, list(wanted.values()), retain_graph=how.backward == "retained", allow_unused=True)
             found |= {f"gradient {turn} of {n}": g for n, g in zip(wanted, grads, strict=True)}
     return found
 
 
-def weights(t: torch.Tensor, turn: int) -> torch.Tensor:
-    """Not all alike, so that a sum over a normalised axis keeps its gradient."""
-    return torch.randn(t.shape, generator=torch.Generator().manual_seed(turn + 7), dtype=torch.float64)
+def weights(t: torch.Tensor, salt: int) -> torch.Tensor:
+    """Of the elements in the loss. Not all alike, so that a sum over a normalised axis keeps its gradient."""
+    return torch.randn(t.shape, generator=torch.Generator().manual_seed(salt + 7), dtype=torch.float64)
 
 
 class Wrong(AssertionError):

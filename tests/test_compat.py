@@ -522,9 +522,9 @@ def _() -> None:
 
 @uses("inductor.config", "inductor.InductorOptions")
 def _() -> None:
-    slots = ("joint_custom_pre_pass", "post_grad_custom_post_pass", "combo_kernels", "combo_kernels_pointwise_only", "max_autotune")
+    slots = ("joint_custom_pre_pass", "post_grad_custom_post_pass", "combo_kernels", "combo_kernels_pointwise_only")
     assert all(hasattr(inductor.config, name) for name in slots) and inductor.config.unsafe_marked_cacheable_functions == {}
-    assert inductor.config.triton.cudagraphs is False
+    assert inductor.config.triton.cudagraphs is False and inductor.config.max_autotune is False
     assert inductor.InductorOptions("reduce-overhead", {"combo_kernels": True}, None).config.get("triton.cudagraphs") is True
     with pytest.raises(RuntimeError):
         inductor.InductorOptions(None, {"no_such_option": True}, None)

@@ -59,6 +59,30 @@ def test_what_is_written_without_gradients_has_none() -> None:
     assert [s.variant.split("[")[0] for s in report.sites] == ["rope_single"] * 2
 
 
+def written_after(m: Any, x: Tensor, q: Tensor) -> Tensor:
+    h = x.detach() * 2
+    y = q + h
+    h.mul_(3)
+    return y
+
+
+def without_gradients(m: Any, x: Tensor, q: Tensor) -> Tensor:
+    with torch.no_grad():
+        return q * 2
+
+
+@pytest.mark.parametrize("read", [written_after, without_gradients])
+def test_readers_of_a_result_stay_where_they_are(read: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+    """q and k would be turned in one call, behind what k is made of; what reads q stands in front of that."""
+
+    def fn(m, x, cos, sin):
+        y = read(m, x, turned(x, cos, sin))
+        return y, turned(x * m.w, cos, sin)
+
+    report = checked(Call(fn), x_like(1, 2, 3, 8), *tables(1, 3, 8))
+    assert [s.variant.split("[")[0] for s in report.sites] == ["rope_single"] * 2
+
+
 def mean_first(m: Any, x: Tensor) -> Tensor:
     """Between the mean of the squares and their use."""
     h = x.detach() * 2
