@@ -321,6 +321,18 @@ def test_once_not_twice():
         d.square().sum().backward()
 
 
+@pytest.mark.parametrize("copied", [0, 2**20], ids=["fingerprints", "copies"])
+def test_gradients_of_gradients_where_weights_have_changed(copied, monkeypatch):
+    """They go through the weights themselves, a copy of which would do for values."""
+    monkeypatch.setattr(snapshot, "COPIED", copied)
+    hidden, weight = torch.randn(2, S, 6, requires_grad=True), torch.randn(V, 6, requires_grad=True)
+    x = lazy(hidden * 1, weight)
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(snapshot.StaleLogits, match="have changed since"):
+        torch.autograd.grad(x, hidden, torch.ones(2, S, V, requires_grad=True), create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
 def test_fingerprints(dtype):
     """One bit, an exchange of two rows, in any strides and at any address; NaN is equal to itself."""
