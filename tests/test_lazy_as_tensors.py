@@ -321,6 +321,22 @@ def test_once_not_twice():
         d.square().sum().backward()
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: (z.softmax(-1) * z.log_softmax(-1) / 2).logsumexp(-1).sum(),
+        lambda z: ((z.log_softmax(-1) - z.softmax(-1)).float() * 3).square().sum(),
+    ],
+)
+def test_steps_behind_what_is_made_of_several(loss):
+    def gradients(make):
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(*size, generator=generator, requires_grad=True) for size in ((2, S, 6), (V, 6)))
+        return torch.autograd.grad(loss(make(hidden * 1, weight)), (hidden, weight))
+
+    torch.testing.assert_close(gradients(lazy), gradients(F.linear), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("copied", [0, 2**20], ids=["fingerprints", "copies"])
 def test_gradients_of_gradients_where_weights_have_changed(copied, monkeypatch):
     """They go through the weights themselves, a copy of which would do for values."""
