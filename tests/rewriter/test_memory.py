@@ -59,6 +59,15 @@ def test_what_is_written_without_gradients_has_none() -> None:
     assert [s.variant.split("[")[0] for s in report.sites] == ["rope_single"] * 2
 
 
+def test_a_checkpoint_that_nobody_reads_writes() -> None:
+    def fn(m, x):
+        h = x.detach() * 2
+        checkpoint(lambda h, w: (h.mul_(3), w * 2)[-1], h, m.w, use_reentrant=False)
+        return llama_norm(x, m.w), h
+
+    assert matched(checked(Call(fn), x_like(2, 3, 8))) == {"rms_norm": 1}
+
+
 def written_after(m: Any, x: Tensor, q: Tensor) -> Tensor:
     h = x.detach() * 2
     y = q + h

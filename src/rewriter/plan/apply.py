@@ -202,6 +202,13 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     """The calls that somebody needs in the end."""
     live: set[fx.Node] = set()
     for n in reversed(graph.nodes):
-        if n.op == "output" or n.is_impure() or may_write(n) or not live.isdisjoint(n.users):
+        if n.op == "output" or n.is_impure() or _writes(n) or not live.isdisjoint(n.users):
             live.add(n)
     return live
+
+
+def _writes(n: fx.Node) -> bool:
+    """May this call write to memory, itself or in a body (a checkpoint's, say), though nobody reads its results?"""
+    bodies = [getattr(n.graph.owning_module, a.target, None) for a in n.all_input_nodes if a.op == "get_attr"]
+    graphs = [body.graph for body in bodies if isinstance(body, fx.GraphModule)]
+    return may_write(n) or any(_writes(m) for g in graphs for m in g.nodes)
