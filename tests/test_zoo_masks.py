@@ -10,6 +10,7 @@ QUICK = ["llama", "mistral+sliding", "gemma3_text", "llama4_text", "deepseek_v3"
 NOT_BUILT = {"gemma3n", "gemma4_assistant", "gemma4_unified_assistant"}  # by transformers, of a tiny configuration
 LEFT_ALONE = (  # why the mask of a site may be left as it is
     "its mask is a bias",
+    "its mask adds",
     "its mask is not proven",  # where attention is spelled out
     "expected",
     "no variant",
