@@ -259,7 +259,7 @@ FAULTS = [
     Fault(
         PATTERNS, "channels that are flipped are read as they stand",
         "patterns/rotation/operations.py", "np.flip(r.read(x, axes), [place(axes, d) for d in dims if axes[d] == CHANNEL])",
-        "r.read(x, axes)", "patterns/test_rotation.py -k backwards",
+        "r.read(x, axes)", "patterns/test_rotation_spellings.py -k backwards",
     ),
     Fault(
         PATTERNS, "j < i + a is read as j ≤ i + a: a window is one key too wide",

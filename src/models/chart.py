@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+else:
+    try:
+        from transformers import TrainerCallback
+    except ImportError:  # then there is no trainer either
+        TrainerCallback = object
 
 log = logging.getLogger("sloth")
 TOKENS = ("num_tokens", "num_input_tokens_seen")  # as TRL and transformers log how many were read
@@ -108,4 +114,8 @@ def _peak() -> int:
     """Bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

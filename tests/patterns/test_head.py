@@ -175,12 +175,13 @@ def test_a_head_in_4_bits(adapter):
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
 
 
-def test_numbers_that_are_inputs_of_the_graph():
-    """As those of modules with dynamic=True: the logits are real."""
+def test_numbers_that_dynamic_true_would_make_inputs():
+    """Those of a module are constants all the same."""
     layer, x = Wide(16, V, lambda x, w: F.linear(x, w) * scale), torch.randn(64, 16, device=DEVICE)
     scale = 1.5
     ours, sites = run(layer, x, dynamic=True)
-    assert [s.status for s in sites] == ["escape"] and not isinstance(ours, LazyLogits)
+    assert [s.status for s in sites] == ["matched"] and is_lazy(ours)
+    torch.testing.assert_close(ours, layer(x))
 
 
 def test_with_labels_they_belong_to_the_loss():

@@ -158,7 +158,7 @@ CLASSES = torch.linspace(0.1, 2, V, device=DEVICE)
 TERMS = {
     "smooth": lambda z: F.cross_entropy(wide(z)[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1), label_smoothing=0.1),
     "classes": lambda z: F.cross_entropy(wide(z)[:, :-1].flatten(0, 1), NEXT[:, 1:].flatten(), CLASSES.to(wide(z).dtype)),
-    "each token": lambda z: F.cross_entropy(wide(z)[:, :-1].flatten(0, 1), NEXT[:, 1:].flatten(), reduction="none").sum() / 7,
+    "each token": lambda z: F.cross_entropy(wide(z)[:, :-1].flatten(0, 1), NEXT[:, 1:].flatten(), reduction="none")[1:].sum() / 7,
     "each token, classes second": lambda z: F.cross_entropy(wide(z).mT, NEXT, reduction="none").mul(NEXT > 7).sum() / 7,
     "z-loss": lambda z: mean(z.view(-1, V), NEXT.view(-1)) + 0.01 * wide(z.logsumexp(-1)).pow(2).mean(),
 }
@@ -223,7 +223,7 @@ IN_ITS_OWN_PRECISION = {
     "mean": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1)),
     "shifted": lambda z: F.cross_entropy(z[:, :-1].reshape(-1, V), NEXT[:, 1:].reshape(-1), reduction="sum"),
     "capped": lambda z: F.cross_entropy((torch.tanh(z / 5.0) * 5.0).view(-1, V), NEXT.view(-1)),
-    "each token": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1), reduction="none").sum() / 7,
+    "each token": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1), reduction="none")[1:].sum() / 7,
     "smooth": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1), label_smoothing=0.1),
     "classes": lambda z: F.cross_entropy(z.view(-1, V), NEXT.view(-1), CLASSES.to(z.dtype)),
 }

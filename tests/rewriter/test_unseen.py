@@ -199,7 +199,7 @@ def test_a_match_that_is_refused_is_reported() -> None:
 
 def test_an_anchor_that_sees_the_place_tells_it_alone() -> None:
     entered(construct=sloth.Construct("clamped", "clamped", anchor=lambda v: v.op == "sigmoid"))
-    (site,) = sites(model(least=-1.5))
+    (site,) = [s for s in sites(model(least=-1.5)) if s.construct == "clamped"]  # quick GELU nearly matches too
     assert site.status == "constant" and "no anchor" not in site.reason
 
 

@@ -157,7 +157,8 @@ class _Builder:
     def in_place(self) -> tuple[frozenset[fx.Node], frozenset[int], Fills]:
         gm, told = self.view.gm, fills(self.view.gm, self.view.env, self.view.writes)
         writes = [w for w in self.view.writes if w[0] not in told]
-        written = in_written_memory(gm, self.view.shadow.values, writes, self.normal.rebound)
+        calls = [w for w in writes if w[0].op != "output"]  # what is rebound is written in its own name alone
+        written = in_written_memory(gm, self.view.shadow.values, calls, self.normal.rebound)
         return written, written_storages(writes, gm), told
 
     def lower_all(self) -> None:
