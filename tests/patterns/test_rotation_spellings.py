@@ -173,7 +173,8 @@ def check(how, dtype):
     tensors = operands(how, dtype)
     compiled = rewritten(fn, sites)
     compare(compiled, fn, tensors, [True] + [False] * (len(tensors) - 1))
-    assert sites and all(s.status == MATCHED for s in sites), (how, sites)
+    # A sum of broadcast products may be read as a product of matrices, which is no rotation: it is left alone, and right.
+    assert (sites or how[2] == "sum") and all(s.status == MATCHED for s in sites), (how, sites)
 
 
 some_dtypes = st.sampled_from([torch.float32, torch.bfloat16])
@@ -294,7 +295,7 @@ def test_one_call_of_operands_that_stand_there():
 def test_tables_that_want_a_gradient_are_refused_at_the_model_s_line():
     sites, tensors = [], [of_seed(B, H, S, D, seed=1), *(of_seed(S, D // 2, seed=seed) for seed in (2, 3))]
     compare(rewritten(turned, sites), turned, tensors, [True, True, False])
-    assert [(s.status, s.file.split("/")[-1]) for s in sites] == [("gradient", "test_rotation.py")]
+    assert [(s.status, s.file.split("/")[-1]) for s in sites] == [("gradient", "test_rotation_spellings.py")]
     assert "cos" in sites[0].reason
 
 
