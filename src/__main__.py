@@ -58,15 +58,21 @@ class Dtype(StrEnum):
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(self.value)
 
 
+# What `explain` and `verify` build, and run.
+Model = Annotated[
+    str, typer.Argument(help="a checkpoint folder, a config.json (widths are shrunk), or a model_type such as llama (built tiny)")
+]
+Batch = Annotated[int, typer.Option(min=1, help="sequences in the batch")]
+Seq = Annotated[int, typer.Option(min=2, help="tokens in a sequence")]
+Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="with gradient checkpointing")]
+
+
 @app.command()
 def explain(
-    model: Annotated[
-        str,
-        typer.Argument(help="a checkpoint folder, a config.json (widths are shrunk), or a model_type such as llama (built tiny)"),
-    ],
-    batch: Annotated[int, typer.Option(min=1, help="sequences in the batch")] = 2,
-    seq: Annotated[int, typer.Option(min=2, help="tokens in a sequence")] = 64,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with gradient checkpointing")] = False,
+    model: Model,
+    batch: Batch = 2,
+    seq: Seq = 64,
+    checkpointing: Checkpointing = False,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON")] = False,
 ) -> None:
     """What the backend rewrites in one training call of MODEL, what it leaves alone, and why. No weights are needed or
@@ -87,13 +93,10 @@ def explain(
 
 @app.command()
 def verify(
-    model: Annotated[
-        str,
-        typer.Argument(help="a checkpoint folder, a config.json (widths are shrunk), or a model_type such as llama (built tiny)"),
-    ],
-    batch: Annotated[int, typer.Option(min=1, help="sequences in the batch")] = 2,
-    seq: Annotated[int, typer.Option(min=2, help="tokens in a sequence")] = 64,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with gradient checkpointing")] = False,
+    model: Model,
+    batch: Batch = 2,
+    seq: Seq = 64,
+    checkpointing: Checkpointing = False,
     dtype: Annotated[Dtype, typer.Option(help="of the weights")] = Dtype.auto,
     as_json: Annotated[Path | None, typer.Option("--json", help="write what was found to this file, too")] = None,
 ) -> None:

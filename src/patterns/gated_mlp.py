@@ -68,12 +68,7 @@ def quick_gelu(x):
     return x * torch.sigmoid(QUICK * x)
 
 
-ACTIVATIONS = {
-    "silu": (F.silu, "silu"),
-    "gelu": (F.gelu, "gelu"),
-    "gelu_tanh": (gelu_tanh, "gelu_tanh"),
-    "quick_gelu": (quick_gelu, "quick_gelu"),
-}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
 def separate(act):
@@ -93,46 +88,26 @@ domain(gated_act)
 domain(gated_act_packed)
 computes_wide(gated_act, ("gate", "up"))
 
-act_mul = pattern(
-    GATED_MLP, op=gated_act, dims={"gate": "B S I", "up": "B S I"}, recompute=True, name="gated_mlp", variant="silu", act="silu"
-)(separate(F.silu))
-act_mul_packed = pattern(
-    GATED_MLP,
-    op=gated_act_packed,
-    dims={"x": "B S 2*I"},
-    recompute=True,
-    name="gated_mlp_packed",
-    variant="silu",
-    act="silu",
-    up_first=False,
-)(packed(F.silu, False))
-for _name, (_act, _told) in ACTIVATIONS.items():
-    if _name != "silu":
-        act_mul.variant(_name, act=_told)(separate(_act))
-        act_mul_packed.variant(_name, act=_told, up_first=False)(packed(_act, False))
-    act_mul_packed.variant(f"{_name}_up_first", act=_told, up_first=True)(packed(_act, True))
+
+def entries(construct, name, activations):
+    """Gate and up apart, and in one tensor, either first. activations: formulas, by what the operator calls them."""
+    first, formula = next(iter(activations.items()))
+    apart = {"op": gated_act, "dims": {"gate": "B S I", "up": "B S I"}, "name": name}
+    joined = {"op": gated_act_packed, "dims": {"x": "B S 2*I"}, "name": f"{name}_packed"}
+    one = pattern(construct, **apart, recompute=True, variant=first, act=first)(separate(formula))
+    two = pattern(construct, **joined, recompute=True, variant=first, act=first, up_first=False)(packed(formula, False))
+    for act, formula in activations.items():
+        if act != first:
+            one.variant(act, act=act)(separate(formula))
+            two.variant(act, act=act, up_first=False)(packed(formula, False))
+        two.variant(f"{act}_up_first", act=act, up_first=True)(packed(formula, True))
+    return one, two
 
 
+act_mul, act_mul_packed = entries(GATED_MLP, "gated_mlp", ACTIVATIONS)
 # Of activations that gate elsewhere too, only those between layers. As constructs are told apart as objects, what its check
 # refuses is no miss of a gated MLP, unless the anchor says so.
-BETWEEN = replace(GATED_MLP)
-relu_mul = pattern(BETWEEN, op=gated_act, dims=act_mul.dims, recompute=True, name="gated_layers", variant="relu", act="relu")(
-    separate(torch.relu)
-)
-relu_mul.variant("sigmoid", act="sigmoid")(separate(torch.sigmoid))
-relu_mul_packed = pattern(
-    BETWEEN,
-    op=gated_act_packed,
-    dims=act_mul_packed.dims,
-    recompute=True,
-    name="gated_layers_packed",
-    variant="relu",
-    act="relu",
-    up_first=False,
-)(packed(torch.relu, False))
-relu_mul_packed.variant("relu_up_first", act="relu", up_first=True)(packed(torch.relu, True))
-relu_mul_packed.variant("sigmoid", act="sigmoid", up_first=False)(packed(torch.sigmoid, False))
-relu_mul_packed.variant("sigmoid_up_first", act="sigmoid", up_first=True)(packed(torch.sigmoid, True))
+relu_mul, relu_mul_packed = entries(replace(GATED_MLP), "gated_layers", {"relu": torch.relu, "sigmoid": torch.sigmoid})
 
 
 @relu_mul.check
