@@ -98,8 +98,8 @@ FAULTS = [
     ),
     Fault(
         KERNELS, "LoRA: gradients of frozen A are computed and taken for others'",
-        "kernels/linear/lora.py", "shared = [i for i in together if need[i]]",
-        "shared = list(together)", "kernels/test_lora_linear.py -k vain",
+        "kernels/linear/lora.py", "if of_a := [i for i in read_by if need_a[i]]:",
+        "if of_a := list(read_by):", "kernels/test_lora_linear.py -k vain",
     ),
     Fault(
         KERNELS, "DoRA: the magnitude's gradient without the adapter's scale",

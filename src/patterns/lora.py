@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from sloth.kernels.common.ahead import compile_ahead
 from sloth.kernels.linear.adapter import adapter
 from sloth.kernels.linear.gemm import compute_sum_of_products, sum_of_products
+from sloth.kernels.linear.gemm_columns import compute_products_in_columns, products_in_columns
+from sloth.kernels.linear.gemm_rows import compute_product_in_rows, product_in_rows
 from sloth.kernels.linear.lora import lora_linear
 from sloth.kernels.linear.lora_grad_b import compute_lora_grad_b, lora_grad_b
 from sloth.rewriter.compile.direct_calls import called_directly
@@ -19,6 +21,8 @@ from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
 
 called_directly(sum_of_products, compute_sum_of_products, compile_ahead)
+called_directly(products_in_columns, compute_products_in_columns, compile_ahead)
+called_directly(product_in_rows, compute_product_in_rows)
 called_directly(lora_grad_b, compute_lora_grad_b, compile_ahead)
 
 

@@ -127,6 +127,10 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+GBT = tuple(torch.randn(*s, generator=torch.Generator().manual_seed(0)).bfloat16() for s in ((256, 512), (512, 16), (256, 16)))
+GIVEN = [GBT[0]], [GBT[1]], GBT[2], [0.5]
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that compiles what it is told, and says what. Tensors of a CPU, and of "meta", are taken to be on it."""
@@ -146,11 +150,10 @@ def gpu(monkeypatch):
 
 def test_what_was_compiled_ahead_is_only_launched(gpu):
     """By a function that is called with tensors without memory, in a thread of its own."""
-    compile_ahead(compute_lora_grad_b, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+    compile_ahead(compute_lora_grad_b, torch.device("cpu"), [meta(256, 512)], [meta(512, 16)], meta(256, 16), [0.5])
     wait_for_kernels()
     assert gpu == ["_strip_kernel", "_sum_kernel"]
-    g, b, t = (torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16)))
-    compute_lora_grad_b(g, b, t, 0.5)
+    compute_lora_grad_b(*GIVEN)
     assert gpu[2:] == ["launched", "launched"]
 
 
@@ -164,10 +167,10 @@ def test_a_kernel_that_is_being_compiled_is_waited_for_and_no_other(gpu, monkeyp
         gpu.append("_strip_kernel")
 
     monkeypatch.setattr(_strip_kernel, "warmup", slowly)
-    compile_ahead(function, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+    compile_ahead(function, torch.device("cpu"), [meta(256, 512)], [meta(512, 16)], meta(256, 16), [0.5])
     assert begun.wait(60)
     threading.Timer(0.2, go.set).start()
-    function(*(torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16))), 0.5)
+    function(*GIVEN)
     wait_for_kernels()
     assert sorted(gpu) == ["_strip_kernel", "_sum_kernel", "launched", "launched"] and gpu[0] == "_strip_kernel"
 
@@ -176,10 +179,10 @@ def test_what_is_compiled_ahead_is_loaded_by_whoever_launches_it(gpu, monkeypatc
     """Another thread may be recording a CUDA graph, which loading would break."""
     loading = []
     monkeypatch.setattr(module, "_launcher_of", lambda *_: loading.append(threading.current_thread()) or (lambda *launched: None))
-    compile_ahead(compute_lora_grad_b, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+    compile_ahead(compute_lora_grad_b, torch.device("cpu"), [meta(256, 512)], [meta(512, 16)], meta(256, 16), [0.5])
     wait_for_kernels()
     assert len(gpu) == 2 and not loading
-    compute_lora_grad_b(*(torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16))), 0.5)
+    compute_lora_grad_b(*GIVEN)
     assert loading == [threading.current_thread()] * 2 and len(gpu) == 2
 
 
@@ -193,7 +196,7 @@ def test_a_process_that_ends_compiles_nothing_more(gpu, monkeypatch):
 
     monkeypatch.setattr(_strip_kernel, "warmup", ends)
     for _ in range(2):
-        compile_ahead(compute_lora_grad_b, torch.device("cpu"), meta(256, 512), meta(512, 16), meta(256, 16), 0.5)
+        compile_ahead(compute_lora_grad_b, torch.device("cpu"), [meta(256, 512)], [meta(512, 16)], meta(256, 16), [0.5])
     wait_for_kernels()
     assert gpu == ["_strip_kernel"]
 
@@ -201,7 +204,7 @@ def test_a_process_that_ends_compiles_nothing_more(gpu, monkeypatch):
 def test_what_cannot_be_compiled_ahead_is_compiled_when_it_is_called(gpu):
     compile_ahead(compute_lora_grad_b, torch.device("cpu"), "no tensor")
     wait_for_kernels()
-    compute_lora_grad_b(*(torch.randn(*s).bfloat16() for s in ((256, 512), (512, 16), (256, 16))), 0.5)
+    compute_lora_grad_b(*GIVEN)
     assert gpu == ["_strip_kernel", "launched", "_sum_kernel", "launched"]
 
 
@@ -223,14 +226,11 @@ def raising(error):
     return warmup
 
 
-GBT = tuple(torch.randn(*s, generator=torch.Generator().manual_seed(0)).bfloat16() for s in ((256, 512), (512, 16), (256, 16)))
-
-
 @pytest.mark.parametrize("kernel", [_strip_kernel, _sum_kernel], ids=["first", "second"])
 def test_an_operator_whose_kernel_fails_takes_its_formula_from_then_on(gpu, warned, monkeypatch, kernel):
     monkeypatch.setattr(kernel, "warmup", raising(OutOfResources(300_000, 232_448, "shared memory")))
     for _ in range(2):
-        u, db = compute_lora_grad_b(*GBT, 0.5)
+        u, db = compute_lora_grad_b(*GIVEN)
         torch.testing.assert_close(u, (0.5 * GBT[0] @ GBT[1]), rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(db, (0.5 * GBT[0].t() @ GBT[2]), rtol=2e-2, atol=2e-2)
     (warning,) = warned
@@ -261,14 +261,14 @@ def test_an_operator_that_is_eager_takes_its_formula_too(gpu, warned, monkeypatc
 def test_memory_that_is_not_there_is_no_fault_of_a_kernel(gpu, warned, monkeypatch, error, raised):
     monkeypatch.setattr(_strip_kernel, "warmup", raising(error))
     with pytest.raises(raised):
-        compute_lora_grad_b(*GBT, 0.5)
+        compute_lora_grad_b(*GIVEN)
     assert not warned and not faults._lost
 
 
 def test_where_the_formula_raises_too_that_is_raised(gpu, warned, monkeypatch):
     monkeypatch.setattr(_strip_kernel, "warmup", raising(RuntimeError("no")))
     with pytest.raises(RuntimeError, match="multiplied"):
-        compute_lora_grad_b(GBT[0], GBT[1], GBT[2][:100], 0.5)
+        compute_lora_grad_b([GBT[0]], [GBT[1]], GBT[2][:100], [0.5])
     assert not warned and not faults._lost
 
 
@@ -287,7 +287,7 @@ def test_on_the_gpu():
             torch.randn(*size, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
             for size in ((40, 96), (96, 8), (40, 8))
         )
-        u, db = lora_grad_b(g, b, t, 0.5)
+        u, db = lora_grad_b([g], [b], t, [0.5])
         torch.testing.assert_close(u, 0.5 * g @ b, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(db, 0.5 * g.t() @ t, rtol=1e-4, atol=1e-4)
     assert len(module._launchers) == 2  # the strips and their sums

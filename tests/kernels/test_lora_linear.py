@@ -1,5 +1,7 @@
 """sloth.kernels.linear.lora against linear layers with adapters as PEFT computes them."""
 
+from collections import defaultdict
+
 import pytest
 import sympy
 import torch
@@ -11,7 +13,10 @@ from hypothesis import strategies as st
 from recorder import Recorder, saved
 from torch._dynamo.backends.common import aot_autograd
 
+from sloth.kernels.common.device import H100, pretending
 from sloth.kernels.linear.gemm import sum_of_products
+from sloth.kernels.linear.gemm_columns import products_in_columns, side_by_side
+from sloth.kernels.linear.gemm_rows import product_in_rows
 from sloth.kernels.linear.lora import lora_linear
 from sloth.kernels.linear.lora_grad_b import lora_grad_b
 
@@ -212,18 +217,68 @@ def test_adapters_that_share_x_are_one_product():
     x = make((6, 24), torch.float32).requires_grad_()
     parts = [layer(x, 16, 4, i, adapter=torch.float32) for i in range(3)]
     flat = [t.requires_grad_() if want else t for part in parts for t, want in zip(part, trained(part), strict=True)]
-    products = []
+    before, after = products_of(lambda *t: sum(y.sum() for y in operator([1.0] * 3)(*t)), x, *flat)
+    assert before[torch.ops.aten.mm.default] == [((6, 24), (24, 12))], "x [A₁; A₂; A₃]ᵀ"
+    assert after[product_in_rows] == [((12, 6), (6, 24))] and not after[torch.ops.aten.mm.default], "[u₁ u₂ u₃]ᵀ x"
+
+
+def products_of(function, *inputs):
+    """Of the forward and the backward graph, by operator: the shapes of its first two factors."""
+    seen = []
 
     def look(gm, _):
-        found = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
-        products.append([tuple(tuple(a.meta["val"].shape) for a in n.args) for n in found])
+        seen.append(defaultdict(list))
+        for target in (torch.ops.aten.mm.default, product_in_rows):
+            for n in gm.graph.find_nodes(op="call_function", target=target):
+                seen[-1][target].append(tuple(tuple(a.meta["val"].shape) for a in n.args[:2]))
         return make_boxed_func(gm.forward)
 
-    compiled = torch.compile(lambda *t: sum(y.sum() for y in operator([1.0] * 3)(*t)), backend=aot_autograd(fw_compiler=look))
-    compiled(x, *flat).backward()
-    before, after = products
-    assert before == [((6, 24), (24, 12))], "x [A₁; A₂; A₃]ᵀ"
-    assert after == [((12, 6), (6, 24))], "[u₁ u₂ u₃]ᵀ x"
+    torch.compile(function, backend=aot_autograd(fw_compiler=look))(*inputs).backward()
+    return seen
+
+
+class OnGpu:
+    """Compiled as for a GPU, with tensors of a CPU: what runs then is the operators' formulas."""
+
+    def __init__(self, function):
+        self.graphs = []
+        self.compiled = torch.compile(function, backend=aot_autograd(fw_compiler=self.keep))
+
+    def keep(self, gm, _):
+        self.graphs.append([n.target for n in gm.graph.nodes])
+        return make_boxed_func(gm.forward)
+
+    def __call__(self, *inputs):
+        if not self.graphs:
+            with pretending(H100):
+                self.compiled(*(t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs))
+        return self.compiled(*inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_narrow_layers_are_one_product_on_a_gpu(dtype):
+    """Results are its columns, which can be written in place; gradients are those of layers by themselves."""
+    x = make((3, 7, 24), dtype)
+    flat = [t for i, (n, r) in enumerate(((32, 4), (16, 2), (16, 4))) for t in layer(x, n, r, i, adapter=dtype)]
+    ours = OnGpu(lambda *t: tuple(y * 2 if i else y.mul_(2.0) for i, y in enumerate(operator([0.5] * 3)(*t))))
+    compare(
+        ours, lambda *t: tuple(y * 2 for y in peft([0.5] * 3)(*t)), [x, *flat], [True, *trained(flat)], few=512, scale=4.0
+    )  # fmt: skip
+    assert ours.graphs[0].count(products_in_columns) == 1 and sum_of_products not in ours.graphs[0]
+
+
+@pytest.mark.parametrize("why", ["wide", "bias", "own", "scales", "ranks", "fp32 adapters", "no adapter"])
+def test_layers_that_are_no_one_product(why):
+    x = make((5, 24), torch.bfloat16)
+    widths, r = ((48, 48) if why == "wide" else (16, 8)), 40 if why == "ranks" else 4
+    adapter = torch.float32 if why == "fp32 adapters" else torch.bfloat16
+    flat = [
+        *layer(x, widths[0], r, 0, bias=why == "bias", own=torch.bfloat16 if why == "own" else None, adapter=adapter),
+        *layer(x, widths[1], r, 1, adapter=None if why == "no adapter" else adapter),
+    ]
+    ours = OnGpu(operator([1.0, 2.0 if why == "scales" else 1.0]))
+    ours(x, *flat)
+    assert products_in_columns not in ours.graphs[0]
 
 
 def test_deterministic():
@@ -345,10 +400,55 @@ def test_results_can_be_written_in_place():
     )  # fmt: skip
 
 
+def test_matrices_that_lie_side_by_side():
+    """Are one, but only where one buffer holds them."""
+    held = torch.randn(10, 6)
+    joined = side_by_side([w.t() for w in held.split([4, 3, 3])])
+    assert joined.data_ptr() == held.data_ptr() and torch.equal(joined, held.t())
+    a, b, c = held.split([4, 3, 3])
+    for apart in ([a, c], [b, a], [a, b.clone()], [a, b[:, :4]], [a, held[4:7].clone().resize_(3, 6)]):
+        assert side_by_side([w.t() for w in apart]) is None
+    assert side_by_side([a, b]) is None, "not transposed"
+    other = torch.empty(0).set_(held.untyped_storage(), 0, (4, 6))
+    behind = torch.frombuffer(bytearray(held[4:].numpy().tobytes()), dtype=torch.float32).view(6, 6)
+    assert side_by_side([other.t(), behind.t()]) is None
+
+
+@cases
+@given(st.integers(0, 5), st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3), dtypes, st.booleans(), seeds)
+def test_products_in_columns(m, k, widths, dtype, joined, seed):
+    """α T U + X [W_0, W_1, …], W_i together or apart."""
+    t, x = make((m, 4), dtype, seed=8 * seed), make((m, k), dtype, seed=8 * seed + 1)
+    w, u = make((sum(widths), k), dtype, seed=8 * seed + 2), make((4, sum(widths)), dtype, seed=8 * seed + 3)
+    parts = [p.t() if joined else p.clone().t() for p in w.split(widths)]
+    found = products_in_columns(t, u, x, parts, 0.3)
+    exact = 0.3 * (t.double() @ u.double()) + x.double() @ w.double().t()
+    assert_no_worse(found, 0.3 * (t @ u) + x @ w.t(), exact, few=256, scale=1.0)
+
+
+@cases
+@given(st.integers(0, 5), st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3), dtypes, st.booleans(), seeds)
+def test_product_in_rows(k, n, rows, dtype, wide, seed):
+    a, b = make((sum(rows), k), dtype, seed=2 * seed), make((k, n), dtype, seed=2 * seed + 1)
+    for alpha in (1.0, 0.3):
+        found = product_in_rows(a, b, rows, alpha, torch.float32 if wide else None)
+        exact = alpha * (a.double() @ b.double())
+        assert [len(y) for y in found] == rows and all(y.data_ptr() % 16 == 0 for y in found)
+        y = torch.cat(found)
+        assert_no_worse(y, (alpha * (a @ b)).to(y.dtype), exact, few=256, scale=1.0)
+
+
 def test_opcheck_of_products():
     a, b = [make((4, 3), torch.float32), make((4, 6), torch.float32)], [make((3, 5), torch.float32), make((6, 5), torch.float32)]
     torch.library.opcheck(sum_of_products, (a, b, [2.0, 1.0]))
     torch.library.opcheck(sum_of_products, (a, b, [2.0, 1.0], make((5,), torch.float32)))
+    w = [make((5, 6), torch.float32, seed=i).t() for i in range(2)]
+    torch.library.opcheck(products_in_columns, (a[0], make((3, 10), torch.float32), a[1], w, 0.5))
+    torch.library.opcheck(product_in_rows, (a[0], b[0], [3, 1], 0.5, torch.float32))
+    with pytest.raises(RuntimeError, match="product_in_rows: A"):
+        product_in_rows(a[0], b[0], [3, 2])
+    with pytest.raises(RuntimeError, match="products_in_columns: U"):
+        products_in_columns(a[0], b[0], a[1], w, 0.5)
     with pytest.raises(RuntimeError, match="as many factors on each side"):
         sum_of_products(a, b, [2.0])
 
@@ -356,7 +456,7 @@ def test_opcheck_of_products():
 def test_parts_have_no_derivative():
     """What asks for their gradient must be told; where none is asked for they are as good with parameters as without."""
     a, b = make((4, 3), torch.float32).requires_grad_(), make((3, 5), torch.float32)
-    calls = lambda: sum_of_products([a], [b], [1.0]), lambda: lora_grad_b(b, make((5, 2), b.dtype), a[:3, :2], 1.0)
+    calls = lambda: sum_of_products([a], [b], [1.0]), lambda: lora_grad_b([b], [make((5, 2), b.dtype)], a[:3, :2], [1.0])
     for call in calls:
         with pytest.raises(RuntimeError, match="no derivative"):
             call()

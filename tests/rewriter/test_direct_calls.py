@@ -9,6 +9,8 @@ from torch._inductor.utils import run_and_get_code
 
 from sloth.kernels.linear.dequantize_4bit import dequantize_4bit, dequantize_4bit_together
 from sloth.kernels.linear.gemm import sum_of_products
+from sloth.kernels.linear.gemm_columns import products_in_columns
+from sloth.kernels.linear.gemm_rows import product_in_rows
 from sloth.kernels.linear.lora_grad_b import lora_grad_b
 from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy_forward
 from sloth.rewriter.backend import patterns
@@ -29,7 +31,9 @@ def packed(n: int, k: int) -> tuple:
 PLAIN = (None, None, None, 64, "nf4")
 CASES = {
     sum_of_products: lambda: ([matrix(48, 16), matrix(48, 64)], [matrix(16, 32), matrix(64, 32)], [0.5, 1.0], matrix(32)),
-    lora_grad_b: lambda: (matrix(48, 32), matrix(32, 16), matrix(48, 16), 0.5),
+    products_in_columns: lambda: (matrix(48, 16), matrix(16, 48), matrix(48, 64), [matrix(32, 64).t(), matrix(16, 64).t()], 0.5),
+    product_in_rows: lambda: (matrix(48, 32).t(), matrix(48, 64), [16, 16], 1.0, torch.float32),
+    lora_grad_b: lambda: ([matrix(48, 32)], [matrix(32, 16)], matrix(48, 16), [0.5]),
     linear_cross_entropy_forward: lambda: (
         matrix(48, 64), matrix(96, 64), None, None, None, torch.arange(48, device=DEVICE), torch.tensor(40.0, device=DEVICE),
         -100, "sum", None, 1.0, None, 0.0, 0.0, 1.0, [True, False, False, False, False], 0

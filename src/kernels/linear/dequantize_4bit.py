@@ -24,6 +24,7 @@ from torch import Tensor
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch_cached, no_derivative, use_triton
+from sloth.kernels.linear.gemm_rows import apart, rows_of
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -115,12 +116,12 @@ def _dequantize_together_kernel(
         )  # fmt: skip
 
 
-def _operands(packed, absmax, absmax_8bit, code8, offset, shape, dtype) -> list[Tensor]:
-    """What a kernel is given of a matrix; pointers of absent tensors are never read. The result is the last."""
+def _operands(packed, absmax, absmax_8bit, code8, offset, out: Tensor) -> list[Tensor]:
+    """What a kernel is given of a matrix; pointers of absent tensors are never read."""
     if packed.dtype is not torch.uint8 or not packed.is_contiguous():
         packed = packed.contiguous().view(torch.uint8)
     scales = (absmax, absmax, absmax) if absmax_8bit is None else (absmax_8bit, code8, offset)
-    return [packed, absmax, *scales, packed.new_empty(shape, dtype=dtype)]
+    return [packed, absmax, *scales, out]
 
 
 @cache
@@ -141,7 +142,7 @@ def _programs(n_bytes: int, half: int, blocks: int) -> int:
 
 
 def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
-    operands = _operands(packed, absmax, absmax_8bit, code8, offset, shape, dtype)
+    operands = _operands(packed, absmax, absmax_8bit, code8, offset, packed.new_empty(shape, dtype=dtype))
     constants, n = _constants(blocksize, absmax_8bit is not None, quant_type), operands[0].numel()
     programs = _programs(n, constants["HALF"], constants["BLOCKS"])
     launch_cached(_dequantize_kernel, (programs,), operands, [n], constants, **OPTIONS)
@@ -149,8 +150,16 @@ def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, s
 
 
 def _triton_together(matrices: list[tuple], blocksize: int, quant_type: str, dtype: torch.dtype) -> list[Tensor]:
-    """Two or three, each as (packed, absmax, absmax_8bit, code8, offset, shape), all double-quantised or none."""
-    operands = [_operands(*matrix, dtype) for matrix in matrices]
+    """Two or three, each as (packed, absmax, absmax_8bit, code8, offset, shape), all double-quantised or none. Those of one K lie
+    in one buffer, as a matrix of all their rows (gemm_columns.py).
+    """
+    shapes = [matrix[-1] for matrix in matrices]
+    if all(k == shapes[0][1] for _, k in shapes):
+        rows = [n for n, _ in shapes]
+        out = rows_of(matrices[0][0].new_empty(sum(rows), shapes[0][1], dtype=dtype), rows)
+    else:
+        out = [matrices[0][0].new_empty(shape, dtype=dtype) for shape in shapes]
+    operands = [_operands(*of, y) for (*of, _), y in zip(matrices, out, strict=True)]
     constants = _constants(blocksize, matrices[0][2] is not None, quant_type)
     programs, numbers = _shares(tuple(of[0].numel() for of in operands), constants["HALF"], constants["BLOCKS"])
     given = [x for of in (*operands, *operands[-1:] * (3 - len(operands))) for x in of]
@@ -251,7 +260,9 @@ def compute_dequantize_4bit_together(
 def dequantize_4bit_together_impl(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype):
     for *tensors, shape in _matrices(packed, absmax, absmax_8bit, code8, offset, shapes):
         _check(*tensors, blocksize, quant_type, shape)
-    return compute_dequantize_4bit_together(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype)
+    return apart(
+        compute_dequantize_4bit_together(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype)
+    )
 
 
 @torch.library.register_fake("sloth::dequantize_4bit_together")

@@ -12,6 +12,8 @@ W_i gets no gradient: it is frozen. B Aᵀ [N, K] is never formed: all adapter p
 
 Order    where dtypes agree, a sum of products is one buffer, thin products first (kernels/gemm.py): y = s t Bᵀ, then += x Wᵀ.
          Adapters that read x itself are one product: [A_1; A_2; …] x, and x is read once for all of them, forward and backward.
+         On a GPU narrow layers that read x are one product too (kernels/gemm_columns.py): [y_1, y_2, …] = s t diag(B_1ᵀ, B_2ᵀ, …)
+         + x [W_1; W_2; …]ᵀ. Of wide ones, each y_i is memory of its own, which can be let go or written over by itself.
 Bytes    over the products x Wᵀ and g W: x, y, g and dx once or twice each; the floor is that of the two matmuls.
 """
 
@@ -20,10 +22,14 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from sloth.kernels.common.launch import compute_dtype, triton_op, without_autocast
+from sloth.kernels.common.launch import compiling, compute_dtype, triton_op, use_triton, without_autocast
 from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import as_matrix, sum_of_products
-from sloth.kernels.linear.lora_grad_b import lora_grad_b
+from sloth.kernels.linear.gemm_columns import products_in_columns
+from sloth.kernels.linear.gemm_rows import product_in_rows
+from sloth.kernels.linear.lora_grad_b import MAX_RANK, lora_grad_b
+
+NARROW = 3  # times K columns, of all layers that are one product
 
 
 def _shared(lora_input: list, a: list) -> list[int]:
@@ -66,6 +72,29 @@ def _each(down: list[Tensor], lora_input: list, a: list) -> list[Tensor | None]:
     return [None if ai is None else next(parts) if xi is None else next(others) for xi, ai in zip(lora_input, a, strict=True)]
 
 
+def _in_columns(x, weight, bias, lora_input, b, scale, dtype) -> bool:
+    """Are these layers one product? Only in a graph that is compiled: results of an operator share no memory."""
+    return (
+        len(weight) > 1
+        and all(bi is None and own is None for bi, own in zip(bias, lora_input, strict=True))
+        and all(up is not None and up.dtype == x.dtype == dtype for up in b)
+        and all(s == scale[0] for s in scale)
+        and sum(up.shape[1] for up in b) <= MAX_RANK
+        and sum(w.shape[0] for w in weight) <= NARROW * x.shape[-1]
+        and use_triton(x)
+        and compiling()
+    )
+
+
+def _diagonal(b: list[Tensor]) -> Tensor:
+    """[Σ N_i, Σ R_i], zero but for each B_i in rows and columns of its own."""
+    total, before, rows = sum(up.shape[1] for up in b), 0, []
+    for up in b:
+        rows.append(torch.nn.functional.pad(up, (before, total - before - up.shape[1])))
+        before += up.shape[1]
+    return torch.cat(rows)
+
+
 def _check(x, weight, bias, lora_input, a, b, scale) -> None:
     lengths = {len(values) for values in (weight, bias, lora_input, a, b, scale)}
     torch._check(lengths == {len(weight)} and len(weight) > 0, lambda: "lora_linear: every list needs an element for each layer")
@@ -95,6 +124,10 @@ def _lora_linear_forward(
     bias, lora_input = _spread(bias, with_bias), _spread(lora_input, with_lora_input)
     a, b = _spread(a, with_adapter), _spread(b, with_adapter)
     x2, down, out = as_matrix(x), _down(x, lora_input, a), []
+    if _in_columns(x, weight, bias, lora_input, b, scale, dtype):
+        y = products_in_columns(down[0], _diagonal(b).t(), x2, [w.t() for w in weight], scale[0])
+        parts = y.unsafe_split_with_sizes([w.shape[0] for w in weight], 1)  # as `_unsafe_view`, below
+        return [torch.ops.aten._unsafe_view(yi, [*x.shape[:-1], yi.shape[1]]) for yi in parts] + down
     for w, bi, ti, up, s in zip(weight, bias, _each(down, lora_input, a), b, scale, strict=True):
         if ti is None:
             y = torch.nn.functional.linear(x2, w, bi).to(dtype)
@@ -127,55 +160,63 @@ def _lora_linear_backward(
     _, with_lora_input, with_adapter = _thirds(places)
     lora_input, need_lora_input = _spread(lora_input, with_lora_input), _spread(need_lora_input, with_lora_input)
     a, b, need_a, need_b = (_spread(values, with_adapter) for values in (a, b, need_a, need_b))
-    t = _each(down, lora_input, a)
     g2 = [as_matrix(gi) for gi in g]
-    n, together = len(g), _shared(lora_input, a)
-    u: list[Tensor | None] = [None] * n
-    db: dict[int, Tensor] = {}
-    for i in range(n):
-        if need_u := a[i] is not None and (need_a[i] or need_lora_input[i] or need_x and i in together):
-            if need_b[i]:
-                u[i], db[i] = lora_grad_b(g2[i], b[i], t[i], scale[i])
-            else:
-                u[i] = sum_of_products([g2[i].to(b[i].dtype)], [b[i]], [scale[i]])
-        if need_b[i] and not need_u:
-            db[i] = sum_of_products([g2[i].to(b[i].dtype).t()], [t[i]], [scale[i]])
-    # Before dx: x may be let go before the weights are made again for it.
-    da = _down_gradients(x, lora_input, u, need_a, together)
-    out = [_dx(g2, x, weight, a, u, together)] if need_x else []
-    for i in range(n):
-        if need_lora_input[i]:
-            out.append((u[i] @ a[i]).to(lora_input[i].dtype).view(lora_input[i].shape))
-    return [*out, *da, *(db[i] for i in sorted(db))]
+    together, own = _shared(lora_input, a), [i for i, xi in enumerate(lora_input) if xi is not None]
+    t = ([down[0]] if together else []) + down[len(down) - len(own) :]
+    u, dlora_input, da, db = None, {}, {}, {}
+    for layers, ti in zip(([together] if together else []) + [[i] for i in own], t, strict=True):
+        reads = x if layers is together else lora_input[layers[0]]
+        need_input = need_x if layers is together else need_lora_input[layers[0]]
+        read_by = [i for i in layers if need_input or need_a[i]]
+        ui, dbi = _up_gradients(g2, b, ti, scale, layers, read_by, need_b)
+        db.update(dbi)
+        if of_a := [i for i in read_by if need_a[i]]:
+            # Before dx: x may be let go before the weights are made again for it.
+            da.update(zip(of_a, _down_gradients(reads, _columns(ui, a, read_by, of_a), [a[i] for i in of_a]), strict=True))
+        if layers is together:
+            u = ui
+        elif need_input:
+            dlora_input[layers[0]] = (ui @ a[layers[0]]).to(reads.dtype).view(reads.shape)
+    dx = [_dx(g2, x, weight, u, [a[i] for i in together])] if need_x else []
+    return [*dx, *(of[i] for of in (dlora_input, da, db) for i in sorted(of))]
 
 
-def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], a: list, u: list, together: list[int]) -> Tensor:
+def _up_gradients(g, b, t: Tensor, scale, layers: list[int], read_by: list[int], need_b) -> tuple[Tensor | None, dict]:
+    """u of those layers whose is read, side by side, and dB_i. t is of all layers."""
+    pick = lambda values: [values[i] for i in layers]  # noqa: E731
+    if read_by == layers and all(need_b[i] for i in layers):
+        u, *db = lora_grad_b(pick(g), pick(b), t, pick(scale))
+        return u, dict(zip(layers, db, strict=True))
+    parts = dict(zip(layers, _split(t, [b[i].t() for i in layers], 1), strict=True))
+    u = [sum_of_products([g[i].to(b[i].dtype)], [b[i]], [scale[i]]) for i in read_by]
+    db = {i: sum_of_products([g[i].to(b[i].dtype).t()], [parts[i]], [scale[i]]) for i in layers if need_b[i]}
+    return _joined(u, 1) if u else None, db
+
+
+def _columns(u: Tensor, a: list, layers: list[int], wanted: list[int]) -> Tensor:
+    """u of the wanted ones, of all these layers'."""
+    if wanted == layers:
+        return u
+    each = dict(zip(layers, _split(u, [a[i] for i in layers], 1), strict=True))
+    return _joined([each[i] for i in wanted], 1)
+
+
+def _down_gradients(x: Tensor, u: Tensor, a: list[Tensor]) -> list[Tensor]:
+    """dA_i = u_iᵀ x, in one product."""
+    return product_in_rows(u.t(), as_matrix(x).to(u.dtype), [ai.shape[0] for ai in a])
+
+
+def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], u: Tensor | None, a: list[Tensor]) -> Tensor:
     """Σ u_i A_i + Σ g_i W_i."""
     big = [gi.to(x.dtype) for gi in g], weight
-    if not together:
-        dx = sum_of_products(*big, [1.0] * len(g))
-        return dx.view(x.shape)
-    joined = _joined([u[i] for i in together], 1), _joined([a[i] for i in together])
-    if joined[1].dtype == x.dtype:
-        return sum_of_products([joined[0], *big[0]], [joined[1], *big[1]], [1.0] * (1 + len(g))).view(x.shape)
-    wide = compute_dtype(x, joined[1])
-    dx = sum_of_products(*big, [1.0] * len(g)).to(wide) + (joined[0] @ joined[1]).to(wide)
+    if u is None:
+        return sum_of_products(*big, [1.0] * len(g)).view(x.shape)
+    joined = _joined(a)
+    if joined.dtype == x.dtype:
+        return sum_of_products([u, *big[0]], [joined, *big[1]], [1.0] * (1 + len(g))).view(x.shape)
+    wide = compute_dtype(x, joined)
+    dx = sum_of_products(*big, [1.0] * len(g)).to(wide) + (u @ joined).to(wide)
     return dx.to(x.dtype).view(x.shape)
-
-
-def _down_gradients(x: Tensor, lora_input: list, u: list, need: list[bool], together: list[int]) -> list[Tensor]:
-    """dA_i = u_iᵀ x_i in order, those that share x in one product."""
-    found: dict[int, Tensor] = {}
-    shared = [i for i in together if need[i]]
-    if shared:
-        own = [u[i].t() for i in shared]
-        joined = _joined(own) @ as_matrix(x).to(own[0].dtype)
-        parts = _split(joined, own, 0)
-        found.update(zip(shared, [d.clone() for d in parts] if len(parts) > 1 else parts, strict=True))
-    for i, xi in enumerate(lora_input):
-        if need[i] and xi is not None:
-            found[i] = u[i].t() @ as_matrix(xi).to(u[i].dtype)
-    return [found[i] for i in sorted(found)]
 
 
 def _setup(ctx, inputs, output):
