@@ -14,6 +14,7 @@ from sloth.kernels.linear.gemm_rows import compute_product_in_rows, product_in_r
 from sloth.kernels.linear.lora import lora_linear
 from sloth.kernels.linear.lora_grad_b import compute_lora_grad_b, lora_grad_b
 from sloth.rewriter.compile.direct_calls import called_directly
+from sloth.rewriter.compile.passes import accumulates_wide
 from sloth.rewriter.graph.value import Value, uncast
 from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
@@ -24,6 +25,8 @@ called_directly(sum_of_products, compute_sum_of_products, compile_ahead)
 called_directly(products_in_columns, compute_products_in_columns, compile_ahead)
 called_directly(product_in_rows, compute_product_in_rows)
 called_directly(lora_grad_b, compute_lora_grad_b, compile_ahead)
+accumulates_wide(product_in_rows)
+accumulates_wide(lora_grad_b, first=1)
 
 
 def is_up_projection(v: Value) -> bool:

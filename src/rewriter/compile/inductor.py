@@ -29,6 +29,7 @@ from sloth.rewriter.compile.passes import (
     rematerialize_cheap_ops,
     reuse_operand_buffers,
     save_checkpoint_boundaries,
+    write_as_read,
 )
 from sloth.rewriter.graph.ambient import dtypes
 from sloth.rewriter.graph.value import Symbol
@@ -52,7 +53,7 @@ AUTOCAST = tuple(f"{f.__module__}.{f.__qualname__}" for f in (enter_autocast, ex
 def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """The compiler of this name. Raises what Inductor raises for options that it does not know."""
     if name == "inductor":
-        late = (rematerialize_cheap_ops, in_one_call, reuse_operand_buffers, compile_kernels_ahead)
+        late = (rematerialize_cheap_ops, in_one_call, write_as_read, reuse_operand_buffers, compile_kernels_ahead)
         passes = {
             "joint_custom_pre_pass": (save_checkpoint_boundaries, drop_rng_tag_from_sdpa),
             "post_grad_custom_post_pass": late,

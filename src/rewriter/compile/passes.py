@@ -7,6 +7,9 @@ peak. Making them again costs a read of the packed weight and a write of the oth
 What leaves a checkpointed part and is needed by the backward pass of what follows is kept, as in eager. torch does so where the
 next part is checkpointed too; after the last layer it would compute that layer's last projection again, for the norm behind it.
 
+A gradient of a parameter in fp32 that is computed in bf16 is rounded, and cast to fp32 in a launch of its own. An operator that
+accumulates in fp32 can write it so.
+
 A kernel that reads an element of an operand in the program that writes the same element of its result can have both in one
 buffer. Inductor gives results buffers of their own, and holds a free one of the size back for them, long before the kernel runs.
 """
@@ -45,6 +48,14 @@ def called_together(op: OpOverload, many: OpOverload, most: int, arguments: Call
     `arguments` makes its arguments of theirs, or None where they do not fit together.
     """
     _TOGETHER[op] = many, most, arguments
+
+
+_WIDE: dict[OpOverload, int] = {}
+
+
+def accumulates_wide(op: OpOverload, first: int = 0) -> None:
+    """Its results from this one on, a list, are accumulated in fp32 and rounded to its last argument, `dtype`."""
+    _WIDE[op] = first
 
 
 class Pass(CustomGraphPass):
@@ -115,6 +126,25 @@ def _replace(graph: fx.Graph, row: list[fx.Node], many: OpOverload, given: tuple
         at.meta.update(n.meta)
         n.replace_all_uses_with(at)
         graph.erase_node(n)
+
+
+def write_as_read(graph: fx.Graph) -> None:
+    """Of ATen operations, forward or backward: what is read in fp32 alone is written in fp32."""
+    for op, first in _WIDE.items():
+        for call in graph.find_nodes(op="call_function", target=op):
+            parts = [n for n in call.users if n.target is operator.getitem and n.args[1] >= first]
+            casts = [n for part in parts for n in part.users]
+            wide = [n for n in casts if n.target is torch.ops.prims.convert_element_type.default and n.args[1] == torch.float32]
+            if not parts or len(wide) != len(casts) or any(len(part.users) != 1 for part in parts):
+                continue
+            given = [a.default_value for a in op._schema.arguments]
+            call.args = (*call.args, *given[len(call.args) : -1], torch.float32)
+            values = list(call.meta["val"])
+            for part, cast in zip(parts, casts, strict=True):
+                part.meta["val"] = values[part.args[1]] = cast.meta["val"]
+                cast.replace_all_uses_with(part)
+                graph.erase_node(cast)
+            call.meta["val"] = values
 
 
 def reuse_operand_buffers(graph: fx.Graph) -> None:

@@ -1,0 +1,96 @@
+"""sloth.rewriter.compile.passes.write_as_read: what is rounded only to be cast to fp32 is written in fp32, and nothing else."""
+
+import operator
+
+import pytest
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from sloth.kernels.linear.gemm_rows import product_in_rows
+from sloth.kernels.linear.lora_grad_b import lora_grad_b
+from sloth.rewriter.backend import patterns
+from sloth.rewriter.compile.passes import write_as_read
+
+CAST = torch.ops.prims.convert_element_type.default
+LOW = torch.bfloat16
+patterns()  # which declare what of theirs may be
+
+
+def graph_of(op, operands, casts):
+    """A graph that calls `op` and casts its results, each to these dtypes; results without any are given out."""
+    graph, values = fx.Graph(), op(*operands)
+    at = iter(range(9))
+
+    def node(a):
+        if isinstance(a, torch.Tensor):
+            n = graph.placeholder(f"x{next(at)}")
+            n.meta["val"] = a
+            return n
+        return a
+
+    args = tuple([node(x) for x in a] if isinstance(a, list) else node(a) for a in operands)
+    call = graph.call_function(op, args)
+    call.meta["val"], out = values, []
+    for i, dtypes in enumerate(casts):
+        part = graph.call_function(operator.getitem, (call, i))
+        part.meta["val"] = values[i]
+        for dtype in dtypes:
+            cast = graph.call_function(CAST, (part, dtype))
+            cast.meta["val"] = values[i].to(dtype)
+            out.append(cast)
+        out += [part] if not dtypes else []
+    graph.output(tuple(out))
+    return graph
+
+
+def run(graph, operands):
+    flat = [x for a in operands for x in (a if isinstance(a, list) else [a]) if isinstance(x, torch.Tensor)]
+    return fx.GraphModule({}, graph)(*flat)
+
+
+def changed(op, operands, casts) -> bool:
+    """Is it written in fp32? Results are no further from those in fp64 than before, and of the same dtypes."""
+    graph = graph_of(op, operands, casts)
+    before = run(graph, operands)
+    write_as_read(graph)
+    graph.lint()
+    after = run(graph, operands)
+    wide = tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) else x, operands)
+    exact = run(graph_of(op, wide, [[torch.float64] * len(dtypes) for dtypes in casts]), wide)
+    for x, y, z in zip(before, after, exact, strict=True):
+        assert x.dtype == y.dtype and (y.double() - z).norm() <= 1.001 * (x.double() - z).norm()
+    found = CAST not in {n.target for n in graph.nodes}
+    assert found != all(map(torch.equal, before, after))
+    for n in graph.find_nodes(op="call_function", target=operator.getitem):
+        assert n.meta["val"].dtype == n.args[0].meta["val"][n.args[1]].dtype
+    return found
+
+
+def of_rows():
+    return [torch.randn(8, 64, dtype=LOW), torch.randn(64, 32, dtype=LOW), [4, 4]]
+
+
+def of_layers():
+    g, b = [torch.randn(64, n, dtype=LOW) for n in (48, 32)], [torch.randn(n, 4, dtype=LOW) for n in (48, 32)]
+    return [g, b, torch.randn(64, 8, dtype=LOW), [0.5, 0.5]]
+
+
+WIDE = [torch.float32]
+
+
+@pytest.mark.parametrize(
+    "op, operands, casts, expected",
+    [
+        (product_in_rows, of_rows, [WIDE, WIDE], True),
+        (product_in_rows, of_rows, [WIDE], True),
+        (lora_grad_b, of_layers, [[], WIDE, WIDE], True),
+        (product_in_rows, of_rows, [WIDE, []], False),
+        (product_in_rows, of_rows, [WIDE, [torch.float16]], False),
+        (product_in_rows, of_rows, [WIDE, [torch.float32, torch.float32]], False),
+        (lora_grad_b, of_layers, [WIDE, [], []], False),
+    ],
+)
+def test_what_is_read_in_fp32_alone(op, operands, casts, expected):
+    torch.manual_seed(0)
+    assert changed(op, operands(), casts) == expected
