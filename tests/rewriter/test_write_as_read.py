@@ -5,11 +5,15 @@ import operator
 import pytest
 import torch
 from torch import fx
+from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_map
 
+from sloth.kernels.common.device import H100, pretending
 from sloth.kernels.linear.gemm_rows import product_in_rows
+from sloth.kernels.linear.lora import lora_linear
 from sloth.kernels.linear.lora_grad_b import lora_grad_b
 from sloth.rewriter.backend import patterns
+from sloth.rewriter.compile.inductor import compiler
 from sloth.rewriter.compile.passes import write_as_read
 
 CAST = torch.ops.prims.convert_element_type.default
@@ -94,3 +98,25 @@ WIDE = [torch.float32]
 def test_what_is_read_in_fp32_alone(op, operands, casts, expected):
     torch.manual_seed(0)
     assert changed(op, operands(), casts) == expected
+
+
+def test_through_inductor():
+    """q, k and v of a bf16 layer with adapters in fp32, compiled as for a GPU: gradients of the adapters are written in fp32."""
+    x, widths = torch.randn(3, 7, 24, requires_grad=True), (32, 16, 16)
+    weight = [torch.randn(n, 24, dtype=LOW) for n in widths]
+    a = [torch.randn(4, 24, requires_grad=True) for _ in widths]
+    b = [torch.randn(n, 4, requires_grad=True) for n in widths]
+
+    def layer(x, *adapters):
+        low = [p.to(LOW) for p in adapters]
+        q, k, v = lora_linear(x.to(LOW), weight, [None] * 3, [None] * 3, low[:3], low[3:], [0.5] * 3)
+        return q.sin().sum() + (k * v).sum()
+
+    with pretending(H100):
+        loss, code = run_and_get_code(torch.compile(layer, backend=compiler("inductor", None, {})), x, *a, *b)
+    calls = [line for line in "".join(code).splitlines() if "extern_kernels.sloth_" in line]
+    assert sum("products_in_columns" in c for c in calls) == 1, calls
+    assert all("torch.float32" in c for c in calls if "up_gradients" in c or "product_in_rows" in c), calls
+    inputs = (x, *a, *b)
+    for ours, eager in zip(*(torch.autograd.grad(y, inputs) for y in (loss, layer(*inputs))), strict=True):
+        assert ours.dtype == torch.float32 and (ours - eager).norm() <= 1e-2 * eager.norm()

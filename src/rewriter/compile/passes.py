@@ -138,7 +138,10 @@ def write_as_read(graph: fx.Graph) -> None:
             if not parts or len(wide) != len(casts) or any(len(part.users) != 1 for part in parts):
                 continue
             given = [a.default_value for a in op._schema.arguments]
-            call.args = (*call.args, *given[len(call.args) : -1], torch.float32)
+            more = *given[len(call.args) : -1], torch.float32
+            call.args = (*call.args, *more)
+            if traced := call.meta.get("eager_input_vals"):  # Inductor lays operands out as these
+                call.meta["eager_input_vals"] = ((*traced[0], *more), traced[1])
             values = list(call.meta["val"])
             for part, cast in zip(parts, casts, strict=True):
                 part.meta["val"] = values[part.args[1]] = cast.meta["val"]
