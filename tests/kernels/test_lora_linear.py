@@ -138,6 +138,24 @@ def test_result_in_another_dtype(dtype, adapter):
     compare(operator([2.0], dtype), peft([2.0], dtype), [x, *flat], [True, *trained(flat)], few=512)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the running sum of products is rounded after each")
+@pytest.mark.parametrize("layers", [1, 3])
+def test_of_what_autocast_casts(layers):
+    """fp32 hidden states that base and adapter of each layer cast by themselves: eager adds their gradients up in fp32."""
+    x = make((2, 96, 96), torch.float32)
+    narrow = x.detach().to(torch.bfloat16)
+    flat = [t for i in range(layers) for t in layer(narrow, 64, 8, i, adapter=torch.bfloat16)]
+    scale = [2.0] * layers
+
+    def eager(x, *flat):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.bfloat16
+        read = [None if t is None else x.to(dtype) if i % PARTS == 2 else t for i, t in enumerate(flat)]
+        parts = [read[PARTS * i : PARTS * (i + 1)] for i in range(layers)]
+        return tuple(y for part, s in zip(parts, scale, strict=True) for y in peft([s])(x.to(dtype), *part))
+
+    compare(lambda x, *flat: operator(scale)(x.to(torch.bfloat16), *flat), eager, [x, *flat], [True, *trained(flat)], slack=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lead", [(), (1,), (1, 1)])
 def test_one_row(lead, dtype):

@@ -3,7 +3,8 @@
 Shapes   A_i [M, K_i], B_i [K_i, N] (any strides that cuBLAS takes), bias [N] or None; all of one dtype, and y [M, N] too.
 Order    as given. Put thin products first and the big one last: a big product that adds to what is there reads it while it
          computes (H200, [4096, 4096] × [4096, 14336] and rank 16: 42 + 629 µs; the other way round 620 + 100).
-Error    each product is accumulated in fp32 by cuBLAS; the running sum is rounded to the dtype after each.
+Error    each product is accumulated in fp32 by cuBLAS; the running sum is rounded to the dtype after each; on a CPU once, being
+         fp32: of what autocast casts for each layer, eager adds gradients up in fp32.
 Bytes    y is written once for each product and read once for each but the first; on Hopper GPUs a thin product and the big one
          behind it are one kernel, which writes y once (lowrank_gemm.py).
 
@@ -14,7 +15,7 @@ dimensions (it copies first). The operator has no derivative: it is what backwar
 import torch
 
 from sloth.kernels.common.faults import falls_back
-from sloth.kernels.common.launch import no_derivative
+from sloth.kernels.common.launch import compute_dtype, no_derivative
 from sloth.kernels.linear.lowrank_gemm import lowrank_gemm, serves
 
 
@@ -59,6 +60,9 @@ torch.library.define(
 def compute_sum_of_products(a, b, alpha, bias=None) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
     done = 2 if len(a) > 1 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]) else 1
+    if done < len(a) and a[0].device.type == "cpu" and (wide := compute_dtype(a[0])) != a[0].dtype:
+        wider = ([t.to(wide) for t in factors] for factors in (a, b))
+        return compute_sum_of_products(*wider, alpha, None if bias is None else bias.to(wide)).to(a[0].dtype)
     out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
     if done == 2:
         lowrank_gemm(a[0], b[0], a[1], b[1], alpha[0], bias, out)
