@@ -1,10 +1,11 @@
 """A sum of matrix products in one buffer:  y = bias + α₁ A₁ B₁ + α₂ A₂ B₂ + …
 
-Shapes   A_i [M, K_i], B_i [K_i, N] (any strides that cuBLAS takes), bias [N] or None; all of one dtype, and y [M, N] too.
+Shapes   A_i [M, K_i], B_i [K_i, N] (any strides that cuBLAS takes), bias [N] or None, all of one dtype; y [M, N] in `dtype`, by
+         default that one.
 Order    as given. Put thin products first and the big one last: a big product that adds to what is there reads it while it
          computes (H200, [4096, 4096] × [4096, 14336] and rank 16: 42 + 629 µs; the other way round 620 + 100).
-Error    each product is accumulated in fp32 by cuBLAS; the running sum is rounded to the dtype after each; on a CPU once, being
-         fp32: of what autocast casts for each layer, eager adds gradients up in fp32.
+Error    each product is accumulated in fp32 by cuBLAS; the running sum is rounded to the dtype after each. It is fp32 where y is,
+         and on a CPU: of what autocast casts for each layer, eager adds gradients up in fp32.
 Bytes    y is written once for each product and read once for each but the first; on Hopper GPUs a thin product and the big one
          behind it are one kernel, which writes y once (lowrank_gemm.py).
 
@@ -24,24 +25,28 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a b, rounded once."""
-    if out.dtype == a.dtype:
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alpha: float = 1.0) -> None:
+    """out = alpha a b, rounded once."""
+    if out.dtype == a.dtype and alpha == 1:
         torch.mm(a, b, out=out)
+    elif out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
     elif out.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+        if alpha != 1:
+            out.mul_(alpha)
     else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+        product(a.to(out.dtype), b.to(out.dtype), out, alpha)
 
 
-def add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> None:
-    """total += a b, in total's precision."""
+def add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, alpha: float = 1.0) -> None:
+    """total += alpha a b, in total's precision."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, alpha=alpha)
     elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, alpha=alpha, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=alpha)
 
 
 def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> None:
@@ -51,43 +56,51 @@ def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> 
 
 torch.library.define(
     "sloth::sum_of_products",
-    "(Tensor[] a, Tensor[] b, float[] alpha, Tensor? bias=None) -> Tensor",
+    "(Tensor[] a, Tensor[] b, float[] alpha, Tensor? bias=None, ScalarType? dtype=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @falls_back("sloth::sum_of_products", "lora")
-def compute_sum_of_products(a, b, alpha, bias=None) -> torch.Tensor:
+def compute_sum_of_products(a, b, alpha, bias=None, dtype=None) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
-    done = 2 if len(a) > 1 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]) else 1
-    if done < len(a) and a[0].device.type == "cpu" and (wide := compute_dtype(a[0])) != a[0].dtype:
-        wider = ([t.to(wide) for t in factors] for factors in (a, b))
-        return compute_sum_of_products(*wider, alpha, None if bias is None else bias.to(wide)).to(a[0].dtype)
-    out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
-    if done == 2:
+    dtype, wide = dtype or a[0].dtype, compute_dtype(a[0])
+    if dtype != a[0].dtype or len(a) > 1 and wide != dtype and a[0].device.type == "cpu":
+        return _sum(a, b, alpha, None if bias is None else bias.to(wide), wide).to(dtype)
+    if len(a) > 1 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]):
+        out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
         lowrank_gemm(a[0], b[0], a[1], b[1], alpha[0], bias, out)
-    elif bias is None and alpha[0] == 1:
-        torch.mm(a[0], b[0], out=out)
-    elif bias is None:
-        torch.addmm(out, a[0], b[0], beta=0, alpha=alpha[0], out=out)
-    else:
+        for x, y, scale in zip(a[2:], b[2:], alpha[2:], strict=True):
+            add_product(x, y, out, scale)
+        return out
+    return _sum(a, b, alpha, bias, dtype)
+
+
+def _sum(a, b, alpha, bias, dtype: torch.dtype) -> torch.Tensor:
+    """In a buffer of this dtype."""
+    out = a[0].new_empty(a[0].shape[0], b[0].shape[1], dtype=dtype)
+    if bias is None:
+        product(a[0], b[0], out, alpha[0])
+    elif dtype == a[0].dtype:
         torch.addmm(bias, a[0], b[0], alpha=alpha[0], out=out)
-    for x, y, scale in zip(a[done:], b[done:], alpha[done:], strict=True):
-        out.addmm_(x, y, alpha=scale)
+    else:
+        add_product(a[0], b[0], out.copy_(bias), alpha[0])
+    for x, y, scale in zip(a[1:], b[1:], alpha[1:], strict=True):
+        add_product(x, y, out, scale)
     return out
 
 
 @torch.library.impl("sloth::sum_of_products", "CompositeExplicitAutograd")
-def sum_of_products_impl(a, b, alpha, bias=None):
+def sum_of_products_impl(a, b, alpha, bias=None, dtype=None):
     _check(a, b, alpha)
-    return compute_sum_of_products(a, b, alpha, bias)
+    return compute_sum_of_products(a, b, alpha, bias, dtype)
 
 
 @torch.library.register_fake("sloth::sum_of_products")
-def sum_of_products_fake(a, b, alpha, bias=None):
+def sum_of_products_fake(a, b, alpha, bias=None, dtype=None):
     _check(a, b, alpha)
-    return a[0].new_empty(a[0].shape[0], b[0].shape[1])
+    return a[0].new_empty(a[0].shape[0], b[0].shape[1], dtype=dtype or a[0].dtype)
 
 
 sum_of_products = torch.ops.sloth.sum_of_products.default
-"""sum_of_products(a, b: lists of matrices, alpha: list of numbers, bias [N] or None) -> [M, N]"""
+"""sum_of_products(a, b: lists of matrices, alpha: list of numbers, bias [N] or None, dtype=None) -> [M, N]"""

@@ -50,12 +50,14 @@ def called_together(op: OpOverload, many: OpOverload, most: int, arguments: Call
     _TOGETHER[op] = many, most, arguments
 
 
-_WIDE: dict[OpOverload, int] = {}
+_WIDE: dict[OpOverload, tuple[int, Callable[..., bool]]] = {}
 
 
-def accumulates_wide(op: OpOverload, first: int = 0) -> None:
-    """Its results from this one on, a list, are accumulated in fp32 and rounded to its last argument, `dtype`."""
-    _WIDE[op] = first
+def accumulates_wide(op: OpOverload, first: int = 0, where: Callable[..., bool] = lambda *_: True) -> None:
+    """Its result, or those of a list from this one on, are accumulated in fp32 and rounded to its last argument `dtype`: they may
+    be written as they are read, in calls with arguments for which `where` is so.
+    """
+    _WIDE[op] = first, where
 
 
 class Pass(CustomGraphPass):
@@ -130,24 +132,44 @@ def _replace(graph: fx.Graph, row: list[fx.Node], many: OpOverload, given: tuple
 
 def write_as_read(graph: fx.Graph) -> None:
     """Of ATen operations, forward or backward: what is read in fp32 alone is written in fp32."""
-    for op, first in _WIDE.items():
+    for op, (first, where) in _WIDE.items():
         for call in graph.find_nodes(op="call_function", target=op):
-            parts = [n for n in call.users if n.target is operator.getitem and n.args[1] >= first]
-            casts = [n for part in parts for n in part.users]
-            wide = [n for n in casts if n.target is torch.ops.prims.convert_element_type.default and n.args[1] == torch.float32]
-            if not parts or len(wide) != len(casts) or any(len(part.users) != 1 for part in parts):
-                continue
-            given = [a.default_value for a in op._schema.arguments]
-            more = *given[len(call.args) : -1], torch.float32
-            call.args = (*call.args, *more)
-            if traced := call.meta.get("eager_input_vals"):  # Inductor lays operands out as these
-                call.meta["eager_input_vals"] = ((*traced[0], *more), traced[1])
-            values = list(call.meta["val"])
-            for part, cast in zip(parts, casts, strict=True):
-                part.meta["val"] = values[part.args[1]] = cast.meta["val"]
-                cast.replace_all_uses_with(part)
-                graph.erase_node(cast)
-            call.meta["val"] = values
+            results = [call]
+            if not isinstance(call.meta["val"], torch.Tensor):
+                results = [n for n in call.users if n.target is operator.getitem and n.args[1] >= first]
+            paths = [_until_cast(n) for n in results]
+            if paths and all(paths) and not call.kwargs and where(*call.args):
+                _write_wide(graph, call, paths)
+
+
+def _until_cast(n: fx.Node) -> list[fx.Node]:
+    """A result, views of it, and their cast to fp32, where each is all that is read of the one before; else nothing."""
+    path = [n]
+    while len(n.users) == 1:
+        (n,) = n.users
+        path.append(n)
+        if n.target is torch.ops.prims.convert_element_type.default:
+            return path if n.args[1] == torch.float32 else []
+        if not getattr(n.target, "is_view", False):
+            break
+    return []
+
+
+def _write_wide(graph: fx.Graph, call: fx.Node, paths: list[list[fx.Node]]) -> None:
+    """Give the call the dtype, and what reads it what it gives then."""
+    defaults = [a.default_value for a in call.target._schema.arguments]
+    more = *defaults[len(call.args) : -1], torch.float32
+    call.args = (*call.args, *more)
+    if traced := call.meta.get("eager_input_vals"):  # Inductor lays operands out as these
+        call.meta["eager_input_vals"] = ((*traced[0], *more), traced[1])
+    for *before, cast in paths:
+        for n in before:
+            n.meta["val"] = n.meta["val"].to(torch.float32)
+        cast.replace_all_uses_with(before[-1])
+        graph.erase_node(cast)
+    if paths[0][0] is not call:
+        values = dict(enumerate(call.meta["val"])) | {part.args[1]: part.meta["val"] for part, *_ in paths}
+        call.meta["val"] = list(values.values())
 
 
 def reuse_operand_buffers(graph: fx.Graph) -> None:
