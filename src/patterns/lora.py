@@ -25,7 +25,7 @@ called_directly(sum_of_products, compute_sum_of_products, compile_ahead)
 called_directly(products_in_columns, compute_products_in_columns, compile_ahead)
 called_directly(product_in_rows, compute_product_in_rows)
 called_directly(lora_grad_b, compute_lora_grad_b, compile_ahead)
-accumulates_wide(sum_of_products, where=lambda factors, *_: len(factors) > 2)  # x's gradient of several layers
+accumulates_wide(sum_of_products, where=lambda factors, *_: len(factors) > 2)  # which is fp32 until it is whole
 accumulates_wide(product_in_rows)
 accumulates_wide(lora_grad_b, first=1)
 

@@ -31,7 +31,7 @@ from sloth.rewriter.faults import (
     is_fault,
     run_in_spite,
 )
-from sloth.rewriter.graph.aliasing import writes_to_inputs
+from sloth.rewriter.graph.aliasing import writes_outside
 from sloth.rewriter.graph.lower import shape_env_of
 from sloth.rewriter.graph.scratch import guards_of
 from sloth.rewriter.match.pattern import ARGUMENTS
@@ -67,7 +67,7 @@ def sloth(
     inner = compiler(chosen.inner, mode, chosen.rest)
     if chosen.inner == "inductor":
         start_workers(gm)
-    required, writes = outputs_requiring_grad(gm), writes_to_inputs(gm)
+    required, writes = outputs_requiring_grad(gm), writes_outside(gm)
     whole = chosen.inner == "inductor" and uses_cudagraphs(mode, chosen.rest)
     compile_one, plans = progress.each(partial(compile_with, inner)), []
 

@@ -10,7 +10,7 @@ import torch
 from test_shadow import only, x_like
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toys import Call, Norm, captured, checked, llama_norm, matched, tables, turned
+from toys import Call, Norm, captured, checked, llama_norm, matched, rewritten_graph, tables, turned
 
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.report import MATCHED
@@ -67,6 +67,37 @@ def test_a_checkpoint_that_nobody_reads_writes() -> None:
         return m.w * n, h
 
     assert matched(checked(Call(fn), x_like(2, 3, 8))) == {"rms_norm": 1}
+
+
+class Product(torch.autograd.Function):
+    """x (w + 1), as some layers compute it: what its passes write to they made themselves."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        w = w * 1
+        w += 1
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        dx = g * w
+        dx += g
+        return dx, (g * x).sum((0, 1))
+
+
+def test_a_function_that_nobody_reads_and_that_writes_to_its_own_goes() -> None:
+    """Or it would be traced, and hold what it reads."""
+
+    def fn(m, x):
+        n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)  # the norm computes it
+        Product.apply(n, m.v)
+        return m.w * n
+
+    gm = rewritten_graph(Call(fn), x_like(2, 3, 8))
+    assert not [n for n in gm.graph.nodes if "autograd" in str(n.target)], gm.graph
+    assert [n.target for n in gm.graph.nodes if "rms_norm" in str(n.target)]
 
 
 def written_after(m: Any, x: Tensor, q: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Shapes   A_i [M, K_i], B_i [K_i, N] (any strides that cuBLAS takes), bias [N] or
          default that one.
 Order    as given. Put thin products first and the big one last: a big product that adds to what is there reads it while it
          computes (H200, [4096, 4096] × [4096, 14336] and rank 16: 42 + 629 µs; the other way round 620 + 100).
-Error    each product is accumulated in fp32 by cuBLAS; the running sum is rounded to the dtype after each. It is fp32 where y is,
-         and on a CPU: of what autocast casts for each layer, eager adds gradients up in fp32.
+Error    each product is accumulated in fp32 by cuBLAS. A thin product is rounded before the big one is added to it. A sum of more
+         than two, or on a CPU, is fp32 until it is whole: of what autocast casts for each layer, eager adds gradients up in fp32.
 Bytes    y is written once for each product and read once for each but the first; on Hopper GPUs a thin product and the big one
          behind it are one kernel, which writes y once (lowrank_gemm.py).
 
@@ -65,13 +65,11 @@ torch.library.define(
 def compute_sum_of_products(a, b, alpha, bias=None, dtype=None) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
     dtype, wide = dtype or a[0].dtype, compute_dtype(a[0])
-    if dtype != a[0].dtype or len(a) > 1 and wide != dtype and a[0].device.type == "cpu":
+    if dtype != a[0].dtype or wide != dtype and len(a) > (1 if a[0].device.type == "cpu" else 2):
         return _sum(a, b, alpha, None if bias is None else bias.to(wide), wide).to(dtype)
-    if len(a) > 1 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]):
+    if len(a) == 2 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]):
         out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
         lowrank_gemm(a[0], b[0], a[1], b[1], alpha[0], bias, out)
-        for x, y, scale in zip(a[2:], b[2:], alpha[2:], strict=True):
-            add_product(x, y, out, scale)
         return out
     return _sum(a, b, alpha, bias, dtype)
 

@@ -119,12 +119,14 @@ def may_be_written(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def writes_to_inputs(gm: fx.GraphModule) -> bool:
-    """May a graph, or one of its bodies?"""
-    own = {s for n in gm.graph.find_nodes(op="placeholder") for s in storages(n, gm)}
-    if any(own & storages(a, gm) for n in gm.graph.nodes for a in may_be_written(n)):
-        return True
-    return any(writes_to_inputs(m) for m in gm.children() if isinstance(m, fx.GraphModule))
+def writes_outside(gm: fx.GraphModule) -> bool:
+    """May a graph, or one of its bodies, write to memory that it did not make?"""
+    given = {s for n in gm.graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n, gm)}
+    for n in gm.graph.nodes:
+        places = [storages(a, gm) for a in may_be_written(n)]
+        if not all(places) or any(given & written for written in places):
+            return True
+    return any(writes_outside(m) for m in gm.children() if isinstance(m, fx.GraphModule))
 
 
 _KEYWORDS = {"and_", "or_", "not_", "is_"}  # operator's names for them
