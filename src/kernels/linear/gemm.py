@@ -65,13 +65,13 @@ torch.library.define(
 def compute_sum_of_products(a, b, alpha, bias=None, dtype=None) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
     dtype, wide = dtype or a[0].dtype, compute_dtype(a[0])
-    if dtype != a[0].dtype or wide != dtype and len(a) > (1 if a[0].device.type == "cpu" else 2):
-        return _sum(a, b, alpha, None if bias is None else bias.to(wide), wide).to(dtype)
-    if len(a) == 2 and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]):
+    if len(a) == 2 and dtype == a[0].dtype and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]):
         out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
         lowrank_gemm(a[0], b[0], a[1], b[1], alpha[0], bias, out)
         return out
-    return _sum(a, b, alpha, bias, dtype)
+    if dtype == a[0].dtype and len(a) <= (1 if a[0].device.type == "cpu" else 2):
+        return _sum(a, b, alpha, bias, dtype)
+    return _sum(a, b, alpha, None if bias is None else bias.to(wide), wide).to(dtype)
 
 
 def _sum(a, b, alpha, bias, dtype: torch.dtype) -> torch.Tensor:
