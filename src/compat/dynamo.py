@@ -24,6 +24,10 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch._dynamo.callback import callback_handler  # when a compilation ends, Python's collector is as it was
 
+with suppress(ImportError):
+    from torch._dynamo import maybe_mark_dynamic  # of static caches, whose lengths are few, but more than one
+STATIC_MARK = "_dynamo_static_input_type"  # attribute of a tensor that Dynamo takes for a constant (mark_static_address)
+
 # ---------------------------------------------------------------- equal layers are traced once; a module's floats are constants
 
 with suppress(ImportError):

@@ -7,12 +7,16 @@ steps. Meanwhile the model is called as it is. A static cache, which transformer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from types import ModuleType
 from typing import Any
 
 from sloth.compat.dynamo import innermost_backend
 from sloth.integrations.integration import integration
+
+SESSIONS: list[Callable[[Any], AbstractContextManager[None]]] = []  # entered around `generate`, with the model
 
 
 def backend_of(call: Any) -> Any:
@@ -35,6 +39,12 @@ def _leave_alone(generation: ModuleType) -> None:
 
     @wraps(generate)
     def as_it_is(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as sessions:
+            for session in SESSIONS:
+                sessions.enter_context(session(self))
+            return uncompiled(self, *args, **kwargs)
+
+    def uncompiled(self: Any, *args: Any, **kwargs: Any) -> Any:
         compiled = getattr(self, "_compiled_call_impl", None)
         if not is_compiled_for_sloth(compiled):
             return generate(self, *args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sloth.models.arguments import one_of
-from sloth.models.compiled import set_offloading
+from sloth.models.compiled import set_offloading, steps_backend
 from sloth.saving.merged import base_of
 
 # What scripts write, and whether it checkpoints and offloads.
@@ -47,13 +47,23 @@ def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
         wanted, offload = kind_of(use_gradient_checkpointing)
         checkpoint(base_of(model), wanted)
         set_offloading(model, offload)
+    from sloth.generation.session import stop  # not before: Dynamo takes a second to import
+
+    stop(base_of(model))
     model.train()
     base_of(model).config.use_cache = False
     return model
 
 
 def for_inference(model: Any) -> Any:
-    """Evaluation mode: dropout is off, keys and values are kept for `generate`. Returns the model."""
+    """Evaluation mode: dropout is off, keys and values are kept for `generate`. Returns the model.
+
+    On a GPU with CUDA graphs `generate` replays the forward pass of a token from then on (docs/guides/generation.md): with the
+    same weights, which are not copied, and until `for_training`, which gives its memory back.
+    """
+    from sloth.generation.session import start
+
     model.eval()
     base_of(model).config.use_cache = True
+    start(base_of(model), steps_backend())
     return model

@@ -29,6 +29,16 @@ def _backend() -> Any:
     return sloth
 
 
+def steps_backend() -> Any:
+    """The backend that steps of generating are compiled with; it is imported when the first of them is."""
+
+    def sloth(*args: Any, **kwargs: Any) -> Any:
+        return _backend()(*args, **kwargs)
+
+    vars(sloth)["lengths_vary"] = True
+    return sloth
+
+
 def compile_in_place(model: torch.nn.Module, offload: bool = False) -> None:
     """Compile the calls of `model`, and only of it. offload: `use_gradient_checkpointing="sloth"`."""
     for module in model.modules():

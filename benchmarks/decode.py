@@ -1,0 +1,230 @@
+"""Generating on one GPU: a Llama-3-8B shape in NF4 with adapters that are not merged, greedy, tokens/s by batch.
+
+    python benchmarks/decode.py [--out FILE.json] [--contenders sloth,eager,…] [--batches 1,8] [--new 64] [--profile]
+
+The model is that of benchmarks/qlora.py: random weights in NF4 (double-quantised), rank 16 on all seven projections. Prompts have
+128 tokens. eager: `generate` as it is; static: with cache_implementation="static" (transformers does not compile quantised
+models); sloth: FastLanguageModel.for_inference; unsloth: its own, where it is installed. Each in a process of its own.
+
+tok_s: new tokens of all rows over the time of a whole `generate`, the best of three; ms_token likewise; first_s: the first
+`generate`, with everything that is compiled in it; step_ms: one step alone on the device, without transformers' loop; floor_ms:
+weights, adapters and head read once at the measured copy rate; logits: the largest difference to transformers' own over the
+standard deviation of its logits, at the first new tokens that are the same; same: how many tokens are, of how many.
+--profile prints what the kernels of a few tokens take.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import copy_rate, l2_flush, machine, optional, parse, parser, write
+from qlora import RANK, SHAPES, TARGETS, write_checkpoint
+
+CONTENDERS = ("sloth", "eager", "static", "unsloth")
+PROMPT, COMPARED = 128, 32
+SECONDS = 300  # for one contender
+MARK = "decode: "
+
+
+# ---------------------------------------------------------------- one contender
+
+
+def model_of(contender: str, folder: str) -> Any:
+    """The model with adapters that are not zero, ready to generate."""
+    torch.manual_seed(1)
+    lora = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "target_modules": TARGETS, "bias": "none"}
+    if contender in ("sloth", "unsloth"):
+        FastLanguageModel = importlib.import_module(contender).FastLanguageModel
+        model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True)
+        model = FastLanguageModel.get_peft_model(model, **lora)
+    else:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0})
+        model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+        model.config.use_cache = True
+    generator = torch.Generator("cuda").manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator, device="cuda") * 0.01)
+    if contender in ("sloth", "unsloth"):
+        FastLanguageModel.for_inference(model)
+    return model.eval()
+
+
+def generate(model: Any, rows: int, new: int, **more: Any) -> Any:
+    ids = torch.randint(4, 900, (rows, PROMPT), generator=torch.Generator().manual_seed(rows)).cuda()
+    given = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 3}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **given, **more)
+
+
+def seconds(fn: Any) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    fn()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compared(model: Any, rows: int) -> dict[str, Any]:
+    """sloth's tokens and logits beside transformers' own."""
+    from sloth import FastLanguageModel
+
+    told = {"return_dict_in_generate": True, "output_logits": True}
+    ours = generate(model, rows, COMPARED, **told)
+    FastLanguageModel.for_training(model)
+    model.eval()
+    model.config.use_cache = True
+    theirs = generate(model, rows, COMPARED, **told)
+    FastLanguageModel.for_inference(model)
+    same = ours.sequences[:, PROMPT:] == theirs.sequences[:, PROMPT:]
+    agree = same.int().cumprod(1).bool()
+    until = torch.cat([torch.ones_like(agree[:, :1]), agree[:, :-1]], 1)  # logits of the first other token are still comparable
+    a, b = (torch.stack(of.logits, 1).float() for of in (ours, theirs))
+    off = ((a - b).abs().amax(-1) / b.std(-1))[until]
+    return {"same": [int(agree.sum()), agree.numel()], "logits": round(off.max().item(), 4)}
+
+
+def step_ms(model: Any, rows: int) -> float | None:
+    """A replay by itself; None where there is none."""
+    from sloth.generation import session
+
+    decoder = session._decoders.get(model.get_base_model())
+    kinds = [] if decoder is None else [k for of in decoder._kinds.values() for k in of.values() if k._replay is not None]
+    kinds = [k for k in kinds if k._places[0].shape[0] == rows]
+    if not kinds:
+        return None
+    replay, n = kinds[-1]._replay, 20
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(n):
+        replay()
+    end.record()
+    torch.cuda.synchronize()
+    return round(start.elapsed_time(end) / n, 3)
+
+
+def profile(model: Any, rows: int) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        generate(model, rows, 8)
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=70), flush=True)
+
+
+def measure(contender: str, folder: str, batches: list[int], new: int, profiled: bool) -> list[dict[str, Any]]:
+    if contender == "unsloth":
+        import unsloth  # noqa: F401  (before transformers)
+    model, more = model_of(contender, folder), {"cache_implementation": "static"} if contender == "static" else {}
+    found = []
+    for rows in batches:
+        first = seconds(lambda rows=rows: generate(model, rows, new, **more))
+        generate(model, rows, new, **more)
+        best = min(seconds(lambda rows=rows: generate(model, rows, new, **more)) for _ in range(3))
+        row: dict[str, Any] = {
+            "contender": contender,
+            "batch": rows,
+            "tok_s": round(rows * new / best, 1),
+            "ms_token": round(best / new * 1e3, 3),
+            "first_s": round(first, 1),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        }
+        if contender == "sloth":
+            row |= {"step_ms": step_ms(model, rows)}
+            if profiled:
+                profile(model, rows)
+            row |= compared(model, rows)
+        found.append(row)
+        print(MARK + json.dumps(row), flush=True)
+    return found
+
+
+def floor_ms(shape: str, layers: int) -> float:
+    """What every token reads: 4-bit weights with their scales, adapters, the head."""
+    of = SHAPES[shape]
+    H, I, V = of["hidden_size"], of["intermediate_size"], of["vocab_size"]
+    KV = H // of["num_attention_heads"] * of["num_key_value_heads"]
+    sizes = [(H, H), (KV, H), (KV, H), (H, H), (I, H), (I, H), (H, I)]
+    each = sum(n * k * (0.5 + 1 / 64) + 2 * RANK * (n + k) for n, k in sizes)
+    return ((layers or of["num_hidden_layers"]) * each + 2 * V * H) / (copy_rate(l2_flush()) / 1e3)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def run(contender: str, folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """`measure` in a process of its own, with empty caches."""
+    caches = tempfile.mkdtemp()
+    places = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+    offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_COMPILE_LOCATION": f"{caches}/unsloth", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, __file__, "--one", contender, folder, args.batches, str(args.new), str(int(args.profile))]
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | places | offline,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+        )
+        said = done.stdout
+    except subprocess.TimeoutExpired as e:
+        said = (e.stdout or b"").decode() + f"\nnot done in {SECONDS} s"
+    told = [json.loads(line.removeprefix(MARK)) for line in said.splitlines() if line.startswith(MARK)]
+    print("\n".join(line for line in said.splitlines() if not line.startswith(MARK))[-9000:] if args.profile or not told else "")
+    return told or [{"contender": contender, "failed": said[-1500:]}]
+
+
+def one(contender: str, folder: str, batches: str, new: str, profiled: str) -> None:
+    try:
+        measure(contender, folder, [int(b) for b in batches.split(",")], int(new), profiled == "1")
+    except Exception:
+        traceback.print_exc()
+
+
+def main(args: argparse.Namespace) -> None:
+    results: dict[str, Any] = {
+        "machine": machine(args.commit),
+        "shape": args.shape,
+        "prompt": PROMPT,
+        "new": args.new,
+        "runs": [],
+    }
+    results["floor_ms"] = round(floor_ms(args.shape, args.layers), 3)
+    print("floor_ms", results["floor_ms"], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), args.shape, args.layers)
+        for contender in args.contenders.split(","):
+            if contender == "unsloth" and not optional("unsloth"):
+                continue
+            for row in run(contender, folder, args):
+                results["runs"].append(row)
+                print(row, flush=True)
+            write(results, args.out)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one(*sys.argv[2:])
+    else:
+        made = parser(__doc__)
+        made.add_argument("--contenders", default=",".join(CONTENDERS))
+        made.add_argument("--batches", default="1,8")
+        made.add_argument("--new", type=int, default=64, help="tokens")
+        made.add_argument("--profile", action="store_true")
+        made.add_argument("--shape", choices=SHAPES, default="8b")
+        made.add_argument("--layers", type=int, default=0, help="of another number than the shape's")
+        main(parse(made))

@@ -1,0 +1,106 @@
+"""Static caches that are kept from one `generate` to the next: a CUDA graph holds their addresses.
+
+Their lengths are rounded up to a few sizes, so that a prompt of another length finds a cache, and the graph, that is there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sloth.compat.dynamo import STATIC_MARK, maybe_mark_dynamic
+
+SMALLEST = 256
+KEPT = 2  # caches of one model: its training needs the memory
+
+
+def bucket(length: int) -> int:
+    """The length of the cache that holds so many tokens: multiples of 256, above 2,048 of a quarter of a power of two.
+
+    >>> [bucket(n) for n in (1, 256, 257, 1500, 2049, 5000)]
+    [256, 256, 512, 1536, 2560, 5120]
+    """
+    step = max(SMALLEST, 1 << max(0, (max(length, 1) - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+class Caches:
+    """Of one model. A cache is made by transformers' own class, and given out to one `generate` at a time."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[tuple, Any]] = []
+
+    def take(self, config: Any, rows: int, length: int) -> Any:
+        """A static cache, empty, for so many rows of at least so many tokens."""
+        from transformers import StaticCache
+
+        key = rows, bucket(length), torch.is_inference_mode_enabled()
+        for held in self._free:
+            if held[0] == key:
+                self._free.remove(held)
+                held[1].reset()
+                return held[1]
+        cache = StaticCache(config=config, max_cache_len=key[1])
+        cache.sloth_key = key
+        return cache
+
+    def give_back(self, cache: Any) -> None:
+        """For a later `generate`. Of those that were not used for the longest time, the memory is free again."""
+        self._free = [(cache.sloth_key, cache), *self._free][:KEPT]
+
+    def clear(self) -> None:
+        self._free.clear()
+
+
+def is_static(cache: Any) -> bool:
+    """Is it one that a graph can hold: its memory made, and nothing but keys and values in it?"""
+    from transformers import StaticCache
+
+    if type(cache) is not StaticCache or getattr(cache, "offloading", False):
+        return False
+    return _are_plain(cache) and all(layer.is_initialized for layer in cache.layers)
+
+
+def has_plain_layers(config: Any) -> bool:
+    """Does a static cache of such a model hold nothing but keys and values?"""
+    from transformers import StaticCache
+
+    return _are_plain(StaticCache(config=config, max_cache_len=SMALLEST))
+
+
+def _are_plain(cache: Any) -> bool:
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    return all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers)
+
+
+def tensors_of(cache: Any) -> list[torch.Tensor]:
+    return [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+
+
+def prepare(cache: Any) -> None:
+    """Let its tensors be inputs of graphs as others are, of any length: transformers marks them as constants, by address, for
+    Inductor's CUDA graphs, and each new cache would be compiled for.
+    """
+    for layer in cache.layers:
+        for t in (layer.keys, layer.values, layer.cumulative_length):
+            vars(t).pop(STATIC_MARK, None)
+            vary(t, 0, 2)
+
+
+def vary(t: torch.Tensor, *dims: int) -> None:
+    """Let these sizes be symbols in the first graph, where they are not 1."""
+    for dim in dims:
+        if t.dim() > dim and t.shape[dim] > 1:
+            maybe_mark_dynamic(t, dim)
+
+
+def counters(cache: Any) -> list[tuple[Any, str, int]]:
+    """What it counts in Python, which no graph does."""
+    return [(layer, name, n) for layer in cache.layers for name, n in vars(layer).items() if type(n) is int]
+
+
+def full(cache: Any) -> tuple[bool, ...]:
+    """Of layers with a window: is it full? They are written in another way then."""
+    return tuple(layer.get_seq_length() >= layer.get_max_length() for layer in cache.layers if layer.is_sliding)

@@ -1,0 +1,193 @@
+"""The forward pass of one token a row, over a static cache, as one CUDA graph.
+
+`generate` calls a Decoder where it would call the model. The first call of a kind runs what sloth compiled, the next is captured,
+and all others are replayed: inputs are copied to where the graph reads them, and what the cache counts in Python goes on.
+A kind is what Python sees: the cache, names and forms of the inputs, and which windows are full. What cannot be captured runs
+the model's own code, and is told once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sloth.generation.caches import Caches, counters, full, is_static, prepare, tensors_of, vary
+from sloth.rewriter.notices import warn_once
+
+ATTEMPTS = 4  # to capture a kind; Dynamo may need two graphs until it takes a number for one that varies
+PLAIN = (bool, int, float, str, torch.dtype, type(None))
+UNCAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+
+
+class Decoder:
+    """Of one model; it holds no reference to it. compiled: `compiled(model, inputs)` gives what `model(**inputs)` does."""
+
+    def __init__(self, model: torch.nn.Module, compiled: Callable[..., Any], capture: Capture):
+        self._model = weakref.ref(model)
+        self._compiled = compiled
+        self._capture = capture
+        self._kinds: weakref.WeakKeyDictionary[Any, dict[tuple, _Kind]] = weakref.WeakKeyDictionary()
+        self._state: int | None = None
+        self._failed = False
+        self.caches = Caches()
+        self.busy = False
+
+    def begin(self) -> None:
+        """Forget graphs of a model that has changed since: other adapters, other tensors. Values may be others."""
+        if (state := state_of(self._model())) != self._state:
+            self._kinds.clear()
+            self._state = state
+
+    def clear(self) -> None:
+        """Let go of graphs and caches."""
+        self._kinds.clear()
+        self.caches.clear()
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What `model(**inputs)` gives; logits are overwritten by the next call."""
+        model = self._model()
+        if self._failed or not _is_one_step(inputs):
+            return model(**inputs)
+        cache = next(v for v in inputs.values() if is_cache(v))
+        kinds = self._kinds.get(cache)
+        if kinds is None:
+            prepare(cache)
+            kinds = self._kinds[cache] = {}
+        key = (
+            tuple(_form(inputs)),
+            full(cache),
+            torch.is_inference_mode_enabled(),
+            tuple(t.data_ptr() for t in tensors_of(cache)),
+        )
+        kind = kinds.get(key)
+        if kind is None:
+            kind = kinds[key] = _Kind(inputs)
+        try:
+            return kind(model, self._compiled, self._capture, cache, inputs)
+        except _NotCaptured as why:
+            self._failed = True
+            self._kinds.clear()
+            warn_once(f"generating runs the model's own code, since a step of it cannot be a CUDA graph: {why}")
+            return model(**inputs)
+
+
+class _NotCaptured(Exception):
+    """Nothing was computed of this step."""
+
+
+class _Kind:
+    """Steps of one kind, and their graph once there is one."""
+
+    def __init__(self, inputs: dict[str, Any]):
+        self._buffers = _map_tensors(torch.clone, inputs)
+        self._places = [t for _, t in _tensors(self._buffers)]
+        for place in self._places:
+            vary(place, 0, 3)  # rows; of masks, the length of the cache
+        self._runs = 0
+        self._replay: Callable[[], None] | None = None
+        self._made: Any = None  # type of the output, its fields
+        self._counted: list[tuple[Any, str, int]] = []
+
+    def __call__(self, model: Any, compiled: Callable[..., Any], capture: Capture, cache: Any, inputs: dict[str, Any]) -> Any:
+        for place, (_, given) in zip(self._places, _tensors(inputs), strict=True):
+            place.copy_(given)
+        if self._replay is None and self._runs:
+            self._try(model, compiled, capture, cache)
+        if self._replay is None:
+            self._runs += 1
+            return compiled(model, self._buffers)
+        self._replay()
+        for layer, name, more in self._counted:
+            setattr(layer, name, getattr(layer, name) + more)
+        kind, fields = self._made
+        return kind(**fields)
+
+    def _try(self, model: Any, compiled: Callable[..., Any], capture: Capture, cache: Any) -> None:
+        """Capture, which computes nothing. What is not compiled yet raises, and is compiled by a run like the first."""
+        before = counters(cache)
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                replay, output = capture(lambda: compiled(model, self._buffers))
+        except Exception as e:
+            if self._runs < ATTEMPTS:
+                return
+            raise _NotCaptured(f"{type(e).__name__}: {e}".split("\n")[0]) from e
+        finally:
+            after = counters(cache)
+            for layer, name, n in before:
+                setattr(layer, name, n)
+        self._counted = [(layer, name, m - n) for (layer, name, n), (_, _, m) in zip(before, after, strict=True) if m != n]
+        fields = {name: v for name, v in output.items() if v is not None}
+        if others := [name for name, v in fields.items() if name != "logits" and not is_cache(v)]:
+            raise _NotCaptured(f"it gives {', '.join(others)} too")
+        self._made = type(output), fields
+        self._replay = replay
+
+
+def is_cache(value: Any) -> bool:
+    from transformers.cache_utils import Cache
+
+    return isinstance(value, Cache)
+
+
+def _is_one_step(inputs: dict[str, Any]) -> bool:
+    """One token a row, a static cache, and nothing that only Python understands."""
+    ids = inputs.get("input_ids")
+    if ids is None or ids.shape[1] != 1 or any(inputs.get(name) for name in UNCAPTURED):
+        return False
+    held = [v for v in inputs.values() if is_cache(v)]
+    return len(held) == 1 and is_static(held[0]) and None not in _form(inputs)
+
+
+def _form(inputs: dict[str, Any], prefix: str = "") -> Iterator[Any]:
+    """What of inputs is not the values of their tensors; None for what cannot be told."""
+    for name, v in inputs.items():
+        at = prefix + name
+        if isinstance(v, Tensor):
+            yield at, v.shape, v.dtype, v.device
+        elif isinstance(v, dict):
+            yield from _form(v, at + ".")
+        elif isinstance(v, PLAIN):
+            yield at, v
+        else:
+            yield (at, "cache") if is_cache(v) else None
+
+
+def _tensors(inputs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, v in inputs.items():
+        if isinstance(v, Tensor):
+            yield prefix + name, v
+        elif isinstance(v, dict):
+            yield from _tensors(v, f"{prefix}{name}.")
+
+
+def _map_tensors(fn: Callable[[Tensor], Tensor], inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: fn(v) if isinstance(v, Tensor) else _map_tensors(fn, v) if isinstance(v, dict) else v for name, v in inputs.items()
+    }
+
+
+def state_of(model: torch.nn.Module) -> int:
+    """A number that is another one when a graph of the model's would be: addresses of its tensors, and what its modules hold
+    beside these that is a number or a name (of adapters, their scales).
+    """
+    return hash(tuple(_hashed(vars(m), 4) for m in model.modules()))
+
+
+def _hashed(value: Any, depth: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.dtype, value.shape, _hashed(getattr(value, "quant_state", None), depth - 1)
+    if isinstance(value, PLAIN):
+        return value
+    if depth and isinstance(value, dict):
+        return tuple((k if isinstance(k, PLAIN) else id(k), _hashed(v, depth - 1)) for k, v in value.items())
+    if depth and isinstance(value, list | tuple | set):
+        return tuple(_hashed(v, depth - 1) for v in value)
+    if depth and type(value).__name__ == "QuantState":
+        return _hashed(vars(value), depth - 1)
+    return id(value)

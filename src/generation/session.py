@@ -1,0 +1,154 @@
+"""`model.generate(…)` with a Decoder: transformers' own loop, asked at its own seams for the cache and for the forward pass.
+
+transformers compiles the steps of static caches itself: it asks `_valid_auto_compile_criteria` whether, `get_compiled_call` for
+what to call, and `_prepare_cache_for_generation` for the cache. For the time of one `generate` the model answers these itself, as
+attributes of the object; its class is as it was. Sampling, processors, stopping and streaming are transformers'.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from inspect import signature
+from typing import Any
+
+import torch
+
+from sloth.generation.caches import has_plain_layers
+from sloth.generation.capture import capture_for
+from sloth.generation.decoder import Decoder, is_cache
+from sloth.integrations import generation
+from sloth.rewriter.notices import tell_once
+
+SEAMS = ("_prepare_cache_for_generation", "_valid_auto_compile_criteria", "get_compiled_call")
+STATIC = (None, "static")
+MODES = ("greedy_search", "sample")
+ATTENTION = ("sdpa", "eager")
+_decoders: weakref.WeakKeyDictionary[torch.nn.Module, Decoder] = weakref.WeakKeyDictionary()
+
+
+def start(model: torch.nn.Module, backend: Callable[..., Any]) -> bool:
+    """Let `generate` of a model of transformers replay its steps from now on. Its steps are compiled with this backend.
+
+    False, and nothing is changed, where there are no CUDA graphs, or where another version of transformers has other seams.
+    """
+    if model in _decoders:
+        return True
+    capture = capture_for(_device(model))
+    if capture is None or not all(hasattr(model, seam) for seam in SEAMS) or model.config.is_encoder_decoder:
+        return False
+    _decoders[model] = Decoder(model, _compiled(backend), capture)
+    return True
+
+
+def stop(model: torch.nn.Module) -> None:
+    """`generate` is transformers' own again, and the memory of graphs and caches is free."""
+    decoder = _decoders.pop(model, None)
+    if decoder is not None:
+        decoder.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _device(model: Any) -> torch.device:
+    devices = {p.device for p in model.parameters()}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+
+def _compiled(backend: Callable[..., Any]) -> Callable[..., Any]:
+    def step(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        return model(**inputs)
+
+    return torch.compile(step, backend=backend)
+
+
+@contextmanager
+def session(model: Any) -> Iterator[None]:
+    """Around one call of `generate`."""
+    decoder = _decoders.get(model)
+    if decoder is None or decoder.busy:
+        yield
+        return
+    decoder.begin()
+    lent: list[Any] = []
+    answers = {
+        "_prepare_cache_for_generation": partial(_prepare_cache, model, decoder, lent),
+        "_valid_auto_compile_criteria": lambda kwargs, config: any(map(_is_ours, kwargs.values())),
+        "get_compiled_call": lambda config: decoder,
+    }
+    decoder.busy = True
+    vars(model).update(answers)
+    try:
+        yield
+        for held in lent:
+            decoder.caches.give_back(held)
+    finally:
+        decoder.busy = False
+        for seam in answers:
+            vars(model).pop(seam, None)
+
+
+generation.SESSIONS.append(session)
+
+
+def _is_ours(value: Any) -> bool:
+    """A static cache, which is not made before the prompt is read."""
+    return is_cache(value) and type(value).__name__ == "StaticCache"
+
+
+def _prepare_cache(
+    model: Any,
+    decoder: Decoder,
+    lent: list[Any],
+    config: Any,
+    kwargs: dict[str, Any],
+    mode: Any,
+    rows: int,
+    length: int,
+    *more: Any,
+) -> Any:
+    """In place of a cache that grows, a static one, where steps over it can be replayed."""
+    why = _unfit(model, config, kwargs, mode)
+    if why:
+        tell_once(f"generating runs the model's own code: {why}")
+    if why or kwargs.get(_name_of_cache(model)) is not None:
+        type(model)._prepare_cache_for_generation(model, config, kwargs, mode, rows, length)
+        return
+    rows *= config.num_return_sequences or 1
+    taken = decoder.caches.take(_text(model), rows, max(length, config.max_cache_len or 0))
+    kwargs[_name_of_cache(model)] = taken
+    if not config.return_dict_in_generate:  # else it is the caller's
+        lent.append(taken)
+
+
+def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> str | None:
+    """Why steps of this `generate` are not replayed, or are without a cache of ours."""
+    given = kwargs.get(_name_of_cache(model))
+    unfit = {
+        "the model is in training mode": model.training,
+        f"generation mode is {mode.value}": mode.value not in MODES or config.is_assistant,
+        "no cache is used": not config.use_cache,
+        f"cache_implementation={config.cache_implementation!r}": config.cache_implementation not in STATIC,
+        f"the cache given is a {type(given).__name__}": given is not None and not _is_ours(given),
+        "the prompt is read in chunks": config.prefill_chunk_size is not None,
+        f"attention is {_text(model)._attn_implementation!r}": _text(model)._attn_implementation not in ATTENTION,
+        "transformers cannot compile its forward pass whole": not getattr(model, "_can_compile_fullgraph", False),
+        "its layers keep more than keys and values": not has_plain_layers(_text(model)),
+    }
+    return next((why for why, is_so in unfit.items() if is_so), None)
+
+
+def _text(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+@cache
+def _name_of_cache_of(kind: type) -> str:
+    return "cache" if "cache" in signature(kind.prepare_inputs_for_generation).parameters else "past_key_values"
+
+
+def _name_of_cache(model: Any) -> str:
+    """As the version of transformers calls it."""
+    return _name_of_cache_of(type(model))
