@@ -21,26 +21,30 @@ from sloth.kernels.linear.dequantize_4bit import (
     dequantize_4bit_together,
     together,
 )
+from sloth.kernels.linear.linear_4bit_rows import compute_linear_4bit_rows, linear_4bit_rows
 from sloth.kernels.linear.lora import lora_linear
-from sloth.patterns.lora import DIMS
+from sloth.patterns.lora import DIMS, LORA, fused, fused_bias, own_input
 from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.compile.passes import called_together
 from sloth.rewriter.graph.normal_form import rule
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.cost import cost
+from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.notices import log
 from sloth.rewriter.plan.materialize import emit
+from sloth.rewriter.plan.narrow import rounds_once
 from sloth.rewriter.verify.run import exact
 
 OLDEST = (0, 46)
-FEW_ROWS = 32  # without gradients bitsandbytes' own product of packed weights is faster up to here
+FEW_ROWS = 16  # that the kernels for packed weights take
 
 emit("weight_4bit", dequantize_4bit)
 called_together(dequantize_4bit, dequantize_4bit_together, 3, together)
 called_directly(dequantize_4bit, compute_dequantize_4bit, compile_ahead)
 called_directly(dequantize_4bit_together, compute_dequantize_4bit_together, compile_ahead)
+called_directly(linear_4bit_rows, compute_linear_4bit_rows, compile_ahead)
 
 
 @rule("bitsandbytes::dequantize_4bit")
@@ -104,14 +108,61 @@ def weight_is_4bit(match):
     match.require(match.weight.op == "weight_4bit", "its weight is not in 4 bits")
 
 
+# ---------------------------------------------------------------- a few rows without gradients, as in generating
+
+PACKED = ("packed", "absmax", "absmax_8bit", "code8", "offset", "blocksize", "quant_type")  # arguments of `weight_4bit`, in order
+OF_WEIGHT = {name: (lambda match, i=i: match.weight.args[i] if is_packed(match) else None) for i, name in enumerate(PACKED)}
+OF_WEIGHT["rows"] = lambda match: match.weight.meta.shape[0]
+rounds_once(linear_4bit_rows, sums=True)
+domain(linear_4bit_rows)
+
+
+def is_packed(match) -> bool:
+    return match.weight.op == "weight_4bit"
+
+
+lora_rows = pattern(LORA, op=linear_4bit_rows, dims=DIMS, name="lora_rows", variant="linear", **OF_WEIGHT)(fused)
+lora_rows.variant("linear_bias", **OF_WEIGHT)(fused_bias)
+ALONE = OF_WEIGHT | {name: value for name, value in NO_ADAPTER.items() if name != "lora_input"}
+
+
+@pattern(LINEAR_4BIT, op=linear_4bit_rows, dims=DIMS, name="linear_4bit_rows", variant="linear", **ALONE)
+def linear_rows(x, weight):
+    return F.linear(x, weight)
+
+
+@linear_rows.variant("linear_bias", **ALONE)
+def linear_rows_bias(x, weight, bias):
+    return F.linear(x, weight, bias)
+
+
+@lora_rows.check
+@linear_rows.check
+def few_rows_of_packed_weights(match):
+    match.require(is_packed(match), "its weight is not in 4 bits")
+    match.require(has_few_rows(match), "it has many rows, or gradients")
+    bias = match.tensors.get("bias", match.x)
+    match.require(match.x.meta.dtype == match.weight.meta.dtype == bias.meta.dtype, "input, weight and bias differ in dtype")
+    match.require("lora_input" not in match.tensors or own_input(match) is None, "its adapter reads something else")
+
+
+def has_few_rows(match) -> bool:
+    """No gradient, and few rows: known to be, or one token a sequence. (Of so many sequences that they are not few, the operator
+    dequantises the weights.)
+    """
+    shape = match.x.meta.shape
+    one = len(shape) == 3 and statically_known_true(shape[1] == 1)
+    few = one or statically_known_true(prod(shape[:-1]) <= FEW_ROWS)
+    return few and not any(r.meta.requires_grad for r in match.roots)
+
+
 @cost(lora_linear)
 def few_rows(match):
-    """A few rows without gradients, as in generation, are better multiplied with the packed weights."""
+    """A few rows without gradients, as in generating, are better multiplied with the packed weights."""
     x, weight = (match.tensors.get(name) for name in ("x", "weight"))
-    if x is None or weight is None or weight.op != "weight_4bit" or any(r.meta.requires_grad for r in match.roots):
+    if x is None or weight is None or weight.op != "weight_4bit" or not has_few_rows(match):
         return None
-    rows = prod(x.meta.shape[:-1])
-    return f"{rows} rows without gradients" if statically_known_true(rows <= FEW_ROWS) else None
+    return "a few rows without gradients are multiplied with the packed weights"
 
 
 def _warn_of_old_bitsandbytes() -> None:

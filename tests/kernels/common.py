@@ -33,7 +33,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _repair_interpreter() -> None:
-    """Triton's interpreter cuts fp32 off to bf16; GPUs round to nearest even. Bring it in line, so that tests can be exact."""
+    """Triton's interpreter cuts fp32 off to bf16, and takes the bits of bf16 for numbers in products of matrices; GPUs round to
+    nearest even, and multiply. Bring it in line, so that tests can be exact.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     import triton.language as tl
@@ -47,7 +49,15 @@ def _repair_interpreter() -> None:
             return bits.numpy().view(np.uint16)
         return convert(data, source, target, mode)
 
+    def product(self, a, b, *rest):
+        return multiply(self, *(widened(t) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)), *rest)
+
+    def widened(t):
+        bits = torch.from_numpy(np.ascontiguousarray(t.data).view(np.int16))
+        return interpreter.TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32)
+
     interpreter._convert_float = rounding
+    multiply, interpreter.InterpreterBuilder.create_dot = interpreter.InterpreterBuilder.create_dot, product
 
 
 _repair_interpreter()
