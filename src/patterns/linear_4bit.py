@@ -23,11 +23,11 @@ from sloth.kernels.linear.dequantize_4bit import (
 )
 from sloth.kernels.linear.linear_4bit_rows import compute_linear_4bit_rows, linear_4bit_rows
 from sloth.kernels.linear.lora import lora_linear
-from sloth.patterns.lora import DIMS, LORA, fused, fused_bias, own_input
+from sloth.patterns.lora import DIMS, LORA, fused, fused_bias
 from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.compile.passes import called_together
 from sloth.rewriter.graph.normal_form import rule
-from sloth.rewriter.graph.value import Value
+from sloth.rewriter.graph.value import Value, uncast
 from sloth.rewriter.match.cost import cost
 from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
@@ -114,7 +114,8 @@ PACKED = ("packed", "absmax", "absmax_8bit", "code8", "offset", "blocksize", "qu
 OF_WEIGHT = {name: (lambda match, i=i: match.weight.args[i] if is_packed(match) else None) for i, name in enumerate(PACKED)}
 OF_WEIGHT["rows"] = lambda match: match.weight.meta.shape[0]
 rounds_once(linear_4bit_rows, sums=True)
-domain(linear_4bit_rows)
+STORED = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)  # dtypes that the bytes of 4-bit weights have
+domain(linear_4bit_rows, packed=STORED, absmax_8bit=(torch.uint8,))
 
 
 def is_packed(match) -> bool:
@@ -143,7 +144,9 @@ def few_rows_of_packed_weights(match):
     match.require(has_few_rows(match), "it has many rows, or gradients")
     bias = match.tensors.get("bias", match.x)
     match.require(match.x.meta.dtype == match.weight.meta.dtype == bias.meta.dtype, "input, weight and bias differ in dtype")
-    match.require("lora_input" not in match.tensors or own_input(match) is None, "its adapter reads something else")
+    own = match.tensors.get("lora_input", match.x)
+    wide = torch.promote_types(own.meta.dtype, match.x.meta.dtype) == own.meta.dtype
+    match.require(own is match.x or uncast(own) is match.x and wide, "its adapter reads something else")
 
 
 def has_few_rows(match) -> bool:
