@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.compat import installed
 from sloth.kernels.common.ahead import compile_ahead
+from sloth.kernels.common.device import device_of
 from sloth.kernels.linear.dequantize_4bit import (
     NESTED_BLOCK,
     compute_dequantize_4bit,
@@ -21,7 +22,7 @@ from sloth.kernels.linear.dequantize_4bit import (
     dequantize_4bit_together,
     together,
 )
-from sloth.kernels.linear.linear_4bit_rows import compute_linear_4bit_rows, linear_4bit_rows
+from sloth.kernels.linear.linear_4bit_rows import ROWS_DTYPES, compute_linear_4bit_rows, linear_4bit_rows
 from sloth.kernels.linear.lora import lora_linear
 from sloth.patterns.lora import DIMS, LORA, fused, fused_bias
 from sloth.rewriter.compile.direct_calls import called_directly
@@ -38,7 +39,7 @@ from sloth.rewriter.plan.narrow import rounds_once
 from sloth.rewriter.verify.run import exact
 
 OLDEST = (0, 46)
-FEW_ROWS = 16  # that the kernels for packed weights take
+FEW_ROWS = 32  # without gradients products of packed weights are faster up to here
 
 emit("weight_4bit", dequantize_4bit)
 called_together(dequantize_4bit, dequantize_4bit_together, 3, together)
@@ -141,6 +142,7 @@ def linear_rows_bias(x, weight, bias):
 @linear_rows.check
 def few_rows_of_packed_weights(match):
     match.require(is_packed(match), "its weight is not in 4 bits")
+    match.require(kernels_take(match.x.meta), "no kernel is made for its device or dtype")
     match.require(has_few_rows(match), "it has many rows, or gradients")
     bias = match.tensors.get("bias", match.x)
     match.require(match.x.meta.dtype == match.weight.meta.dtype == bias.meta.dtype, "input, weight and bias differ in dtype")
@@ -150,22 +152,26 @@ def few_rows_of_packed_weights(match):
 
 
 def has_few_rows(match) -> bool:
-    """No gradient, and few rows: known to be, or one token a sequence. (Of so many sequences that they are not few, the operator
-    dequantises the weights.)
+    """No gradient, and few rows: known to be, or one token a sequence, where the kernels take such. (Of so many sequences that
+    they are not few, the operator dequantises the weights.)
     """
     shape = match.x.meta.shape
-    one = len(shape) == 3 and statically_known_true(shape[1] == 1)
+    one = kernels_take(match.x.meta) and len(shape) == 3 and statically_known_true(shape[1] == 1)
     few = one or statically_known_true(prod(shape[:-1]) <= FEW_ROWS)
     return few and not any(r.meta.requires_grad for r in match.roots)
 
 
+def kernels_take(meta) -> bool:
+    return meta.dtype in ROWS_DTYPES and device_of(meta.device).triton
+
+
 @cost(lora_linear)
 def few_rows(match):
-    """A few rows without gradients, as in generating, are better multiplied with the packed weights."""
+    """A few rows without gradients, as in generation, are better multiplied with the packed weights, here or by bitsandbytes."""
     x, weight = (match.tensors.get(name) for name in ("x", "weight"))
     if x is None or weight is None or weight.op != "weight_4bit" or not has_few_rows(match):
         return None
-    return "a few rows without gradients are multiplied with the packed weights"
+    return f"{prod(x.meta.shape[:-1])} rows without gradients"
 
 
 def _warn_of_old_bitsandbytes() -> None:

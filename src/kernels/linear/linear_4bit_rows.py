@@ -25,6 +25,7 @@ from sloth.kernels.linear.dequantize_4bit import CODES, NESTED_BLOCK, _table, co
 from sloth.kernels.linear.lora import lora_linear
 
 MOST = 16  # rows of x that the kernels take
+ROWS_DTYPES = (torch.bfloat16, torch.float16)  # of x
 BY_ELEMENT = 2  # rows up to which no tensor core is used
 TOGETHER = 3  # layers of one launch
 # Rows of W to a program, blocks of 4 bits to a step, and how it is launched: by element, and by tensor cores.
@@ -227,7 +228,7 @@ def _triton(x: Tensor, weights: list[tuple], bias, a, b, scale, blocksize: int, 
 def serves(x: Tensor, rows: int, blocksize: int) -> bool:
     """Are the kernels made for these operands?"""
     fits = rows <= MOST and x.shape[-1] % blocksize == 0 and blocksize <= 256
-    return fits and x.dtype in (torch.bfloat16, torch.float16) and use_triton(x)
+    return fits and x.dtype in ROWS_DTYPES and use_triton(x)
 
 
 # ---------------------------------------------------------------- the operator
