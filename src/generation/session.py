@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from sloth.generation.caches import has_plain_layers
+from sloth.generation.caches import has_plain_layers, is_static
 from sloth.generation.capture import capture_for
-from sloth.generation.decoder import Decoder, is_cache
+from sloth.generation.decoder import Decoder
 from sloth.integrations import generation
 from sloth.rewriter.notices import tell_once
 
@@ -73,10 +73,12 @@ def session(model: Any) -> Iterator[None]:
         return
     decoder.begin()
     lent: list[Any] = []
+    fit: list[bool] = []
+    theirs = type(model)
     answers = {
-        "_prepare_cache_for_generation": partial(_prepare_cache, model, decoder, lent),
-        "_valid_auto_compile_criteria": lambda kwargs, config: any(map(_is_ours, kwargs.values())),
-        "get_compiled_call": lambda config: decoder,
+        "_prepare_cache_for_generation": partial(_prepare_cache, model, decoder, lent, fit),
+        "_valid_auto_compile_criteria": lambda *of: bool(fit) or theirs._valid_auto_compile_criteria(model, *of),
+        "get_compiled_call": lambda config: decoder if fit else theirs.get_compiled_call(model, config),
     }
     decoder.busy = True
     vars(model).update(answers)
@@ -93,26 +95,16 @@ def session(model: Any) -> Iterator[None]:
 generation.SESSIONS.append(session)
 
 
-def _is_ours(value: Any) -> bool:
-    """A static cache, which is not made before the prompt is read."""
-    return is_cache(value) and type(value).__name__ == "StaticCache"
-
-
 def _prepare_cache(
-    model: Any,
-    decoder: Decoder,
-    lent: list[Any],
-    config: Any,
-    kwargs: dict[str, Any],
-    mode: Any,
-    rows: int,
+    model: Any, decoder: Decoder, lent: list[Any], fit: list[bool], config: Any, kwargs: dict[str, Any], mode: Any, rows: int,
     length: int,
-    *more: Any,
-) -> Any:
+) -> None:  # fmt: skip
     """In place of a cache that grows, a static one, where steps over it can be replayed."""
     why = _unfit(model, config, kwargs, mode)
     if why:
         tell_once(f"generating runs the model's own code: {why}")
+    else:
+        fit.append(True)
     if why or kwargs.get(_name_of_cache(model)) is not None:
         type(model)._prepare_cache_for_generation(model, config, kwargs, mode, rows, length)
         return
@@ -131,7 +123,7 @@ def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> str | 
         f"generation mode is {mode.value}": mode.value not in MODES or config.is_assistant,
         "no cache is used": not config.use_cache,
         f"cache_implementation={config.cache_implementation!r}": config.cache_implementation not in STATIC,
-        f"the cache given is a {type(given).__name__}": given is not None and not _is_ours(given),
+        f"the cache given is a {type(given).__name__}": given is not None and not is_static(given),
         "the prompt is read in chunks": config.prefill_chunk_size is not None,
         f"attention is {_text(model)._attn_implementation!r}": _text(model)._attn_implementation not in ATTENTION,
         "transformers cannot compile its forward pass whole": not getattr(model, "_can_compile_fullgraph", False),

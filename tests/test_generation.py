@@ -1,0 +1,293 @@
+"""`generate` whose steps are replayed: the same tokens as transformers' own, whatever is asked of it.
+
+CUDA graphs are stood in for (generating.py), and steps are not compiled, but where a test says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from generating import StandIn
+
+from sloth.generation import session
+from sloth.generation.caches import Caches, bucket
+from sloth.generation.decoder import state_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None,
+}  # fmt: skip
+WINDOW = {"sliding_window": 8}
+KINDS = {"llama": ("Llama", {}), "mistral": ("Mistral", WINDOW), "gemma2": ("Gemma2", WINDOW), "gemma3": ("Gemma3", WINDOW)}
+
+
+def made(kind: str = "llama") -> Any:
+    import transformers
+
+    name, more = KINDS[kind]
+    config = getattr(transformers, f"{name}{'Text' * (kind == 'gemma3')}Config")(**SIZES, **more)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)  # tokens depend on what was read
+    return model
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Steps of models for which a test calls `session.start` are replayed by this."""
+    stand_in = StandIn()
+    monkeypatch.setattr(session, "capture_for", lambda device: stand_in)
+    monkeypatch.setattr(session, "_compiled", lambda backend: lambda model, inputs: model(**inputs))
+    return stand_in
+
+
+IDS = torch.randint(1, 97, (2, 5), generator=torch.Generator().manual_seed(3))
+PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+def tokens(model: Any, ids: torch.Tensor = IDS, **given: Any) -> torch.Tensor:
+    torch.manual_seed(7)
+    return model.generate(ids, **{"max_new_tokens": 9, "do_sample": False} | given)
+
+
+def both(graphs: StandIn, model: Any, **given: Any) -> torch.Tensor:
+    """transformers' own tokens, which those of graphs are equal to."""
+    expected = tokens(model, **given)
+    assert session.start(model, lambda: None)
+    captured, replayed = graphs.captured, graphs.replayed
+    assert torch.equal(tokens(model, **given), expected)
+    assert graphs.captured > captured and graphs.replayed > replayed + 2
+    return expected
+
+
+# ---------------------------------------------------------------- the same tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy(graphs: StandIn, kind: str) -> None:
+    """With left padding, over windows that fill up on the way. Another prompt finds cache and graph."""
+    model = made(kind)
+    found = both(graphs, model, attention_mask=PADDED)
+    assert len(found[:, 5:].unique()) > 4
+    captured = graphs.captured
+    assert captured == (1 if kind == "llama" else 2)
+    other = IDS.flip(0)[:, :3]
+    mine = tokens(model, other)
+    assert graphs.captured == captured
+    session.stop(model)
+    assert torch.equal(tokens(model, other), mine)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
+def test_256_tokens(graphs: StandIn, kind: str) -> None:
+    both(graphs, made(kind), max_new_tokens=256)
+
+
+class Banned:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, input_ids[0, -1:], -float("inf"))
+
+
+ASKED = {
+    "sampled": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "penalty": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "own processor": {"logits_processor": [Banned()]},
+    "static": {"cache_implementation": "static"},
+    "logits": {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": 5},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_whatever_is_asked(graphs: StandIn, asked: str) -> None:
+    both(graphs, made(), **ASKED[asked])
+
+
+def test_stops_and_streams(graphs: StandIn) -> None:
+    """A criterion of one's own ends it, and a streamer sees each token."""
+    from transformers import StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+
+    class Seen(BaseStreamer):
+        def __init__(self) -> None:
+            self.values: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.values += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.values.append(-1)
+
+    def seven(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(ids),), ids.shape[1] >= 12)
+
+    model = made()
+    expected = tokens(model, IDS[:1])[:, :12]
+    session.start(model, lambda: None)
+    seen = Seen()
+    found = tokens(model, IDS[:1], max_new_tokens=20, streamer=seen, stopping_criteria=StoppingCriteriaList([seven]))
+    assert torch.equal(found, expected) and seen.values == [*expected[0].tolist(), -1] and graphs.replayed
+
+
+def test_outputs_are_the_callers(graphs: StandIn) -> None:
+    """Logits and a cache that were given out stay what they were; a chat goes on from the cache."""
+    model = made()
+    asked = {"return_dict_in_generate": True, "output_logits": True}
+    expected = tokens(model, **asked)
+    longer = torch.cat([expected.sequences, IDS], 1)
+    plain = tokens(model, longer, max_new_tokens=6)
+    session.start(model, lambda: None)
+    first = tokens(model, max_new_tokens=9, max_length=None, **asked)
+    logits = [t.clone() for t in first.logits]
+    cache = first["cache" if "cache" in first else "past_key_values"]
+    keys = cache.layers[0].keys.clone()
+    tokens(model, IDS + 1, **asked)
+    assert torch.equal(cache.layers[0].keys, keys)
+    assert all(torch.equal(a, b) for a, b in zip(first.logits, logits, strict=True))
+    torch.testing.assert_close(torch.stack(first.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-5)
+    replayed = graphs.replayed
+    assert torch.equal(tokens(model, longer, past_key_values=cache, max_new_tokens=6), plain)
+    assert graphs.replayed > replayed
+
+
+# ---------------------------------------------------------------- back and forth
+
+
+def test_back_to_training(graphs: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that were trained meanwhile are generated with, by the same graph; gradients are as before; nothing is left."""
+    from sloth import FastLanguageModel
+
+    model = made()
+    held = set(vars(model))
+    other = made()
+
+    def gradients(of: Any) -> list[torch.Tensor]:
+        of.zero_grad()
+        of(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad for p in of.parameters()]
+
+    for _ in range(2):
+        assert FastLanguageModel.for_inference(model) is model
+        assert torch.equal(tokens(model), tokens(other))
+        captured = graphs.captured
+        with torch.no_grad():
+            for a, b in zip(model.parameters(), other.parameters(), strict=True):
+                b.copy_(a.mul_(1.1))
+        assert torch.equal(tokens(model), tokens(other)) and graphs.captured == captured
+        FastLanguageModel.for_training(model)
+        assert model not in session._decoders
+        other.train()
+        assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(other), strict=True))
+        other.eval()
+    assert set(vars(model)) - held <= {"_previous_max_cache_length"}
+
+
+def test_another_model_is_captured_anew(graphs: StandIn) -> None:
+    """Adapters that are switched, merged, scaled; weights that lie elsewhere."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(made(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    base = model.get_base_model()
+    session.start(base, lambda: None)
+    states, found = [state_of(base)], [tokens(model)]
+    assert state_of(base) == states[0]
+    layer = base.model.layers[0].self_attn.q_proj
+
+    def another(change: Any) -> None:
+        change()
+        states.append(state_of(base))
+        found.append(tokens(model))
+
+    another(lambda: layer.scaling.update(default=30.0))
+    another(lambda: model.base_model.disable_adapter_layers())
+    another(lambda: setattr(layer.base_layer, "weight", torch.nn.Parameter(layer.base_layer.weight * 2)))
+    assert len(set(states)) == 4
+    session.stop(base)
+    assert torch.equal(tokens(model), found[-1])
+    model.base_model.enable_adapter_layers()
+    layer.base_layer.weight.data /= 2
+    assert torch.equal(tokens(model), found[1]) and not torch.equal(found[0], found[1])
+
+
+def test_caches_are_few() -> None:
+    config, caches = made().config, Caches()
+    assert [bucket(n) for n in (1, 256, 257, 2049, 2561, 5000)] == [256, 256, 512, 2560, 3072, 5120]
+    taken = [caches.take(config, rows, 20) for rows in (1, 2, 3)]
+    for cache in taken:
+        caches.give_back(cache)
+    assert caches.take(config, 3, 250) is taken[2] and caches.take(config, 1, 250) not in taken
+    with torch.inference_mode():  # what is made in it cannot be written without
+        assert caches.take(config, 2, 250) is not taken[1]
+    assert caches.take(config, 2, 257) is not taken[1] and caches.take(config, 2, 250) is taken[1]
+
+
+# ---------------------------------------------------------------- what is not fast
+
+LEFT = {
+    "beams": ({"num_beams": 2}, "generation mode is beam_search"),
+    "own cache": ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
+    "chunks": ({"cache_implementation": "static", "prefill_chunk_size": 2}, "the prompt is read in chunks"),
+    "no cache": ({"use_cache": False}, "no cache is used"),
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_left_to_transformers(graphs: StandIn, left: str, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    given, why = LEFT[left]
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
+    model = made()
+    expected = tokens(model, **given)
+    session.start(model, lambda: None)
+    with caplog.at_level(logging.INFO, "sloth"):
+        assert torch.equal(tokens(model, **given), expected) and torch.equal(tokens(model, **given), expected)
+    assert [r.getMessage() for r in caplog.records if why in r.getMessage()] == [
+        f"sloth: generating runs the model's own code: {why}"
+    ]
+    assert not graphs.captured
+
+
+def test_what_cannot_be_captured(monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(function: Any) -> Any:
+        StandIn()(function)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
+    monkeypatch.setattr(session, "capture_for", lambda device: fails)
+    monkeypatch.setattr(session, "_compiled", lambda backend: lambda model, inputs: model(**inputs))
+    model = made("mistral")
+    expected = tokens(model)
+    session.start(model, lambda: None)
+    assert torch.equal(tokens(model), expected)
+    assert "cannot be a CUDA graph: RuntimeError: operation not permitted" in caplog.text
+
+
+def test_without_cuda_nothing_changes() -> None:
+    model = made()
+    assert not session.start(model, lambda: None) and model not in session._decoders
+
+
+@pytest.mark.nightly
+def test_compiled_once_for_all_lengths(graphs: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that Dynamo has traced, over caches of two lengths, are one graph."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.undo()
+    monkeypatch.setattr(session, "capture_for", lambda device: _never)
+    torch._dynamo.reset()
+    counters.clear()
+    model = made()
+    expected = tokens(model), tokens(model, max_new_tokens=260)
+    session.start(model, "eager")
+    assert torch.equal(tokens(model), expected[0]) and torch.equal(tokens(model, max_new_tokens=260), expected[1])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def _never(function: Any) -> Any:
+    raise RuntimeError("not now")
