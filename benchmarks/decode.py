@@ -129,9 +129,11 @@ def measure(contender: str, folder: str, batches: list[int], new: int, profiled:
     if contender == "unsloth":
         import unsloth  # noqa: F401  (before transformers)
     model, more = model_of(contender, folder), {"cache_implementation": "static"} if contender == "static" else {}
+    print(f"{contender} is loaded", flush=True)
     found = []
     for rows in batches:
         first = seconds(lambda rows=rows: generate(model, rows, new, **more))
+        print(f"{contender}: first tokens of {rows} rows after {first:.1f} s", flush=True)
         generate(model, rows, new, **more)
         best = min(seconds(lambda rows=rows: generate(model, rows, new, **more)) for _ in range(3))
         row: dict[str, Any] = {
@@ -171,21 +173,16 @@ def run(contender: str, folder: str, args: argparse.Namespace) -> list[dict[str,
     places = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
     offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_COMPILE_LOCATION": f"{caches}/unsloth", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, __file__, "--one", contender, folder, args.batches, str(args.new), str(int(args.profile))]
-    try:
-        done = subprocess.run(
-            command,
-            env=os.environ | places | offline,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=SECONDS,
-        )
-        said = done.stdout
-    except subprocess.TimeoutExpired as e:
-        said = (e.stdout or b"").decode() + f"\nnot done in {SECONDS} s"
-    told = [json.loads(line.removeprefix(MARK)) for line in said.splitlines() if line.startswith(MARK)]
-    print("\n".join(line for line in said.splitlines() if not line.startswith(MARK))[-9000:] if args.profile or not told else "")
-    return told or [{"contender": contender, "failed": said[-1500:]}]
+    how = {"env": os.environ | places | offline, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    told, said = [], []
+    with subprocess.Popen(["timeout", str(SECONDS), *command], **how) as process:
+        for line in process.stdout or ():
+            if line.startswith(MARK):
+                told.append(json.loads(line.removeprefix(MARK)))
+            else:
+                said.append(line)
+                print(line, end="", flush=True)
+    return told or [{"contender": contender, "failed": "".join(said)[-1500:]}]
 
 
 def one(contender: str, folder: str, batches: str, new: str, profiled: str) -> None:
