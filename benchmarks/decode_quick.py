@@ -126,10 +126,16 @@ def steps(layers: int) -> None:
     FastLanguageModel.for_inference(model)
     with listening() as reports:
         ours = generate(model, 1, 16, **told)
-    say("first generate;", [r.line({}) for r in reports], [dict(r.seconds) for r in reports])
-    off = max(
-        ((a - b).abs().max() / b.std()).item() for a, b in itertools.islice(zip(ours.logits, theirs.logits, strict=True), 3)
-    )
+    for r in reports:
+        say(
+            "compiled",
+            dict(Counter(site.variant for site in r.sites)),
+            {k: round(v, 1) for k, v in r.seconds.items()},
+            r.untouched,
+        )
+    say("first generate")
+    pairs = itertools.islice(zip(ours.logits, theirs.logits, strict=True), 3)
+    off = max(((a - b).abs().max() / b.std()).item() for a, b in pairs)
     say("same tokens", (ours.sequences == theirs.sequences).float().mean().item(), "logits off by", round(off, 4), "sigma")
     generate(model, 1, 32)
 
