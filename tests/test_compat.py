@@ -329,6 +329,28 @@ def _() -> None:
     assert "mul" not in traced and any(name.startswith("sub") for name in traced)
 
 
+@uses("dynamo.maybe_mark_dynamic")
+def _() -> None:
+    """One graph for all sizes, though the tensor was a constant by its address before."""
+    sizes: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        sizes.append([x for x in inputs if isinstance(x, torch.SymInt)])
+        return gm.forward
+
+    def double(held: dict[str, Tensor]) -> Tensor:
+        return held["x"] * 2
+
+    compiled = torch.compile(double, backend=backend)
+    for n in (4, 6):
+        x = torch.ones(n)
+        torch._dynamo.mark_static_address(x)
+        assert vars(x).pop(dynamo.STATIC_MARK)
+        dynamo.maybe_mark_dynamic(x, 0)
+        assert compiled({"x": x}).shape == (n,)
+    assert len(sizes) == 1 and len(sizes[0]) == 1
+
+
 @uses("dynamo.callback_handler")
 def _() -> None:
     ended: list[Any] = []
