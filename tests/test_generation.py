@@ -12,7 +12,7 @@ import pytest
 import torch
 from generating import StandIn
 
-from sloth.generation import session
+from sloth.generation import decoder, session
 from sloth.generation.caches import Caches, bucket
 from sloth.generation.decoder import state_of
 
@@ -216,6 +216,22 @@ def test_another_model_is_captured_anew(graphs: StandIn) -> None:
     assert torch.equal(tokens(model), found[1]) and not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("how", ["in place", "asked for"])
+def test_the_backend_alone(graphs: StandIn, how: str) -> None:
+    """`model.compile(backend="sloth")`, or a CompileConfig, and a static cache; without one nothing is replayed."""
+    from transformers import CompileConfig
+
+    model = made()
+    expected = tokens(model)
+    given: dict[str, Any] = {"cache_implementation": "static"}
+    if how == "in place":
+        model.compile(backend="sloth")
+        assert torch.equal(tokens(model), expected) and model not in session._decoders
+    else:
+        given["compile_config"] = CompileConfig(backend="sloth")
+    assert torch.equal(tokens(model, **given), expected) and graphs.replayed
+
+
 def test_caches_are_few() -> None:
     config, caches = made().config, Caches()
     assert [bucket(n) for n in (1, 256, 257, 2049, 2561, 5000)] == [256, 256, 512, 2560, 3072, 5120]
@@ -280,6 +296,7 @@ def test_compiled_once_for_all_lengths(graphs: StandIn, monkeypatch: pytest.Monk
 
     monkeypatch.undo()
     monkeypatch.setattr(session, "capture_for", lambda device: _never)
+    monkeypatch.setattr(decoder, "ATTEMPTS", 1 << 20)
     torch._dynamo.reset()
     counters.clear()
     model = made()

@@ -29,7 +29,7 @@ ATTENTION = ("sdpa", "eager")
 _decoders: weakref.WeakKeyDictionary[torch.nn.Module, Decoder] = weakref.WeakKeyDictionary()
 
 
-def start(model: torch.nn.Module, backend: Callable[..., Any]) -> bool:
+def start(model: torch.nn.Module, backend: Callable[..., Any] | str) -> bool:
     """Let `generate` of a model of transformers replay its steps from now on. Its steps are compiled with this backend.
 
     False, and nothing is changed, where there are no CUDA graphs, or where another version of transformers has other seams.
@@ -57,7 +57,7 @@ def _device(model: Any) -> torch.device:
     return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
 
-def _compiled(backend: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(backend: Callable[..., Any] | str) -> Callable[..., Any]:
     def step(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         return model(**inputs)
 
@@ -65,8 +65,14 @@ def _compiled(backend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def session(model: Any) -> Iterator[None]:
-    """Around one call of `generate`."""
+def session(model: Any, compiled: Any, given: dict[str, Any]) -> Iterator[None]:
+    """Around one call of `generate` with these keyword arguments. compiled: what `model.compile(backend="sloth")` made.
+
+    Without `for_inference`, `cache_implementation="static"` of a model that is compiled for sloth asks for the same; so does
+    `compile_config=CompileConfig(backend="sloth")` beside it.
+    """
+    if model not in _decoders and _asks_for_static(model, given) and (compiled is not None or _asks_for_sloth(model, given)):
+        start(model, "sloth")
     decoder = _decoders.get(model)
     if decoder is None or decoder.busy:
         yield
@@ -93,6 +99,20 @@ def session(model: Any) -> Iterator[None]:
 
 
 generation.SESSIONS.append(session)
+
+
+def _asked(model: Any, given: dict[str, Any], name: str) -> Any:
+    """An argument of `generate`, wherever it is given."""
+    of = (given.get("generation_config"), getattr(model, "generation_config", None))
+    return next((v for v in (given.get(name), *(getattr(config, name, None) for config in of)) if v is not None), None)
+
+
+def _asks_for_static(model: Any, given: dict[str, Any]) -> bool:
+    return _asked(model, given, "cache_implementation") == "static"
+
+
+def _asks_for_sloth(model: Any, given: dict[str, Any]) -> bool:
+    return getattr(_asked(model, given, "compile_config"), "backend", None) == "sloth"
 
 
 def _prepare_cache(

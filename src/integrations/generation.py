@@ -16,7 +16,8 @@ from typing import Any
 from sloth.compat.dynamo import innermost_backend
 from sloth.integrations.integration import integration
 
-SESSIONS: list[Callable[[Any], AbstractContextManager[None]]] = []  # entered around `generate`, with the model
+Session = Callable[[Any, Any, dict[str, Any]], AbstractContextManager[None]]
+SESSIONS: list[Session] = []  # entered around `generate`, with the model, its compiled call if it is sloth's, keyword arguments
 
 
 def backend_of(call: Any) -> Any:
@@ -39,19 +40,17 @@ def _leave_alone(generation: ModuleType) -> None:
 
     @wraps(generate)
     def as_it_is(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled = getattr(self, "_compiled_call_impl", None)
+        ours = is_compiled_for_sloth(compiled)
         with ExitStack() as sessions:
             for session in SESSIONS:
-                sessions.enter_context(session(self))
-            return uncompiled(self, *args, **kwargs)
-
-    def uncompiled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled = getattr(self, "_compiled_call_impl", None)
-        if not is_compiled_for_sloth(compiled):
-            return generate(self, *args, **kwargs)
-        self._compiled_call_impl = None
-        try:
-            return generate(self, *args, **kwargs)
-        finally:
-            self._compiled_call_impl = compiled
+                sessions.enter_context(session(self, compiled if ours else None, kwargs))
+            if not ours:
+                return generate(self, *args, **kwargs)
+            self._compiled_call_impl = None
+            try:
+                return generate(self, *args, **kwargs)
+            finally:
+                self._compiled_call_impl = compiled
 
     generation.GenerationMixin.generate = as_it_is

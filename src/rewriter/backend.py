@@ -45,6 +45,7 @@ from sloth.rewriter.report import GraphReport
 load(*(f"sloth.integrations.{name}" for name in ("generation", "llamafactory", "peft", "trainer", "trl")))  # met as they are
 TAUGHT = ("collector", "graph_breaks", "module_floats", "repeated_layers", "varying_sizes")
 load(*(f"sloth.rewriter.dynamo.{name}" for name in TAUGHT))
+load("sloth.generation.session")
 patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know
 NODES_A_SECOND = 15  # that Inductor compiles, both passes: 12 to 18, tiny models on two cores as 8B ones on a GPU's host
 start_early()

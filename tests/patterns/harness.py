@@ -16,7 +16,7 @@ from sloth.rewriter.match.registry import patterns
 # What must be computed in the graph is no input that could be drawn: a 4-bit weight, a mask, layers around. They have test files
 # of their own.
 OTHERS = ("linear_4bit", "attention", "attention_by_mask", "eager_attention", "eager_attention_by_mask")
-OTHERS += ("gated_layers", "gated_layers_packed")
+OTHERS += ("gated_layers", "gated_layers_packed", "linear_4bit_rows", "lora_rows")
 ENTRIES = [entry for entry in patterns() if entry.variants and entry.name not in OTHERS]
 VARIANTS = [variant for entry in ENTRIES for variant in entry.variants]
 

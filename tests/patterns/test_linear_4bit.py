@@ -10,7 +10,9 @@ from peft_layers import BF16, FP32, Attention, Compiled, K, adapted, bnb, same, 
 from torch import Tensor, nn
 
 from sloth.kernels.linear.dequantize_4bit import dequantize_4bit
+from sloth.kernels.linear.linear_4bit_rows import linear_4bit_rows
 from sloth.kernels.linear.lora import lora_linear
+from sloth.patterns import linear_4bit
 
 unpacked = bnb.functional.dequantize_4bit
 
@@ -148,3 +150,41 @@ def test_evaluation(rows, matched):
     assert len(sites) == 4 and all(
         matched or (s.status, s.reason) == ("unprofitable", f"{rows} rows without gradients") for s in sites
     )
+
+
+# ---------------------------------------------------------------- a few rows, where there are kernels for them
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """As on a GPU; what is chosen then computes by ATen here."""
+    monkeypatch.setattr(linear_4bit, "kernels_take", lambda meta: meta.dtype in (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("adapters, bias", [(None, True), ("bf16", True), ("fp32", False)])
+def test_few_rows(kernels, adapters, bias):
+    """q, k and v in one call, with their adapters, which read x as it is or in fp32; as near to fp64 as eager."""
+    model = adapted(Attention("nf4", BF16, bias), *([] if adapters is None else [{}]), fp32=adapters == "fp32")
+    x = x_like(2, 1, dtype=BF16, grad=False)
+    with torch.no_grad():
+        compiled = Compiled(model)
+        torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+    entry = "linear_4bit_rows" if adapters is None else "lora_rows"
+    assert compiled.variants == {f"{entry}[linear{'_bias' * bias}]": 4}
+    assert sorted(compiled.calls(linear_4bit_rows)) == [1, 3] and not compiled.calls(dequantize_4bit)
+
+
+def test_one_token_of_any_number_of_sequences(kernels):
+    """One graph; of many sequences the operator dequantises. With gradients, or with many tokens, nothing changes."""
+    model = adapted(Attention("nf4", BF16), {})
+    compiled = Compiled(model, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 40):
+            x = x_like(rows, 1, dtype=BF16, grad=False)
+            torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+    assert len(compiled.reports) == 1 and sum(compiled.calls(linear_4bit_rows)) == 4
+    for x, grad in ((x_like(3, 1, dtype=BF16), True), (x_like(3, 12, dtype=BF16, grad=False), False)):
+        with torch.set_grad_enabled(grad):
+            other = Compiled(model)
+            other(x)
+        assert sum(other.calls(lora_linear)) == 4 and not other.calls(linear_4bit_rows)
