@@ -5,7 +5,9 @@ CUDA graphs are stood in for (generating.py), and steps are not compiled, but wh
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -155,6 +157,18 @@ def test_outputs_are_the_callers(graphs: StandIn) -> None:
     replayed = graphs.replayed
     assert torch.equal(tokens(model, longer, past_key_values=cache, max_new_tokens=6), plain)
     assert graphs.replayed > replayed
+
+
+def test_what_was_given_out_is_freed(graphs: StandIn) -> None:
+    """A cache ends with the last who holds it, and its graph with it."""
+    model = made("mistral")
+    session.start(model, lambda: None)
+    found = tokens(model, return_dict_in_generate=True)
+    cache = weakref.ref(found["cache" if "cache" in found else "past_key_values"])
+    assert graphs.replayed and len(session._decoders[model]._kinds) == 1
+    del found
+    gc.collect()
+    assert cache() is None and not session._decoders[model]._kinds
 
 
 # ---------------------------------------------------------------- back and forth

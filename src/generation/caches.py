@@ -96,9 +96,9 @@ def vary(t: torch.Tensor, *dims: int) -> None:
             maybe_mark_dynamic(t, dim)
 
 
-def counters(cache: Any) -> list[tuple[Any, str, int]]:
-    """What it counts in Python, which no graph does."""
-    return [(layer, name, n) for layer in cache.layers for name, n in vars(layer).items() if type(n) is int]
+def counters(cache: Any) -> list[tuple[int, str, int]]:
+    """What its layers, by their number, count in Python, which no graph does."""
+    return [(i, name, n) for i, layer in enumerate(cache.layers) for name, n in vars(layer).items() if type(n) is int]
 
 
 def full(cache: Any) -> tuple[bool, ...]:

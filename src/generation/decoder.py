@@ -81,17 +81,18 @@ class _NotCaptured(Exception):
 
 
 class _Kind:
-    """Steps of one kind, and their graph once there is one."""
+    """Steps of one kind, and their graph once there is one. It holds no reference to its cache, with which it ends."""
 
     def __init__(self, inputs: dict[str, Any]):
-        self._buffers = _map_tensors(torch.clone, inputs)
+        self._cache = next(name for name, v in inputs.items() if is_cache(v))
+        self._buffers = _map_tensors(torch.clone, {name: v for name, v in inputs.items() if name != self._cache})
         self._places = [t for _, t in _tensors(self._buffers)]
         for place in self._places:
             vary(place, 0, 3)  # rows; of masks, the length of the cache
         self._runs = 0
         self._replay: Callable[[], None] | None = None
-        self._made: Any = None  # type of the output, its fields
-        self._counted: list[tuple[Any, str, int]] = []
+        self._made: Any = None  # type of the output, its logits, and the name of the cache in it
+        self._counted: list[tuple[int, str, int]] = []  # number of a layer, what it counts, and how much a step
 
     def __call__(self, model: Any, compiled: Callable[..., Any], capture: Capture, cache: Any, inputs: dict[str, Any]) -> Any:
         for place, (_, given) in zip(self._places, _tensors(inputs), strict=True):
@@ -100,32 +101,37 @@ class _Kind:
             self._try(model, compiled, capture, cache)
         if self._replay is None:
             self._runs += 1
-            return compiled(model, self._buffers)
+            return compiled(model, self._inputs(cache))
         self._replay()
-        for layer, name, more in self._counted:
+        for i, name, more in self._counted:
+            layer = cache.layers[i]
             setattr(layer, name, getattr(layer, name) + more)
-        kind, fields = self._made
-        return kind(**fields)
+        kind, logits, held = self._made
+        return kind(logits=logits, **dict.fromkeys(held, cache))
+
+    def _inputs(self, cache: Any) -> dict[str, Any]:
+        return {**self._buffers, self._cache: cache}
 
     def _try(self, model: Any, compiled: Callable[..., Any], capture: Capture, cache: Any) -> None:
         """Capture, which computes nothing. What is not compiled yet raises, and is compiled by a run like the first."""
         before = counters(cache)
         try:
             with torch.compiler.set_stance("fail_on_recompile"):
-                replay, output = capture(lambda: compiled(model, self._buffers))
+                replay, output = capture(lambda: compiled(model, self._inputs(cache)))
         except Exception as e:
             if self._runs < ATTEMPTS:
                 return
             raise _NotCaptured(f"{type(e).__name__}: {e}".split("\n")[0]) from e
         finally:
             after = counters(cache)
-            for layer, name, n in before:
-                setattr(layer, name, n)
-        self._counted = [(layer, name, m - n) for (layer, name, n), (_, _, m) in zip(before, after, strict=True) if m != n]
+            for i, name, n in before:
+                setattr(cache.layers[i], name, n)
+        self._counted = [(i, name, m - n) for (i, name, n), (_, _, m) in zip(before, after, strict=True) if m != n]
         fields = {name: v for name, v in output.items() if v is not None}
-        if others := [name for name, v in fields.items() if name != "logits" and not is_cache(v)]:
-            raise _NotCaptured(f"it gives {', '.join(others)} too")
-        self._made = type(output), fields
+        held = [name for name, v in fields.items() if is_cache(v)]
+        if others := fields.keys() - {"logits", *held}:
+            raise _NotCaptured(f"it gives {', '.join(sorted(others))} too")
+        self._made = type(output), fields["logits"], held
         self._replay = replay
 
 
