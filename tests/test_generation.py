@@ -27,11 +27,11 @@ WINDOW = {"sliding_window": 8}
 KINDS = {"llama": ("Llama", {}), "mistral": ("Mistral", WINDOW), "gemma2": ("Gemma2", WINDOW), "gemma3": ("Gemma3", WINDOW)}
 
 
-def made(kind: str = "llama") -> Any:
+def made(kind: str = "llama", **changes: Any) -> Any:
     import transformers
 
     name, more = KINDS[kind]
-    config = getattr(transformers, f"{name}{'Text' * (kind == 'gemma3')}Config")(**SIZES, **more)
+    config = getattr(transformers, f"{name}{'Text' * (kind == 'gemma3')}Config")(**SIZES | more | changes)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -301,6 +301,24 @@ def test_what_cannot_be_captured(monkeypatch: Any, caplog: pytest.LogCaptureFixt
 def test_without_cuda_nothing_changes() -> None:
     model = made()
     assert not session.start(model, lambda: None) and model not in session._decoders
+
+
+@pytest.mark.nightly
+def test_logits_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training they are computed when they are read; a graph computes them in every step."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    from sloth.lazy.tensor import LazyLogits
+    from sloth.rewriter.compile import inductor
+
+    monkeypatch.setattr(inductor, "_inductor", lambda _, *graph: lookup_backend("aot_eager")(*graph))
+    torch._dynamo.reset()
+    model = made("llama", vocab_size=30_001)
+    ids = torch.ones(2, 1, dtype=torch.long)
+    torch._dynamo.mark_dynamic(ids, 0)
+    with torch.no_grad():
+        assert isinstance(torch.compile(model, backend="sloth")(input_ids=ids).logits, LazyLogits)
+        assert type(session._compiled("sloth")(model, {"input_ids": ids}).logits) is torch.Tensor
 
 
 @pytest.mark.nightly

@@ -131,6 +131,8 @@ class _Kind:
         held = [name for name, v in fields.items() if is_cache(v)]
         if others := fields.keys() - {"logits", *held}:
             raise _NotCaptured(f"it gives {', '.join(sorted(others))} too")
+        if type(fields["logits"]) is not Tensor:
+            raise _NotCaptured(f"its logits are a {type(fields['logits']).__name__}")
         self._made = type(output), fields["logits"], held
         self._replay = replay
 

@@ -61,7 +61,8 @@ def _compiled(backend: Callable[..., Any] | str) -> Callable[..., Any]:
     def step(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         return model(**inputs)
 
-    return torch.compile(step, backend=backend)
+    # Logits that are computed when they are read would be computed once, of what the graph writes anew in each step.
+    return torch.compile(step, backend=backend, options={"sloth.disable": "head"})
 
 
 @contextmanager
