@@ -50,17 +50,23 @@ class Precision(StrEnum):
 
 class Dtype(StrEnum):
     auto, bf16, fp16, fp32 = "auto", "bf16", "fp16", "fp32"
+    bfloat16, float16, float32 = "bfloat16", "float16", "float32"  # torch's names of them
 
     @property
     def torch(self) -> Any:
         import torch
 
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(self.value)
+        short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(self.value, self.value)
+        return None if short == "auto" else getattr(torch, short)
 
 
 # What `explain` and `verify` build, and run.
 Model = Annotated[
-    str, typer.Argument(help="a checkpoint folder, a config.json (widths are shrunk), or a model_type such as llama (built tiny)")
+    str,
+    typer.Argument(
+        help="a checkpoint folder, a config.json (widths are shrunk), a model_type such as llama (built tiny), or FILE.py:NAME, a"
+        " function of yours that gives the model (the file is run)"
+    ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="sequences in the batch")]
 Seq = Annotated[int, typer.Option(min=2, help="tokens in a sequence")]
@@ -73,6 +79,13 @@ def explain(
     batch: Batch = 2,
     seq: Seq = 64,
     checkpointing: Checkpointing = False,
+    dtype: Annotated[Dtype, typer.Option(help="of the weights")] = Dtype.auto,
+    lora: Annotated[bool, typer.Option("--lora", help="with adapters on all linear layers, the rest frozen")] = False,
+    four_bit: Annotated[
+        bool, typer.Option("--4bit", help="linear layers in NF4, the call under autocast in DTYPE (bf16), as Trainer's is")
+    ] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="sequences laid end to end in one row, told apart by position_ids")] = False,
+    near: Annotated[bool, typer.Option("--near-misses", help="each miss beside the reference that came nearest")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON")] = False,
 ) -> None:
     """What the backend rewrites in one training call of MODEL, what it leaves alone, and why. No weights are needed or
@@ -81,14 +94,21 @@ def explain(
     import torch
 
     import sloth
+    from sloth.near_misses import near_misses
 
-    net = _built("explain", model, checkpointing)
-    ids = torch.ones(batch, seq, dtype=torch.int64)
-    report = sloth.explain(net, {"input_ids": ids, "labels": ids})
+    net = _built("explain", model, checkpointing, lora, four_bit, dtype.torch)
+    ids = torch.ones((1, batch * seq) if packed else (batch, seq), dtype=torch.int64)
+    call = {"input_ids": ids, "labels": ids}
+    if packed:
+        call["position_ids"] = torch.arange(seq).repeat(batch)[None]
+    with torch.autocast("cpu", dtype=dtype.torch or torch.bfloat16, enabled=four_bit):
+        report = sloth.explain(net, call)
     if as_json:
         print(report.to_json())
     else:
         Console().print(report)
+    if near:
+        print(near_misses(report), file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()
@@ -107,9 +127,7 @@ def verify(
 
     import sloth
 
-    net = _built("verify", model, checkpointing)
-    if dtype.torch is not None:
-        net.to(dtype.torch)
+    net = _built("verify", model, checkpointing, dtype=dtype.torch)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     words = net.get_input_embeddings().num_embeddings
     ids = torch.randint(0, words, (batch, seq), generator=torch.Generator().manual_seed(0)).to(net.device)
@@ -121,14 +139,14 @@ def verify(
         raise typer.Exit(1)
 
 
-def _built(command: str, model: str, checkpointing: bool) -> Any:
+def _built(command: str, model: str, checkpointing: bool, lora: bool = False, four_bit: bool = False, dtype: Any = None) -> Any:
     """The model of a command, or exit code 2 and a line that says what to give."""
     from sloth.options import parse
-    from sloth.tiny_model import build
+    from sloth.tiny_model import as_trained, build
 
     try:
         parse(None)  # what the environment says
-        net: Any = build(model)
+        net: Any = as_trained(build(model), lora, four_bit, dtype)
     except ValueError as e:  # ModelError is one
         print(f"sloth {command}: {e}", file=sys.stderr)
         raise typer.Exit(2) from e

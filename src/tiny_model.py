@@ -4,6 +4,8 @@ to warm caches with, of their real sizes.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,11 @@ def build(model: str) -> torch.nn.Module:
     """The model, in training mode, on the CPU. Raises ModelError.
 
     model: a checkpoint folder or a config.json (all its layers, widths shrunk: what is matched depends on neither widths nor
-    weights; a quantized checkpoint is loaded as it is), or a model_type (two tiny layers).
+    weights; a quantized checkpoint is loaded as it is), a model_type (two tiny layers), or FILE.py:NAME, a function of a file of
+    yours that gives the model. That file is run, as `python FILE.py` would.
     """
+    if ".py:" in model:
+        return _made_by(model)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -52,12 +57,63 @@ def build(model: str) -> torch.nn.Module:
         elif model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             config = _tiny(AutoConfig.for_model(model))
         else:
-            raise ModelError(f"{model!r} is neither a folder, nor a config.json, nor a model_type of a causal LM such as llama")
+            raise ModelError(
+                f"{model!r} is neither a folder, nor a config.json, nor a model_type of a causal LM such as llama, nor FILE.py:NAME"
+            )
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
     except ModelError:
         raise
     except Exception as e:
         raise ModelError(f"{model} cannot be built: {type(e).__name__}: {e}".split("\n")[0]) from e
+
+
+def _made_by(model: str) -> torch.nn.Module:
+    """What FILE.py:NAME gives."""
+    file, name = model.rsplit(":", 1)
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if not Path(file).is_file() or spec is None or spec.loader is None:
+        raise ModelError(f"there is no file {file}")
+    module = sys.modules[Path(file).stem] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as for a script: it finds what lies beside it
+    try:
+        spec.loader.exec_module(module)
+        if not callable(make := getattr(module, name, None)):
+            raise ModelError(f"{file} has no function {name}")
+        made = make()
+    except ModelError:
+        raise
+    except Exception as e:
+        raise ModelError(f"{model} raises {type(e).__name__}: {e}".split("\n")[0]) from e
+    if not isinstance(made, torch.nn.Module):
+        raise ModelError(f"{model} gives a {type(made).__name__}, not an nn.Module")
+    return made.train()
+
+
+def as_trained(model: torch.nn.Module, lora: bool, four_bit: bool, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The model as a run has it. dtype: of its weights. four_bit: its linear layers in NF4, prepared as PEFT prepares them (all
+    else in fp32). lora: adapters on all linear layers but the head, of rank 8; all else is frozen. Raises ModelError.
+    """
+    if four_bit and not lora:
+        raise ModelError("a model in 4 bits is trained through adapters: give --lora too")
+    if dtype is not None:
+        model.to(dtype)
+    if four_bit:
+        from peft import prepare_model_for_kbit_training
+        from transformers import BitsAndBytesConfig
+
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+        )  # fmt: skip
+        model = prepare_model_for_kbit_training(_in_4_bits(model, nf4, "cpu"), use_gradient_checkpointing=False)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        try:
+            model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))  # pyright: ignore
+        except ValueError as e:
+            raise ModelError(f"PEFT gives {type(model).__name__} no adapters: {e}".split("\n")[0]) from e
+    return model.train()
 
 
 def full(model: str, quantization: Any = None, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -88,7 +144,7 @@ def full(model: str, quantization: Any = None, dtype: torch.dtype | None = None)
 def _in_4_bits(model: torch.nn.Module, quantization: Any, device: str) -> torch.nn.Module:
     import bitsandbytes as bnb
 
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, layer in list(model.named_modules()):
         if type(layer) is torch.nn.Linear and layer is not head:
             four = bnb.nn.Linear4bit(
