@@ -84,7 +84,7 @@ def explain(
     four_bit: Annotated[
         bool, typer.Option("--4bit", help="linear layers in NF4, the call under autocast in DTYPE (bf16), as Trainer's is")
     ] = False,
-    packed: Annotated[bool, typer.Option("--packed", help="sequences laid end to end in one row, told apart by position_ids")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="sequences laid end to end, told apart by position_ids")] = False,
     near: Annotated[bool, typer.Option("--near-misses", help="each miss beside the reference that came nearest")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON")] = False,
 ) -> None:
@@ -155,6 +155,27 @@ def _built(command: str, model: str, checkpointing: bool, lora: bool = False, fo
     if checkpointing:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return net
+
+
+@app.command("new-pattern")
+def new_pattern(
+    name: Annotated[str, typer.Argument(help="of the entry, its operator and its files: lower case, with underscores")],
+    folder: Annotated[Path, typer.Option(help="where: a checkout of sloth, or a folder of yours")] = Path("."),
+) -> None:
+    """Write an entry, its operator (ATen, Triton, a place for the derivation) and its test. They work as they are written, for a
+    small example that is to be edited.
+    """
+    from sloth.new_pattern import NewPatternError, write
+
+    try:
+        files, steps = write(folder, name)
+    except NewPatternError as e:
+        print(f"sloth new-pattern: {e}", file=sys.stderr)
+        raise typer.Exit(2) from e
+    for file in files:
+        print(f"wrote {file}")
+    for i, step in enumerate(steps, 1):
+        print(f"{i}. {step}")
 
 
 @app.command()

@@ -1,12 +1,13 @@
-"""`python -m sloth explain MODEL --near-misses`: each miss, with the model's line, the reference that came nearest, and what to do."""
+"""`python -m sloth explain MODEL --near-misses`: each miss, with the model's line, the nearest reference, and what to do."""
 
 from __future__ import annotations
 
 import inspect
 import linecache
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent, indent
+from textwrap import dedent, indent, wrap
 
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.report import MATCHED, Report, Site
@@ -39,36 +40,44 @@ TO_DO = {  # by status; docs/patterns.md has the same as a table
 
 
 def near_misses(report: Report) -> str:
-    """A paragraph for each distinct miss of a report: construct, how often, where, the first difference; the model's line; the
-    nearest reference with its source; what to do about it.
+    """A paragraph for each place and kind of miss of a report: construct, how often, where; the model's line; the first
+    difference; the nearest reference with its source; what to do about it.
     """
-    missed = Counter(s for s in report.sites if s.status != MATCHED)
+    missed: dict[tuple, list[Site]] = {}
+    for s in report.sites:
+        if s.status != MATCHED:
+            missed.setdefault((s.construct, s.status, s.file, s.line), []).append(s)
     if not missed:
         return "no near misses: every place that looks like a construct is rewritten"
-    return "\n\n".join(_paragraph(site, times, report.titles) for site, times in missed.items())
+    return "\n\n".join(_paragraph(sites, report.titles) for sites in missed.values())
 
 
-def _paragraph(site: Site, times: int, titles: dict[str, str]) -> str:
-    lines = [f"{titles.get(site.construct, site.construct)} ×{times}, {_short(site.file)}:{site.line}: {site.status}"]
+def _paragraph(sites: list[Site], titles: dict[str, str]) -> str:
+    """Of one line of the model. Of the references that came nearest, the one that did so most often, the first of equals."""
+    nearest = Counter(s.variant for s in sites).most_common(1)[0][0]
+    site = next(s for s in sites if s.variant == nearest)
+    lines = [f"{titles.get(site.construct, site.construct)} ×{len(sites)}, {_short(site.file)}:{site.line}: {site.status}"]
     if site.file and (line := linecache.getline(site.file, site.line).strip()):
         lines.append(f"  the model has     {line}")
     lines.append(f"  first difference  {site.reason}")
     variants = {str(v): v for p in patterns() for v in p.variants}
-    if (nearest := variants.get(site.variant)) is not None:
-        code = nearest.reference.__code__
-        lines.append(f"  nearest           {site.variant}, {_short(code.co_filename)}:{code.co_firstlineno}")
-        lines.append(indent(_source(nearest.reference), " " * 20))
-    lines.append(f"  what to do        {TO_DO.get(site.status, SPELLING)}")
-    return "\n".join(lines)
+    if nearest in variants:
+        reference = variants[nearest].reference
+        code = reference.__code__
+        lines.append(f"  nearest           {nearest}, {_short(code.co_filename)}:{code.co_firstlineno}")
+        held = [cell.cell_contents for cell in reference.__closure__ or ()]  # forms that it is made of
+        lines += [indent(_source(f), " " * 20) for f in (reference, *filter(inspect.isfunction, held))]
+    first, *more = wrap(TO_DO.get(site.status, SPELLING), 90)
+    lines.append(f"  what to do        {first}")
+    return "\n".join([*lines, *(" " * 20 + line for line in more)])
 
 
-def _source(reference: object) -> str:
+def _source(function: Callable) -> str:
     """Without decorators and docstrings."""
     try:
-        text = dedent(inspect.getsource(reference)).rstrip()  # pyright: ignore[reportArgumentType]  (a function)
+        lines = dedent(inspect.getsource(function)).rstrip().splitlines()
     except (OSError, TypeError):
         return "(its source is not on disk)"
-    lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith(("def ", "return", "lambda"))), 0)
     return "\n".join(line for line in lines[start:] if not line.strip().startswith('"""'))
 

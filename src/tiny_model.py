@@ -57,9 +57,8 @@ def build(model: str) -> torch.nn.Module:
         elif model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             config = _tiny(AutoConfig.for_model(model))
         else:
-            raise ModelError(
-                f"{model!r} is neither a folder, nor a config.json, nor a model_type of a causal LM such as llama, nor FILE.py:NAME"
-            )
+            what = "neither a folder, nor a config.json, nor FILE.py:NAME, nor a model_type of a causal LM such as llama"
+            raise ModelError(f"{model!r} is {what}")
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
     except ModelError:
         raise

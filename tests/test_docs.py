@@ -215,7 +215,7 @@ def test_every_command_and_flag_is_listed():
 
     from sloth.__main__ import app
 
-    rows = dict(re.findall(r"^\| `(\w+)[^`]*` \|(.*)$", section("api.md", "Command line"), re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w-]+)[^`]*` \|(.*)$", section("api.md", "Command line"), re.MULTILINE))
     commands = get_command(app).commands
     assert rows.keys() == commands.keys()
     for name, command in commands.items():

@@ -37,12 +37,14 @@ ARROWS = {
     "compat": set(),
     "doctor": {"__init__", "integrations", "rewriter", "options"},
     "tiny_model": set(),
+    "near_misses": {"rewriter"},
+    "new_pattern": {"rewriter/match/registry"},
     "models": {"generation", "integrations", "saving", "rewriter/backend", "rewriter/notices", "options"},
     "saving": {"rewriter/notices"},
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},
     "__init__": {"rewriter/explain", "rewriter/verify", "rewriter/report", "rewriter/match", "models"},  # for type checkers alone
-    "__main__": {"doctor", "rewriter", "options", "warm", "tiny_model", "integrations", "compat"},
+    "__main__": {"doctor", "rewriter", "options", "warm", "tiny_model", "integrations", "compat", "near_misses", "new_pattern"},
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 
