@@ -47,14 +47,13 @@ def edited(content: str, edit: str) -> str:
 
 
 def printed(command: str, folder: Path, _: str = "") -> str:
-    """On stdout, without empty lines and the folder's name. Raises RuntimeError where it fails, but for tests that do."""
+    """On stdout, without empty lines. Raises RuntimeError where it fails, but for tests that do."""
     env = os.environ | {"COLUMNS": "130", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     words = [sys.executable if word == "python" else word for word in command.split()]
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{command}: {done.stderr[-2000:]}")
-    lines = done.stdout.replace(f"{folder}/", "").splitlines()
-    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
+    return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines() if line.strip())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,14 @@ def build(model: str) -> torch.nn.Module:
 def _made_by(model: str) -> torch.nn.Module:
     """What FILE.py:NAME gives."""
     file, name = model.rsplit(":", 1)
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if not Path(file).is_file() or spec is None or spec.loader is None:
+    loader = SourceFileLoader(Path(file).stem, file)  # reports name the file as it is given
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    if not Path(file).is_file() or spec is None:
         raise ModelError(f"there is no file {file}")
-    module = sys.modules[Path(file).stem] = importlib.util.module_from_spec(spec)
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(file).resolve().parent))  # as for a script: it finds what lies beside it
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         if not callable(make := getattr(module, name, None)):
             raise ModelError(f"{file} has no function {name}")
         made = make()
