@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -527,6 +528,15 @@ def _() -> None:
     finally:
         del inductor.CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{op}"]
     assert written == [f"torch.ops.{op}"] and out.tolist() == [4.0] * 3
+
+
+@uses("inductor.PyCodeCache")
+def _() -> None:
+    """Source on disk, which Triton reads when it compiles, and the same module for the same source."""
+    source = "import triton\n\n\n@triton.jit\ndef twice(x):\n    return 2 * x\n"
+    made = inductor.PyCodeCache.load(source)
+    assert inductor.PyCodeCache.load(source) is made and Path(made.__file__).read_text().strip() == source.strip()
+    assert "return 2 * x" in inspect.getsource(made.twice.fn)
 
 
 @uses("inductor.functorch_config")

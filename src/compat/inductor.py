@@ -27,12 +27,14 @@ with suppress(ImportError):
 
 if TYPE_CHECKING:
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
     from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.cudagraph_trees import reset_cudagraph_trees
     from torch._inductor.virtualized import V
 
 LATE = {
+    "PyCodeCache": "torch._inductor.codecache",  # source that is written, kept on disk and imported
     "AsyncCompile": "torch._inductor.async_compile",  # its processes are started before they are needed
     "CUSTOM_EXTERN_KERNEL_CODEGEN": "torch._inductor.codegen.custom_extern_kernel_codegen",  # how an operator's call is written
     "CustomCodegen": "torch._inductor.codegen.custom_extern_kernel_codegen",

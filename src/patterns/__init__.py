@@ -6,7 +6,7 @@ match the same, the first is taken.
 from sloth.patterns.attention import attention, attention_dense_mask
 from sloth.patterns.loss import cross_entropy
 from sloth.patterns.attention import eager_attention, eager_attention_dense_mask
-from sloth.patterns import gated_mlp
+from sloth.patterns import gated_mlp, gated_formula
 from sloth.patterns.loss import head
 from sloth.patterns import layer_norm, linear_4bit
 from sloth.patterns.loss import linear_cross_entropy
@@ -21,6 +21,7 @@ __all__ = [
     "cross_entropy",
     "eager_attention",
     "eager_attention_dense_mask",
+    "gated_formula",
     "gated_mlp",
     "head",
     "layer_norm",

@@ -72,16 +72,17 @@ def pattern(
 
 
 def reader(
-    construct: Construct, *, op: Any, no_grad: tuple[str, ...] = (), name: str | None = None
+    construct: Construct, *, op: Any, no_grad: tuple[str, ...] = (), recompute: bool = False, name: str | None = None
 ) -> Callable[[Reads], Pattern]:
     """Register `reads(shadow, taken)`, which finds places by what they compute, whatever they look like: it gives a Reading for
     each, and has itself proven that `op` with those arguments computes its results. All other legality is asked as of any match.
-    taken: values that legal matches of other entries of the construct compute; what they hold need not be read.
+    taken: values that legal matches of other entries of the construct compute; what they hold need not be read. recompute: as of
+    a pattern.
     Raises PatternError where the name is taken.
     """
 
     def enter(reads: Reads) -> Pattern:
-        entry = Pattern(name or reads.__name__, construct, overload(op), {}, no_grad=no_grad, reads=reads)
+        entry = Pattern(name or reads.__name__, construct, overload(op), {}, no_grad=no_grad, recompute=recompute, reads=reads)
         if entry.name in _deferrals.keys() | _patterns.keys():
             raise PatternError(f"a pattern named {entry.name!r} is registered already; give another name=")
         _patterns[entry.name] = entry

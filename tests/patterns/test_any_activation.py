@@ -1,0 +1,145 @@
+"""Gated MLPs of any formula, found by what they compute; and what is none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sloth.patterns.gated_formula import TERMS
+from sloth.rewriter.backend import listening
+
+
+class Mlp(torch.nn.Module):
+    def __init__(self, spelled):
+        super().__init__()
+        self.gate, self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)
+        self.spelled = spelled
+
+    def forward(self, x):
+        return self.down(self.spelled(self.gate(x), self.up(x)))
+
+
+def ran(spelled, dtype=torch.float32, dynamic=False):
+    """Sites; values and gradients of the compiled model and of eager."""
+    torch.manual_seed(0)
+    model, x = Mlp(spelled).to(dtype), 3 * torch.randn(3, 5, 6).to(dtype)
+
+    def step(run):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in model.parameters())]
+
+    torch._dynamo.reset()
+    with listening() as reports:
+        ours = step(torch.compile(model, backend="sloth", dynamic=dynamic, options={"sloth.inner_backend": "aot_eager"}))
+    return [(s.construct, s.variant, s.status) for r in reports for s in r.sites], ours, step(model)
+
+
+def clamped(g, u):
+    """gpt_oss."""
+    g, u = g.clamp(max=7.0), u.clamp(-7.0, 7.0)
+    return g * torch.sigmoid(1.702 * g) * (u + 1)
+
+
+SPELLED = {
+    "gpt_oss": clamped,
+    "mish": lambda g, u: F.mish(g) * u,
+    "softplus": lambda g, u: u * F.softplus(g, 2.0),
+    "log sigmoid": lambda g, u: F.logsigmoid(g) * u,
+    "tanh": lambda g, u: torch.tanh(g) * u,
+    "squared relu": lambda g, u: F.relu(g) ** 2 * u,
+    "elu": lambda g, u: F.elu(g, 0.7) * u,
+    "selu": lambda g, u: F.selu(g) * u,
+    "celu": lambda g, u: F.celu(g, 2.0) * u,
+    "leaky relu": lambda g, u: F.leaky_relu(g, 0.1) * u,
+    "softsign": lambda g, u: F.softsign(g) * u,
+    "relu6": lambda g, u: F.relu6(g) * u,
+    "hard swish": lambda g, u: F.hardswish(g) * u,
+    "hard sigmoid": lambda g, u: F.hardsigmoid(g) * u,
+    "swish, another slope": lambda g, u: g * torch.sigmoid(1.3 * g) * u,
+    "a sine": lambda g, u: (g + torch.sin(g) ** 2) * u,
+    "a bell": lambda g, u: torch.exp(-g * g) * u,
+    "a root": lambda g, u: 15 * g / torch.sqrt(g * g + 225) * u,
+    "a logarithm": lambda g, u: torch.log1p(g.abs()) * u / 3,
+    "branches": lambda g, u: torch.where(g > 0.5, g, 0.1 * g) * torch.where(u <= 0.5, u, 0.5),
+    "wider": lambda g, u: (F.mish(g.float()) * u.float()).to(g.dtype),
+    "both sides": lambda g, u: torch.tanh(g) * torch.sigmoid(u),
+    "scaled": lambda g, u: F.silu(g) * u * 0.5,
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_any_formula_is_read(name):
+    found, ours, eager = ran(SPELLED[name], dynamic=name == "gpt_oss")
+    assert found == [("gated_mlp", "gated_formula[read]", "matched")]
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    narrow, ours, eager = ran(SPELLED[name], torch.bfloat16)
+    assert narrow == found
+    assert all((a - b).norm() <= 0.05 * b.norm() for a, b in zip(ours, eager, strict=True))
+
+
+@pytest.mark.parametrize("name", ["hardswish", "hardsigmoid", "relu6", "elu", "selu", "leaky_relu", "relu", "silu", "gelu"])
+def test_kinks_are_where_autograd_has_them(name):
+    """Each activation as it is written out, at the numbers where its pieces meet."""
+    from sloth.kernels.gated_formula import gated_formula
+
+    act = getattr(F, name)
+    text = TERMS[name]("g", "none") if name == "gelu" else TERMS[name]("g")
+    g = torch.tensor([-4.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0, 7.0], dtype=torch.double, requires_grad=True)
+    (wanted,) = torch.autograd.grad(act(g).sum(), g)
+    h = gated_formula(g, torch.ones_like(g), f"mul({text},u)")
+    torch.testing.assert_close(h, act(g))
+    torch.testing.assert_close(torch.autograd.grad(h.sum(), g)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda g, u: g * u,
+        lambda g, u: torch.tanh(g) + u,
+        lambda g, u: torch.tanh(g * u),
+        lambda g, u: torch.tanh(g) * g,
+        lambda g, u: torch.tanh(g) * u.detach(),
+        lambda g, u: torch.tanh(g) * u.mean(-1, keepdim=True),
+        lambda g, u: torch.tanh(g) * torch.cumsum(u, -1),
+        lambda g, u: torch.tanh(g.double()).to(g.dtype) * u,
+    ],
+)
+def test_what_is_none(spelled):
+    found, ours, eager = ran(spelled)
+    assert found == []
+    torch.testing.assert_close(ours, eager)
+
+
+def test_an_entry_that_matches_the_whole_is_asked_first():
+    assert ran(lambda g, u: F.silu(g) * u)[0] == [("gated_mlp", "gated_mlp[silu]", "matched")]
+    assert ran(lambda g, u: F.relu(g) * u)[0] == [("gated_mlp", "gated_layers[relu]", "matched")]
+
+
+def test_what_is_also_read_outside_is_made_for_both():
+    class Two(Mlp):
+        def forward(self, x):
+            h = torch.tanh(self.gate(x))
+            return self.down(h * self.up(x)) + h.cumsum(-1)[..., :6]
+
+    torch._dynamo.reset()
+    model, x = Two(None), torch.randn(3, 5, 6)
+    y = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})(x)
+    torch.testing.assert_close(y, model(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["gpt_oss", "mish", "branches"])
+def test_kernels_under_inductor(name):
+    """Inductor writes the kernels that were made for the formula into its own code."""
+    torch.manual_seed(0)
+    model, x = Mlp(SPELLED[name]).cuda(), torch.randn(3, 5, 6, device="cuda")
+    torch._dynamo.reset()
+    found = []
+    for run in (torch.compile(model, backend="sloth"), model):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
