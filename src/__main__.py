@@ -108,7 +108,7 @@ def explain(
     else:
         Console().print(report)
     if near:
-        print(near_misses(report), file=sys.stderr if as_json else sys.stdout)
+        print(near_misses(report, net), file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command()

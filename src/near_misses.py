@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent, indent, wrap
 
+import torch
+
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.report import MATCHED, Report, Site
 
@@ -39,17 +41,38 @@ TO_DO = {  # by status; docs/patterns.md has the same as a table
 }
 
 
-def near_misses(report: Report) -> str:
+def near_misses(report: Report, model: torch.nn.Module | None = None) -> str:
     """A paragraph for each place and kind of miss of a report: construct, how often, where; the model's line; the first
-    difference; the nearest reference with its source; what to do about it.
+    difference; the nearest reference with its source; what to do about it. Of the model, the classes in whose code is no site.
     """
+    return "\n\n".join([*_misses(report), *_unseen(report, model)])
+
+
+def _misses(report: Report) -> list[str]:
     missed: dict[tuple, list[Site]] = {}
     for s in report.sites:
         if s.status != MATCHED:
             missed.setdefault((s.construct, s.status, s.file, s.line), []).append(s)
-    if not missed:
-        return "no near misses: every place that looks like a construct is rewritten"
-    return "\n\n".join(_paragraph(sites, report.titles) for sites in missed.values())
+    return [_paragraph(sites, report.titles) for sites in missed.values()] or ["no near misses: every site is rewritten"]
+
+
+def _unseen(report: Report, model: torch.nn.Module | None) -> list[str]:
+    """Of modules without others in them, and not torch's own: what no anchor sees looks like this."""
+    leaves = [m for m in model.modules() if not any(True for _ in m.children())] if model is not None else []
+    counts = Counter(type(m) for m in leaves if not type(m).__module__.startswith("torch."))
+    found = []
+    for kind, times in counts.items():
+        code = inspect.unwrap(kind.forward).__code__
+        last = max((line for *_, line in code.co_lines() if line), default=code.co_firstlineno)
+        if not any(s.file == code.co_filename and code.co_firstlineno <= s.line <= last for s in report.sites):
+            found.append(f"{kind.__name__} ×{times} ({_short(code.co_filename)}:{code.co_firstlineno})")
+    if not found:
+        return []
+    lines = [
+        f"no site lies in the code of {', '.join(found)}",
+        "if that is mathematics that an operator is for, no anchor sees it:",
+    ]
+    return ["\n".join([*lines, "docs/patterns.md (when it does not match), or `python -m sloth new-pattern`"])]
 
 
 def _paragraph(sites: list[Site], titles: dict[str, str]) -> str:

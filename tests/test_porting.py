@@ -110,6 +110,22 @@ def test_a_miss_is_shown_beside_the_nearest_reference(tmp_path: Path) -> None:
     assert "no near misses" in near_misses(Report([GraphReport(sites[-1:])]))
 
 
+def test_classes_that_no_anchor_sees_are_named() -> None:
+    class Norm(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Seen(Norm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    code = Seen.forward.__code__
+    site = Site("rms_norm", "rms_norm[llama]", "matched", code.co_filename, code.co_firstlineno + 1)
+    model = torch.nn.Sequential(Norm(), Norm(), Seen(), torch.nn.Linear(2, 2))
+    told = near_misses(Report([GraphReport([site])]), model)
+    assert f"code of Norm ×2 (test_porting.py:{Norm.forward.__code__.co_firstlineno})\n" in told
+
+
 def test_each_status_says_what_to_do() -> None:
     table = section("patterns.md", "When it does not match").split("| status |")[1].split("\n\n")[0]
     assert TO_DO.keys() == first_column(table) - {"matched"}

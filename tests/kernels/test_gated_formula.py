@@ -112,6 +112,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.covered(1)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 40.0])
 @pytest.mark.parametrize("text", FUNCTIONS)
 def test_as_exact_as_eager(text, scale):
