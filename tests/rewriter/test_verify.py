@@ -25,7 +25,7 @@ from sloth.rewriter import notices
 from sloth.rewriter.match.registry import unregister
 from sloth.rewriter.plan import legality
 from sloth.rewriter.verify.report import GOOD, NOT_CHECKED, WRONG, Checked, Verification
-from sloth.rewriter.verify.run import Exactly, NotExact, exact
+from sloth.rewriter.verify.run import Exactly, NotExact, evaluate, exact
 from sloth.rewriter.verify.tally import Tally, _student
 
 BF16 = torch.bfloat16
@@ -325,6 +325,36 @@ def test_code_runs_in_fp64() -> None:
     assert torch.equal(g, torch.autograd.grad(wanted.pow(2).sum(), x)[0]) and torch.zeros(()).dtype == torch.float32
     with Exactly(), pytest.raises(NotExact, match="bits"):
         x.detach().view(torch.int64)
+
+
+def test_a_query_that_sees_nothing_has_a_gradient_in_fp64() -> None:
+    """torch's fused kernels keep log Σ exp(scores) alone: beside the least number there is, the number of keys is lost in it."""
+    q, k, v, d = (torch.randn(1, 1, 4, 8) for _ in range(4))
+    mask = torch.full((4, 4), torch.finfo(torch.float32).min).triu(1)
+    mask[:2] = torch.finfo(torch.float32).min
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [(q @ k.mT / 8**0.5 + mask).softmax(-1) @ v]
+
+    def run(function: Callable[..., Any]) -> tuple[list[Any], list[Any], list[bool]]:
+        return evaluate(function, [t.double() for t in (q, k, v)], [True] * 3, [True] * 3, [d.double()])
+
+    with Exactly():
+        found = run(lambda *of: [F.scaled_dot_product_attention(*of, attn_mask=mask)])
+    for kind, by_formula in zip(found[:2], run(by_hand)[:2], strict=True):
+        torch.testing.assert_close(kind, by_formula)
+
+
+def test_what_is_computed_is_no_leaf() -> None:
+    """Of a leaf, autocast makes one copy for all its readers, and their gradients are added up in bf16."""
+    x, d = torch.randn(8, 16), torch.randn(8, 16).to(BF16)
+    w, u = (torch.randn(16, 16) for _ in range(2))
+    with torch.autocast("cpu", BF16):
+        made, leaf = (
+            evaluate(lambda x: [F.linear(x, w), F.linear(x, u)], [x], [True], [is_leaf], [d, d])[1][0] for is_leaf in (0, 1)
+        )
+    assert torch.equal(made, (d @ w.to(BF16)).float() + (d @ u.to(BF16)).float())
+    assert not torch.equal(made, leaf)
 
 
 def test_products_of_experts_run_in_fp64() -> None:

@@ -54,9 +54,9 @@ class Check:
         with under(region.autocast):
             with torch.no_grad():
                 given = cotangents(original(*values), number)
-            eager = evaluate(original, values, made.grads, given)
+            eager = evaluate(original, values, made.grads, made.leaves, given)
             try:
-                ours = evaluate(Run(made.replacement).run, values, made.grads, given, region.grad)
+                ours = evaluate(Run(made.replacement).run, values, made.grads, made.leaves, given, region.grad)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:
@@ -64,7 +64,7 @@ class Check:
         mode = Exactly()
         with mode, under(OFF):
             wide = [list(map(widened, kind)) for kind in (values, given)]
-            exact = evaluate(RunExactly(made.original, made.regions, mode).run, wide[0], made.grads, wide[1])
+            exact = evaluate(RunExactly(made.original, made.regions, mode).run, wide[0], made.grads, made.leaves, wide[1])
         self.as_it_is |= mode.as_it_is
         for (what, a), (_, b), (_, e) in zip(*(_named(found, made) for found in (ours, eager, exact)), strict=True):
             self.compare(inputs, what, a, b, e)

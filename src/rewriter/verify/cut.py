@@ -50,6 +50,11 @@ class Cut:
         """Which inputs need a gradient."""
         return [self.region.grad and _needs_gradient(n, self.view) for n in self.inputs]
 
+    @property
+    def leaves(self) -> list[bool]:
+        """Which inputs are leaves of autograd: parameters, and others that the model is called with."""
+        return [n.op != "call_function" and getattr(n.meta.get("example_value"), "is_leaf", False) for n in self.inputs]
+
 
 def cut(placement: list[Match], view: LoweredGraph, bodies: Bodies) -> Cut:
     """bodies: numbers those of checkpoints and autograd functions, the same for all cuts whose keys are compared."""

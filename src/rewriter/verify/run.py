@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sloth.compat.dispatch import HigherOrderOperator, OpOverload, TorchDispatchMode, pytree
 from sloth.rewriter.graph.ambient import OFF, under
@@ -81,6 +82,7 @@ class Exactly(TorchDispatchMode):
         self.stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
         self.stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # other threads would not be in this mode
+        self.stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # a fused one takes weights of 1 for those of all keys alike
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -212,14 +214,21 @@ Found = tuple[list[Any], list[torch.Tensor | None], list[bool]]  # results, grad
 
 
 def evaluate(
-    function: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[bool], cotangents: Sequence[Any], grad: bool = True
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    grads: Sequence[bool],
+    are_leaves: Sequence[bool],
+    cotangents: Sequence[Any],
+    grad: bool = True,
 ) -> Found:
-    """Results, and gradients at fresh leaves with the values and strides of `inputs`. cotangents: of the results, None where they
-    are no floating-point tensors.
+    """Results, and gradients at fresh leaves with the values and strides of `inputs`. are_leaves: which of these eager has as
+    leaves; autocast casts a leaf once for all its readers, whose gradients are then added up in the narrow dtype. cotangents: of
+    the results, None where they are no floating-point tensors.
     """
     leaves = [x.detach().requires_grad_(g) if isinstance(x, torch.Tensor) else x for x, g in zip(inputs, grads, strict=True)]
     with torch.set_grad_enabled(grad):
-        out = list(function(*leaves))
+        given = zip(leaves, grads, are_leaves, strict=True)
+        out = list(function(*(x.view_as(x) if g and not leaf else x for x, g, leaf in given)))
     used = [(o, d) for o, d in zip(out, cotangents, strict=True) if isinstance(o, torch.Tensor) and o.requires_grad]
     wanted = [x for x, g in zip(leaves, grads, strict=True) if g]
     found: Iterator[torch.Tensor | None] = iter(())
