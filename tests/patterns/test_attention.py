@@ -266,6 +266,29 @@ def test_all_layers_share_what_is_made_of_the_mask(checkpointed):
     assert len([n for n in forward.nodes if n.target is torch.ops.sloth.intervals.default]) == 1
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="there it would cost a copy of the keys")
+def test_keys_of_groups_that_autocast_casts():
+    """Gradients of fp32 keys, over a group's heads, are added up in fp32, as eager does."""
+    torch.manual_seed(0)
+    q, k, v, d = (torch.randn(2, h, S, 16) for h in (8, 2, 2, 8))
+
+    def attend(q, k, v):
+        k, v = (t.repeat_interleave(4, 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, narrow_window(q[:, 0]))
+
+    torch._dynamo.reset()
+    with listening() as reports:
+        run = torch.compile(attend, backend="sloth", options=QUICK)
+        found = []
+        for function, of in ((run, torch.float32), (attend, torch.float32), (attend, torch.float64)):
+            given = [t.to(of).requires_grad_() for t in (q, k, v)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=of == torch.float32):
+                out = function(*(t * 1 for t in given))
+            found.append([out, *torch.autograd.grad(out, given, d.to(out.dtype))])
+    assert [s.status for s in sites_of(reports)] == [MATCHED]
+    assert_no_worse(*found, slack=0)
+
+
 # ---------------------------------------------------------------- bodies of checkpoints
 
 

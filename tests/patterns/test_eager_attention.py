@@ -1,5 +1,6 @@
 """Attention spelled out is eager's, queries that see nothing included, and what only looks like it is left alone."""
 
+import copy
 from inspect import getsource, signature
 
 import pytest
@@ -279,6 +280,21 @@ def test_scores_that_are_lost_where_a_query_may_see_nothing(weigh):
     """Written over, they have no gradient; of infinities alone a softmax is nan, and so are gradients."""
     model, x = model_and_input(padded, weigh)
     assert same(model, x, LEFT)[0] == [MATCHED]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels compute weights of their sum")
+@pytest.mark.parametrize("mask, weigh", [(causal, weighted), (narrow_window, weighted), (padded, infinite)])
+def test_weights_that_are_nearly_one(mask, weigh):
+    """In fp32 a softmax gives 1 where exp(score − L) is off by an ulp of L."""
+    model, x = model_and_input(mask, weigh)
+    x, more = 4.0 * x, [LEFT] if mask is padded else []
+    found = []
+    for run, to in ((compiled, torch.float32), (None, torch.float32), (None, torch.float64)):
+        of, at = copy.deepcopy(model).to(to), x.to(to).requires_grad_()
+        out, statuses, _ = run(of, at, *more) if run else (of(at, *more), [MATCHED], [])
+        found.append([out[:1], torch.autograd.grad(out.square().sum(), at)[0][:1]])  # of the second, some see nothing
+        assert statuses == [MATCHED]
+    assert_no_worse(*found, slack=1.0)
 
 
 def test_half_precision_does_not_absorb():

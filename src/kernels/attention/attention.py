@@ -17,7 +17,8 @@ By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing
          their fast path. Otherwise by `interval_attention` on a GPU. Its intervals are made here, by operations that are the same
          for all layers with the same mask, so that a compiled graph makes them once. On a CPU, in fp64, for heads wider than 256
          and for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by torch's
-         kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products.
+         kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products; so is what is
+         `spelled` in fp32: fused kernels compute exp(score − L), which is off by an ulp of L where a softmax gives 1.
          Of `visible`, the first and last key of each query and so on are measured, on the device: two passes over it in a step,
          no wait. What lies beyond them is not computed. It stays in memory, and is read where it has holes between them.
 Backward is that of those. A query that sees nothing gives 0, or, where `uniform`, the mean of all values: with the gradient of a
@@ -36,6 +37,7 @@ from torch import Tensor
 from sloth.kernels.attention.interval_attention import interval_attention
 from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
 
+WIDE = torch.float32, torch.float64
 WIDEST, MULTIPLE = 256, 8  # channels of a head that the kernels take
 
 torch.library.define(
@@ -43,7 +45,7 @@ torch.library.define(
     "(Tensor query, Tensor key, Tensor value, Tensor[] documents, Tensor[] valid, int? ahead=None, int? behind=None,"
     " float dropout_p=0.0, float? scale=None, float? softcap=None, Tensor? sinks=None,"
     " Tensor? bias=None, Tensor? visible=None, bool uniform=False, Tensor[]? bounds=None, bool written=False,"
-    " bool nan=False) -> Tensor",
+    " bool nan=False, bool spelled=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -134,7 +136,7 @@ def measured(mask: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tenso
 
 
 def spelled(q, k, v, mask, scale, softcap, sinks, bias, uniform) -> Tensor:
-    """By ATen operations, scores in fp32 at least."""
+    """By ATen operations, in fp32 at least; the result is rounded once."""
     dtype, (B, H, S, _), T = compute_dtype(q), q.shape, k.shape[2]
     with without_autocast(q):
         k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
@@ -147,7 +149,7 @@ def spelled(q, k, v, mask, scale, softcap, sinks, bias, uniform) -> Tensor:
         if sinks is not None:
             s = torch.cat((s, sinks.to(dtype)[:, None, None].expand(B, H, S, 1)), -1)
         p = s.softmax(-1)[..., :T]
-        return (p if uniform else p.where(mask, 0.0)).to(v.dtype) @ v
+        return ((p if uniform else p.where(mask, 0.0)) @ v.to(dtype)).to(v.dtype)
 
 
 def with_fully_masked(lo: Tensor, hi: Tensor, at: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,11 +212,15 @@ def attention_bounds_composite(documents, valid, ahead=None, behind=None, visibl
 def attention_composite(
     query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
     bias=None, visible=None, uniform=False, bounds=None, written=False,
-    nan=False,
+    nan=False, spelled=False,
 ):  # fmt: skip
+    low = _autocast(query)
+    if low is not None and repeats(query, key):
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    exactly = spelled and not use_triton(query) and dropout_p == 0 and low is None and query.dtype in WIDE
     plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
     told = visible is not None or documents or valid or bounds is not None
-    if plain and not told and ahead in (0, None) and behind is None:
+    if plain and not told and ahead in (0, None) and behind is None and not exactly:
         causal = ahead == 0
         return F.scaled_dot_product_attention(query, key, value, None, dropout_p, causal, scale=scale, enable_gqa=grouped)
     S, T = query.shape[2], key.shape[2]
@@ -224,9 +230,7 @@ def attention_composite(
     torch._check(sinks is None or bias is None, lambda: "attention: no bias beside sinks")
     bias = None if bias is None else bias.reshape(-1, query.shape[1], T)
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as it does for torch's own
-        low = torch.get_autocast_dtype(device)
+    if low is not None:  # as it does for torch's own
         query, key, value = (t if t.dtype == torch.float64 else t.to(low) for t in (query, key, value))
     if bounds is not None:
         (*seen, fully_masked) = bounds if uniform else (*bounds, None)
@@ -236,19 +240,36 @@ def attention_composite(
     sees = (of.lo >= 0 if uniform else of.lo <= of.hi)[:, None, :, None] if written or nan else None
     if written and not nan:
         query = torch.where(sees, query, 0.0)
-    out = _by_bounds(query, key, value, of, dropout_p, scale, softcap, sinks, bias, uniform)
+    alike = uniform or nan and exactly  # so that its gradient is nan, too
+    out = _by_bounds(query, key, value, of, dropout_p, scale, softcap, sinks, bias, alike, exactly)
     if written and nan:
         lost = value.sum(2, keepdim=True) * torch.where(sees.all(2, keepdim=True), 0.0, math.nan).to(value.dtype)
         return torch.where(sees, out, lost.repeat_interleave(query.shape[1] // key.shape[1], 1))
     return out * torch.where(sees, 1.0, math.nan).to(out.dtype) if nan else out
 
 
-def _by_bounds(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool) -> Tensor:
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """What ambient autocast casts to."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def repeats(query: Tensor | None, key: Tensor | None) -> bool:
+    """Are fp32 keys that autocast casts repeated before, for each head of a group? So are eager's, whose gradients are then added
+    up in fp32. Not on a GPU, where it would cost a copy. Of tensors that are not known it may be so.
+    """
+    if query is None or key is None:
+        return True
+    return not use_triton(query) and key.dtype == torch.float32 and query.shape[1] != key.shape[1]
+
+
+def _by_bounds(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool, exactly: bool) -> Tensor:
     D, E, T = query.shape[3], value.shape[3], key.shape[2]
     plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
     if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
         mask = of.mask(torch.arange(T, dtype=torch.int32, device=query.device)[None])
-        if plain and not uniform:
+        if plain and not uniform and not exactly:
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
         return spelled(query, key, value, mask, scale, softcap, sinks, bias, uniform)
     bias = None if bias is None else bias.contiguous()
@@ -260,7 +281,7 @@ def _by_bounds(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, 
 
 attention = torch.ops.sloth.attention.default
 """attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,
-bias=None, visible=None, uniform=False, bounds=None, written=False, nan=False) -> [B, H, S, E]. With bounds (of
+bias=None, visible=None, uniform=False, bounds=None, written=False, nan=False, spelled=False) -> [B, H, S, E]. With bounds (of
 attention_bounds), masks are not read."""
 attention_bounds = torch.ops.sloth.attention_bounds.default
 """attention_bounds(documents, valid, ahead=None, behind=None, visible=None, uniform=False) -> what there is of `Bounds`; S > 1"""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Set
 import torch
 import torch.nn.functional as F
 
-from sloth.kernels.attention.attention import attention, attention_bounds
+from sloth.kernels.attention.attention import attention, attention_bounds, repeats
 from sloth.patterns.attention.additive_mask import Added, added, may_see_nothing, require_swallowed
 from sloth.patterns.attention.additive_mask import why_not as why_not_added
 from sloth.patterns.attention.alibi import of_keys
@@ -58,8 +58,9 @@ domain(  # a score that is hidden is −inf before torch's kernels scale it, and
     attention, {"scale": positive, "softcap": positive}, documents=INTEGERS, valid=INTEGERS, visible=INTEGERS
 )
 shares(attention, attention_bounds, "bounds", when=lambda call: call.meta["example_value"].shape[2] != 1)
-for function in (attention, F.scaled_dot_product_attention):
-    casts_in_autocast(function, ("query", "key", "value"))
+OPERANDS = ("query", "key", "value")
+casts_in_autocast(F.scaled_dot_product_attention, OPERANDS)
+casts_in_autocast(attention, OPERANDS, unless=lambda call: repeats(*(n.meta.get("example_value") for n in call.args[:2])))
 BY_TORCH = (Interval(), Interval(ahead=0))  # masks that torch's kernels know
 
 

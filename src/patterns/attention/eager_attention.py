@@ -70,7 +70,7 @@ def written(match, lonely: bool) -> bool:
     return lonely and "seen" in match.tensors
 
 
-TOLD = proven(told)
+TOLD = proven(told) | {"spelled": lambda match: True}
 TOLD["bias"] = lambda match: of_keys(match.bias, match.query.meta.shape[1]) if "bias" in match.tensors else None
 for _name, _of in {"uniform": all_alike, "nan": is_nan, "written": written}.items():
     TOLD[_name] = lambda match, of=_of: of(match, lonely(match))

@@ -43,6 +43,7 @@ class _Kind:
 
 _KINDS: dict[OpOverload, _Kind] = {}
 _CASTS: dict[Callable, tuple[str, ...]] = {}
+_UNLESS: dict[Callable, Callable[[fx.Node], bool]] = {}
 _ADDS: dict[OpOverload, tuple[str, str]] = {}
 
 
@@ -56,9 +57,11 @@ def computes_wide(op: OpOverload, streams: tuple[str, ...]) -> None:
     _KINDS[op] = _Kind(None, streams, False, False)
 
 
-def casts_in_autocast(op: Callable, operands: tuple[str, ...]) -> None:
-    """The operator, or torch's function with these as its first arguments, reads them in the dtype of ambient autocast."""
-    _CASTS[op] = operands
+def casts_in_autocast(op: Callable, operands: tuple[str, ...], unless: Callable[[fx.Node], bool] = lambda call: False) -> None:
+    """The operator, or torch's function with these as its first arguments, reads them in the dtype of ambient autocast. Calls for
+    which `unless` is true add gradients of them up in the wider dtype.
+    """
+    _CASTS[op], _UNLESS[op] = operands, unless
 
 
 def adds(op: OpOverload, terms: tuple[str, str]) -> None:
@@ -119,6 +122,8 @@ class _Flow:
             return dense and cast == self.dtype
         if user.target in _CASTS:
             autocast = self.regions[user].autocast if user in self.regions else ()
+            if _UNLESS[user.target](user):
+                return False
             return _reads_as(user, x, _CASTS[user.target]) and dtype_of(autocast, _device(x)) == self.dtype
         if not self.kinds[producer].sums:
             return False
