@@ -361,3 +361,12 @@ def test_fingerprints(dtype):
             y = x.clone()
             change(y)
             assert torch.equal(before, fingerprint(view(y))) == (not view(x).numel())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("function", [lambda z: z.softmax(-1) * 2, lambda z: F.log_softmax(z[:, :-1], -1).argmax(-1)])
+def test_a_trace_and_its_check(function):
+    """torch traces once more, with real tensors, and compares the graphs, lines of code too."""
+    x, real, _ = pair()
+    traced = torch.jit.trace(function, x.detach())
+    torch.testing.assert_close(traced(x.detach()), function(real.detach()))

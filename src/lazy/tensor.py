@@ -29,6 +29,7 @@ from sloth.lazy.gradient import real
 from sloth.lazy.head import Head, Layer, RematerializedWeight
 from sloth.lazy.rows import LogitsSource, Step, products_of_layers, stepped
 from sloth.lazy.snapshot import Claim, StaleLogits
+from sloth.lazy.tracing import as_called_by_the_user
 
 # By function: what it gives for lazy logits as its first argument; NotImplemented to have them read. `functions.py` fills it.
 HANDLED_FUNCTIONS: dict[Callable, Callable] = {}
@@ -79,12 +80,13 @@ class LazyLogits(Tensor):
     @torch.compiler.disable  # compiled code that is given such a tensor breaks its graph where it uses it
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA or func in AUTOGRAD or torch.jit.is_tracing():  # a trace knows this tensor, and no other
+        tracing = torch.jit.is_tracing()  # a trace knows this tensor, and no other
+        if func in METADATA or func in AUTOGRAD or tracing:
             if func in HANGS:
                 _use(args[:1])
             args, kwargs = pytree.tree_map_only(LazyLogits, _itself, (args, kwargs))
             with DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+                return as_called_by_the_user(func, args, kwargs, __file__) if tracing else func(*args, **kwargs)
         first, bug = args[0] if args else None, None
         if func in LAYOUT and isinstance(first, LazyLogits):
             return func(first.layout_of, *args[1:], **kwargs)
