@@ -101,6 +101,20 @@ def lora_scales(m: Any, x: Tensor) -> Tensor:
     return adapted(x, m.base1, m.a1, m.b1, 2.0) * adapted(x, m.base2, m.a2, m.b2, 0.5) + adapted(x, m.base3, m.a3, m.b3, 1.0)
 
 
+@program(frozen=("base1", "base2", "a1", "b1"), **{name: shape for name, shape in LORA.items() if name[-1] != "3"})
+def frozen_adapter(m: Any, x: Tensor) -> Tensor:
+    return adapted(x, m.base1, m.a1, m.b1, 2.0).sin() * adapted(x, m.base2, m.a2, m.b2, 2.0)
+
+
+@program(frozen=("base1", "base2"), g=(D,), **{name: shape for name, shape in LORA.items() if name[-1] != "3"})
+def lora_dtypes(m: Any, x: Tensor) -> Tensor:
+    """One sum is kept in fp32, the other is not."""
+    x = (x * m.g).bfloat16()
+    wide, narrow = (F.linear(x, w.bfloat16()) for w in (m.base1, m.base2))
+    wide = wide + F.linear(F.linear(x.float(), m.a1), m.b1) * 2.0
+    return wide * (narrow + F.linear(F.linear(x.float(), m.a2), m.b2) * 2.0).bfloat16()
+
+
 @program(base=(D, D), m=(1, D), a=(2, D), b=(D, 2), frozen=("base",))
 def dora(m: Any, x: Tensor) -> Tensor:
     inner = F.linear(x, m.base)
@@ -174,6 +188,23 @@ def two_for_one(m: Any, x: Tensor) -> Tensor:
 
 
 @program(w=(D,), proj=(D, D))
+def floored(m: Any, x: Tensor) -> Tensor:
+    h = F.linear(x, m.proj)
+    return torch.div(h, torch.sqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6), rounding_mode="floor") * m.w
+
+
+@program(proj=(2 * D, D))
+def overlapping(m: Any, x: Tensor) -> Tensor:
+    gate, _, up, _ = F.linear(x, m.proj).tensor_split((D, D // 2, D + D // 2), -1)
+    return F.silu(gate) * up
+
+
+@program(w=(D,), proj=(D, D))
+def from_one(m: Any, x: Tensor) -> Tensor:
+    return rms(F.linear(x, m.proj), 1.0 + m.w)
+
+
+@program(w=(D,), proj=(D, D))
 def other_dimension(m: Any, x: Tensor) -> Tensor:
     h = F.linear(x, m.proj)[:, :D]
     return h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-6) * m.w
@@ -189,6 +220,36 @@ def learned_tables(m: Any, x: Tensor) -> Tensor:
     q, k = (F.linear(x, m.proj + i).view(B, S, 2, 8).transpose(1, 2) for i in range(2))
     cos, sin = (t.expand(B, 1, S, 8) for t in (m.c.cos(), m.s.sin()))
     return rotated(q, cos, sin) * rotated(k, cos, sin)
+
+
+def turned_pairs(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    q, k = (F.linear(x, m.proj + i).view(B, S, 2, 8).transpose(1, 2) for i in range(2))
+    return [t * cos + torch.stack((-t[..., 1::2], t[..., ::2]), -1).flatten(-2) * sin for t in (q, k)]
+
+
+def tables(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(S, device=x.device)[:, None] * 0.5 ** torch.arange(width, device=x.device)
+    return angles.cos(), angles.sin()
+
+
+@program(proj=(D, D))
+def pairs(m: Any, x: Tensor) -> Tensor:
+    q, k = turned_pairs(m, x, *(t.repeat_interleave(2, -1).expand(B, 1, S, 8) for t in tables(x, 4)))
+    return q * k
+
+
+@program(proj=(D, D))
+def pairs_stacked(m: Any, x: Tensor) -> Tensor:
+    cos, sin = tables(x, 4)
+    a, b = F.linear(x, m.proj).view(B, S, 2, 8).transpose(1, 2).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+@program(proj=(D, D))
+def flipped(m: Any, x: Tensor) -> Tensor:
+    cos, sin = tables(x, 4)
+    a, b = F.linear(x, m.proj).view(B, S, 2, 8).transpose(1, 2).chunk(2, -1)
+    return torch.cat((a * cos.flip(-1) - b * sin, b * cos.flip(-1) + a * sin), -1)
 
 
 @program(c=(8,), proj=(D, D))
@@ -222,6 +283,15 @@ def window(m: Any, x: Tensor) -> Tensor:
 def two_windows(m: Any, x: Tensor) -> Tensor:
     i, j = positions(x)
     mask = (j <= i) & (i - j < 4) & (i - j < 7) & x.new_ones(B, 1, 1, 1, dtype=torch.bool)
+    return F.scaled_dot_product_attention(*heads(m, x), attn_mask=mask)
+
+
+@program(**QKV)
+def lonely(m: Any, x: Tensor) -> Tensor:
+    """The first queries of the second sequence see nothing."""
+    i, j = positions(x)
+    begin = torch.tensor([0, 4], device=x.device)[:, None, None, None]
+    mask = torch.where((j <= i) & (j >= begin), 0.0, torch.finfo(torch.float32).min)
     return F.scaled_dot_product_attention(*heads(m, x), attn_mask=mask)
 
 
