@@ -259,9 +259,10 @@ def repeats(query: Tensor | None, key: Tensor | None) -> bool:
     """Are fp32 keys that autocast casts repeated before, for each head of a group? So are eager's, whose gradients are then added
     up in fp32. Not on a GPU, where it would cost a copy. Of tensors that are not known it may be so.
     """
-    if query is None or key is None:
-        return True
-    return not use_triton(query) and key.dtype == torch.float32 and query.shape[1] != key.shape[1]
+    known = [t for t in (query, key) if t is not None]
+    if any(map(use_triton, known)):
+        return False
+    return len(known) < 2 or key.dtype == torch.float32 and query.shape[1] != key.shape[1]
 
 
 def _by_bounds(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool, exactly: bool) -> Tensor:
