@@ -259,8 +259,8 @@ FAULTS = [
     ),
     Fault(
         PATTERNS, "channels that are flipped are read as they stand",
-        "patterns/rotation/operations.py", "np.flip(r.read(x, axes), [place(axes, d) for d in dims if axes[d] == CHANNEL])",
-        "r.read(x, axes)", "patterns/test_rotation_spellings.py -k backwards",
+        "patterns/rotation/operations.py", "return r.read(x, axes).map(lambda a: np.flip(a, flipped))",
+        "return r.read(x, axes)", "patterns/test_rotation_spellings.py -k backwards",
     ),
     Fault(
         PATTERNS, "j < i + a is read as j ≤ i + a: a window is one key too wide",
@@ -284,8 +284,8 @@ FAULTS = [
     ),
     Fault(
         PATTERNS, "a packed MLP: gate and up exchanged in one variant",
-        "patterns/gated_mlp.py", 'f"{_name}_up_first", act=_told, up_first=True',
-        'f"{_name}_up_first", act=_told, up_first=False', "patterns/test_entries.py -k gated_mlp",
+        "patterns/gated_mlp.py", 'f"{act}_up_first", act=act, up_first=True',
+        'f"{act}_up_first", act=act, up_first=False', "patterns/test_entries.py -k gated_mlp",
     ),
     Fault(
         PATTERNS, "attention: what a query that sees nothing gets is not asked",

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from faults import FAULTS
 
 SRC = Path(__file__).parent.parent / "src"
 # What the modules of each folder may import of sloth, beside their own folder and compat. A module alone stands for itself.
@@ -93,3 +94,9 @@ def test_files_are_short(file: Path) -> None:
 def test_the_rewriter_knows_no_pattern_and_no_kernel() -> None:
     for file in (SRC / "rewriter").rglob("*.py"):
         assert not {m.split("/")[0] for m in imported(file)} & {"patterns", "kernels"}, file
+
+
+@pytest.mark.nightly  # not where one of them is planted
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_faults_stand_once_where_they_are_planted(fault):
+    assert (SRC / fault.file).read_text().count(fault.old) == 1
