@@ -240,6 +240,37 @@ def warm(
 
 
 @app.command()
+def zoo(
+    archs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ARCH]...", help="model types such as llama; none: every causal LM of transformers"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write what is found to this file, as JSON; what it holds is not run again")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="an earlier result: print what is worse, better or new")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="these of the runs: fp32, 'fp32 LoRA', bf16, 'bf16 LoRA'")] = None,
+    limit: Annotated[float, typer.Option(min=1, help="seconds for an architecture, which has a process of its own")] = 300,
+    jobs: Annotated[int, typer.Option(min=1, help="processes at once")] = 1,
+) -> None:
+    """Train tiny models of every causal LM for one step, in eager and under the backend, in full and with LoRA on all linear
+    layers, in fp32 and bf16: do loss and gradients agree, what is matched, how many graphs and breaks. Exit code 1 where one
+    does not train as in eager, or something is worse than in the result to compare with.
+    """
+    try:
+        from sloth.zoo.command import ZooError, run
+    except ModuleNotFoundError as e:
+        raise _lacks("zoo", e) from e
+    try:
+        good = run(Console(highlight=False, soft_wrap=True), archs or [], out, compare, tuple(only or ()), limit, jobs)
+    except ZooError as e:
+        print(f"sloth zoo: {e}", file=sys.stderr)
+        raise typer.Exit(2) from e
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
 def patterns(
     rules: Annotated[bool, typer.Option("--rules", help="the rules of the normal form instead")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="names and variants as JSON")] = False,

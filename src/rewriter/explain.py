@@ -35,7 +35,7 @@ def explain(model: torch.nn.Module, batch: Mapping[str, Any]) -> Report:
     module = getattr(model, "_orig_mod", model)
     report = Report(titles={c.name: c.title for c in constructs()})
     with unchanged(module), torch.enable_grad():
-        report.expected = _expected(module, batch, constructs())
+        report.expected = sites_called(module, batch, constructs())
         before = Counter(counters["graph_break"])
         unlimited = config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
         with listening() as graphs, unlimited:
@@ -55,7 +55,7 @@ def _trace_only():
     return backend
 
 
-def _expected(model: torch.nn.Module, batch: Mapping[str, Any], wanted: list[Construct]) -> dict[str, int]:
+def sites_called(model: torch.nn.Module, batch: Mapping[str, Any], wanted: list[Construct]) -> dict[str, int]:
     """Sites by the modules that one eager call goes through, and the functions they call."""
     if not any(type(m).__module__.startswith("transformers.") for m in model.modules()):
         return {}

@@ -1,0 +1,203 @@
+"""One training call of an architecture in eager and under sloth: loss, every gradient, graphs, breaks, sites.
+
+In fp32 both compute the same numbers up to the order of sums. In bf16 they round in other places, so both are compared with the
+same step, of the same weights, in fp32: what is judged is whose error is larger, over all gradients together.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from sloth.compat.dynamo import counters
+from sloth.rewriter.backend import listening
+from sloth.rewriter.explain import sites_called
+from sloth.rewriter.match.registry import constructs
+from sloth.rewriter.report import MATCHED, Report
+from sloth.zoo.models import Batch, tiny_batch, tiny_model
+
+Row = dict[str, Any]
+Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
+MISMATCH = 1e-4  # relative difference of a gradient in fp32 from which on it is another
+# In bf16: how much larger an error than eager's is none of chance, and a size of errors below which nobody asks.
+WORSE, SMALL = 1.5, 2e-2
+RANK = 4
+
+
+class Run(NamedTuple):
+    """How the model is trained, and what compiles the rewritten graph: AOTAutograd as in use, or nothing, at half the time."""
+
+    dtype: torch.dtype
+    lora: bool
+    inner: str
+
+
+RUNS = {
+    "fp32": Run(torch.float32, False, "aot_eager"),
+    "fp32 LoRA": Run(torch.float32, True, "eager"),
+    "bf16": Run(torch.bfloat16, False, "eager"),
+    "bf16 LoRA": Run(torch.bfloat16, True, "eager"),
+}
+
+
+def measure(arch: str, runs: tuple[str, ...] = tuple(RUNS)) -> Row:
+    """{"arch", "class", "seconds", "runs": name → what became of it}. A run's state is
+
+    "ok": it trains as in eager · "differs": other numbers · "fails": an error · "untrained": not in eager either.
+    """
+    start = time.perf_counter()
+    row: Row = {"arch": arch, "runs": {}}
+    for name in runs:
+        started = time.perf_counter()
+        try:
+            found = _measured(arch, RUNS[name], row)
+        except Exception as e:
+            found = {"state": "untrained", "why": first_line(e)}
+        row["runs"][name] = found | {"seconds": round(time.perf_counter() - started, 1)}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def first_line(e: BaseException) -> str:
+    text = next((line for line in str(e).strip().split("\n") if line.strip()), "")
+    return f"{type(e).__name__}: {text}"[:240]
+
+
+def _measured(arch: str, run: Run, row: Row) -> Row:
+    model = tiny_model(arch, run.dtype)
+    row["class"] = type(model).__name__
+    batch = tiny_batch(model, arch)
+    if run.lora:
+        model = with_adapters(model, run.dtype)
+    with same_buffers(model):
+        eager = step(model, model, batch)
+    if not torch.isfinite(eager[0]) or not eager[1]:
+        return {"state": "untrained", "why": f"the loss is {eager[0].item()}, with {len(eager[1])} gradients"}
+    truth = eager if run.dtype == torch.float32 else _in_fp32(model, batch)
+    found: Row = {"state": "ok"}
+    try:
+        expected = sites_called(model, batch, constructs())
+    except Exception as e:
+        expected, found["uncounted"] = {}, first_line(e)
+    with listening() as graphs:
+        found |= compiled(model, batch, eager, truth, "sloth", options={"sloth.inner_backend": run.inner})
+    found |= _told(Report(graphs, expected=expected, titles={c.name: c.title for c in constructs()}))
+    if found["state"] != "ok":
+        plain = compiled(model, batch, eager, truth, "aot_eager")
+        found["torch"] = plain["state"] if plain["state"] == "ok" else f"{plain['state']}: {plain.get('why', '')}"
+    return found
+
+
+def with_adapters(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model in PEFT with adapters on all its linear layers, whose gradients all tell something."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(4)
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+    return model.to(dtype).train()
+
+
+def _in_fp32(model: torch.nn.Module, batch: Batch) -> Step | None:
+    """The same step in fp32, or None where the model has dtypes of its own that forbid it."""
+    try:
+        wide = copy.deepcopy(model).float()
+        return step(wide, wide, batch)
+    except Exception:
+        return None
+
+
+def step(function: Callable[..., Any], model: torch.nn.Module, batch: Batch) -> Step:
+    """Loss and gradients by parameter name of one call; `model` has no gradients afterwards."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    out = function(**batch)
+    loss = (out["loss"] if "loss" in out else out[0]).mean()
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), grads
+
+
+@contextmanager
+def same_buffers(model: torch.nn.Module) -> Iterator[None]:
+    """Buffers that calls change (running statistics, dynamic tables) are put back."""
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    yield
+    with torch.no_grad():
+        for n, b in model.named_buffers():
+            if n in before and before[n].shape == b.shape:
+                b.copy_(before[n])
+
+
+def gradient_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest ‖a − b‖ / ‖b‖ over the parameters, and whose it is; infinite where a gradient is missing on one side.
+
+    Norms have a floor of 1e-3 of the largest: a gradient that is zero in exact arithmetic (biases of keys) is noise in any other.
+    """
+    if strange := ours.keys() ^ theirs.keys():
+        return float("inf"), min(strange)
+    floor = 1e-3 * max((g.double().norm().item() for g in theirs.values()), default=0.0) + 1e-12
+    differences = ((((ours[n] - b).double().norm() / (b.double().norm() + floor)).item(), n) for n, b in theirs.items())
+    return max(((d if d == d else float("inf"), n) for d, n in differences), default=(0.0, ""))
+
+
+def error(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """‖a − b‖ / ‖b‖ of all gradients as one vector."""
+    of = sum((ours[n].double() - b.double()).norm().item() ** 2 for n, b in truth.items())
+    return (of / (sum(b.double().norm().item() ** 2 for b in truth.values()) + 1e-24)) ** 0.5
+
+
+def compiled(model: torch.nn.Module, batch: Batch, eager: Step, truth: Step | None, backend: str, **how: Any) -> Row:
+    """The compiled model's step against eager's, and in another dtype against that in fp32."""
+    torch._dynamo.reset()
+    counters.clear()
+    row: Row = {}
+    try:
+        with same_buffers(model):
+            loss, grads = step(torch.compile(model, backend=backend, **how), model, batch)
+    except Exception as e:
+        row = {"state": "fails", "why": first_line(e)}
+    else:
+        difference, name = gradient_difference(grads, eager[1])
+        row = {"loss": abs(loss - eager[0]).item() / (abs(eager[0]).item() + 1e-6), "gradient": difference, "worst": name}
+        row = {k: float(f"{v:.2e}") if isinstance(v, float) else v for k, v in row.items()}
+        right = row["loss"] < MISMATCH and difference < MISMATCH
+        if truth is not eager:
+            right = row["loss"] < SMALL and difference < float("inf")
+            if right and truth is not None and truth[1].keys() == grads.keys():
+                ours, theirs = error(grads, truth[1]), error(eager[1], truth[1])
+                row |= {"error": float(f"{ours:.2e}"), "eager_error": float(f"{theirs:.2e}")}
+                right = ours < max(WORSE * theirs, SMALL)
+        row["state"] = "ok" if right else "differs"
+    row["breaks"] = [reason.strip().split("\n")[0][:160] for reason in counters["graph_break"]]
+    return row
+
+
+def _told(report: Report) -> Row:
+    """What is kept of a report."""
+    missed: Counter = Counter()
+    for s in report.sites:
+        if s.status != MATCHED:
+            missed[dataclasses.replace(s, file="/".join(s.file.split("/")[-1:]))] += 1
+    unseen = Counter({c: n["expected"] for c, n in report.constructs.items()}) - Counter(s.construct for s in report.sites)
+    return {
+        "graphs": len(report.graphs),
+        "constructs": {c: [n["matched"], n["expected"]] for c, n in report.constructs.items() if n["expected"]},
+        "missed": [
+            {"construct": s.construct, "status": s.status, "where": f"{s.file}:{s.line}", "reason": s.reason, "sites": n}
+            for s, n in missed.items()
+        ]
+        + [
+            {"construct": c, "status": "unseen", "where": "", "reason": "no code looks like it", "sites": n}
+            for c, n in unseen.items()
+        ],
+        "untouched": [g.untouched for g in report.graphs if g.untouched],
+        "opaque": dict(Counter(why.split("\n")[0][:120] for g in report.graphs for why in g.opaque.values())),
+    }

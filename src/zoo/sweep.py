@@ -1,0 +1,104 @@
+"""Many architectures, a process each with a limit of time: a crash or a hang costs one row. What is found is written at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sloth.rewriter.match.registry import patterns
+from sloth.zoo.measure import Row, measure
+
+Found = dict[str, Any]  # {"versions": package → version, "rows": architecture → row}
+
+
+def load(file: Path) -> Found:
+    """A result that was written before. Raises ValueError for what is none."""
+    try:
+        found = json.loads(file.read_text())
+        return {"versions": found["versions"], "rows": found["rows"]}
+    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{file} holds no result of `sloth zoo` ({type(e).__name__}: {e})") from e
+
+
+def write(file: Path, found: Found) -> None:
+    """A line for each architecture, so that a diff shows what changed."""
+    rows = ",\n".join(f"{json.dumps(arch)}: {json.dumps(found['rows'][arch])}" for arch in sorted(found["rows"]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'{{"versions": {json.dumps(found["versions"])},\n"rows": {{\n{rows}\n}}}}\n')
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers", "peft")}
+
+
+def sweep(todo: Mapping[str, tuple[str, ...]], limit: float, jobs: int = 1) -> Iterator[Row]:
+    """The row of each architecture, in their order. todo: its runs; limit: seconds for all of them."""
+    _made_ready()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda arch: _in_child(arch, todo[arch], limit), todo)
+
+
+def _made_ready() -> None:
+    """What all processes would do first: they are forked from this one."""
+    warnings.filterwarnings("ignore")
+    for entry in patterns():
+        for variant in entry.variants:
+            variant.is_seen  # noqa: B018  (traces the reference)
+    with contextlib.suppress(ModuleNotFoundError):  # its runs say so
+        import peft  # noqa: F401
+
+
+def _in_child(arch: str, runs: tuple[str, ...], limit: float) -> Row:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(False)
+    child = context.Process(target=_child, args=(there, arch, runs), daemon=True)
+    start = time.perf_counter()
+    child.start()
+    there.close()
+    why = f"took more than {limit:.0f} s"
+    row: Row | None = None
+    try:
+        row = here.recv() if here.poll(limit) else None
+    except EOFError:
+        child.join(5)
+        why = f"died with exit code {child.exitcode}"
+    child.join(2)
+    if child.is_alive():
+        os.killpg(child.pid, signal.SIGKILL)
+    lost = {"state": "fails", "why": why, "constructs": {}, "missed": [], "breaks": [], "graphs": 0}
+    return row or {"arch": arch, "class": "", "runs": {r: lost for r in runs}, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _child(pipe: Connection, arch: str, runs: tuple[str, ...]) -> None:
+    os.setsid()  # so that what it starts can be ended with it
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1), os.dup2(silent, 2)
+    torch.set_num_threads(1)  # more wait for each other, with sizes as small as these
+    pipe.send(measure(arch, runs))
+
+
+def summary(row: Row) -> str:
+    """One line for people: the first run whole, of the others what is otherwise."""
+    parts, before = [], None
+    for name, run in row["runs"].items():
+        counts = ", ".join(f"{m}/{e} {c}" for c, (m, e) in run.get("constructs", {}).items())
+        shown = counts if counts != before else "the same"
+        how = run["state"] if run["state"] == "ok" else f"{run['state'].upper()} {run.get('why') or run.get('worst', '')}"[:100]
+        parts.append(f"{name} {how}: {shown}" if run["state"] != "untrained" else f"{name} {how}")
+        before = counts
+    return f"{row['arch']:24} {row['seconds']:5} s  {' | '.join(parts)}"
