@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from accelerate.utils import compile_regions
-from zoo import gradient_difference, step, tiny_batch, tiny_model
 
 import sloth
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import Report
+from sloth.zoo.measure import gradient_difference, step
+from sloth.zoo.models import tiny_batch, tiny_model
 
 # sites of two layers, by hand: what `explain` must find, and rewrite all of
 SITES = {

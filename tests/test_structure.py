@@ -19,7 +19,8 @@ ARROWS = {
     "rewriter/report": set(),
     "rewriter/notices": set(),
     "rewriter/progress": {"rewriter/notices"},
-    "rewriter/sites": {"rewriter/graph", "rewriter/match", "rewriter/report", "rewriter/notices"},
+    "rewriter/reasons": {"rewriter/graph", "rewriter/match", "rewriter/report"},
+    "rewriter/sites": {"rewriter/graph", "rewriter/match", "rewriter/reasons", "rewriter/report", "rewriter/notices"},
     "rewriter/pipeline": {
         "rewriter/graph", "rewriter/match", "rewriter/plan", "rewriter/report", "rewriter/sites", "rewriter/notices"
     },
@@ -42,10 +43,11 @@ ARROWS = {
     "new_pattern": {"rewriter/match/registry"},
     "models": {"generation", "integrations", "saving", "rewriter/backend", "rewriter/notices", "options"},
     "saving": {"rewriter/notices"},
+    "zoo": {"rewriter"},
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},
     "__init__": {"rewriter/explain", "rewriter/verify", "rewriter/report", "rewriter/match", "models"},  # for type checkers alone
-    "__main__": {"doctor", "rewriter", "options", "warm", "tiny_model", "integrations", "compat", "near_misses", "new_pattern"},
+    "__main__": {"doctor", "rewriter", "options", "warm", "zoo", "tiny_model", "integrations", "compat", "near_misses", "new_pattern"},
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 

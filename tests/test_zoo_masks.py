@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from tests.zoo import VARIANTS, architectures
 from tests.zoo_masks import KINDS, masks, right
+
+from sloth.zoo.models import architectures
+from sloth.zoo.sizes import VARIANTS
 
 # Full and windowed layers, chunks, latent attention, no number for the scale, no norm; of groups of 1, 2 and 4 heads.
 QUICK = ["llama", "mistral+sliding", "gemma3_text", "llama4_text", "deepseek_v3", "falcon", "gpt_neox", "cohere2"]

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.zoo import VARIANTS, Batch, Row, agrees, architectures, gradient_difference, same_buffers, step, tiny_batch, tiny_model
 
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED, Site
+from sloth.zoo.measure import MISMATCH, Row, gradient_difference, same_buffers, step
+from sloth.zoo.models import Batch, architectures, tiny_batch, tiny_model
+from sloth.zoo.sizes import VARIANTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("none", "ones", "right", "left", "packed")
@@ -46,7 +48,7 @@ def batch_of(kind: str, model: torch.nn.Module, arch: str = "") -> Batch | None:
 
 
 def masks(arch: str, dtype: torch.dtype = torch.float32) -> dict[str, Row]:
-    """For each kind the row that the zoo's `agrees` judges, and the sites: of its own, where it was compiled anew."""
+    """For each kind the row that `agrees` judges, and the sites: of its own, where it was compiled anew."""
     model = tiny_model(arch, dtype).to(DEVICE)
     exact = copy.deepcopy(model).double()
     getattr(exact, "set_experts_implementation", lambda how: None)("eager")  # grouped products have no fp64
@@ -75,6 +77,12 @@ def masks(arch: str, dtype: torch.dtype = torch.float32) -> dict[str, Row]:
         row["why_not"] = Counter(s.reason for s in sites if s.status != MATCHED)
         rows[kind] = row
     return rows
+
+
+def agrees(row: Row) -> bool:
+    """Did the compiled model give eager's loss and gradients?"""
+    limit = MISMATCH if row["dtype"] == "float32" else 3e-2
+    return row["loss_difference"] < limit and row["gradient_difference"] < limit
 
 
 def right(row: Row) -> bool:

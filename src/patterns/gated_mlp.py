@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.gated_act import backward_kernel, gated_act, gated_act_packed
+from sloth.patterns import mathematics
 from sloth.rewriter.compile.passes import declare_inplace
 from sloth.rewriter.graph.canonical import VIEWS
 from sloth.rewriter.graph.value import Value, same_literal, uncast
@@ -57,7 +58,7 @@ def _calls(module: torch.nn.Module, arguments: dict) -> int:
     return int(has("gate_proj", "up_proj") or has("gate_up_proj") or has("w1", "w2", "w3"))
 
 
-GATED_MLP = Construct("gated_mlp", "gated MLP", anchor=is_gate, module=_calls)
+GATED_MLP = Construct("gated_mlp", "gated MLP", anchor=is_gate, module=_calls, mathematics=mathematics.gated_mlp)
 
 
 def gelu_tanh(x):

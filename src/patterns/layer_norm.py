@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.layer_norm import layer_norm
+from sloth.patterns import mathematics
 from sloth.patterns.rms_norm import is_centred
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.domain import domain, finite
@@ -24,7 +25,7 @@ def _calls(module: torch.nn.Module, arguments: dict) -> int:
 
 
 domain(layer_norm, numbers={"eps": finite})
-LAYER_NORM = Construct("layer_norm", "LayerNorm", anchor=is_layer_norm, module=_calls)
+LAYER_NORM = Construct("layer_norm", "LayerNorm", anchor=is_layer_norm, module=_calls, mathematics=mathematics.layer_norm)
 
 
 @pattern(LAYER_NORM, op=layer_norm, dims={"x": "B S D", "weight": "D", "bias": "D"}, name="layer_norm", variant="affine")

@@ -13,6 +13,7 @@ from sloth.kernels.linear.gemm_columns import compute_products_in_columns, produ
 from sloth.kernels.linear.gemm_rows import compute_product_in_rows, product_in_rows
 from sloth.kernels.linear.lora import lora_linear
 from sloth.kernels.linear.lora_grad_b import compute_lora_grad_b, lora_grad_b
+from sloth.patterns import mathematics
 from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.compile.passes import accumulates_wide
 from sloth.rewriter.graph.value import Value, uncast
@@ -52,7 +53,7 @@ def _calls(module: torch.nn.Module, arguments: dict) -> int:
     return sum(name in module.lora_A for name in module.active_adapters)
 
 
-LORA = Construct("lora", "LoRA projection", anchor=is_up_projection, module=_calls)
+LORA = Construct("lora", "LoRA projection", anchor=is_up_projection, module=_calls, mathematics=mathematics.lora)
 
 DIMS = {
     "x": "B S K", "weight": "N K", "bias": "N", "lora_input": "B S K", "a": "2 K", "b": "N 2",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.rms_norm import add_rms_norm, rms_norm
+from sloth.patterns import mathematics
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.domain import domain, finite
 from sloth.rewriter.match.pattern import Construct
@@ -36,7 +37,7 @@ def _calls(module: torch.nn.Module, arguments: dict) -> int:
     return int(name.endswith(("RMSNorm", "L2Norm")) and not name.endswith("GatedRMSNorm"))
 
 
-RMS_NORM = Construct("rms_norm", "RMSNorm", anchor=is_norm, module=_calls)
+RMS_NORM = Construct("rms_norm", "RMSNorm", anchor=is_norm, module=_calls, mathematics=mathematics.rms_norm)
 
 
 def llama(x, weight, *, eps: float):

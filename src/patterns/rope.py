@@ -10,6 +10,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels.rope import rope, rope_single
+from sloth.patterns import mathematics
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
@@ -36,7 +37,7 @@ def _slice_source(v: Value) -> Value | None:
     return v.args[0] if v.op == "slice" else None
 
 
-ROPE = Construct("rope", "RoPE", anchor=is_rotation, function="apply_rotary", per_site=2)
+ROPE = Construct("rope", "RoPE", anchor=is_rotation, function="apply_rotary", per_site=2, mathematics=mathematics.rotation)
 
 
 def halves(x):

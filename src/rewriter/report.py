@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import linecache
+import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 from torch import fx
 
 MATCHED = "matched"
+LIBRARIES = tuple(f"{Path(torch.__file__).parents[1] / name}{os.sep}" for name in ("torch", "einops"))  # what models call
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -171,13 +176,18 @@ class Report:
 def _misses(sites: list[Site]) -> Group:
     table = Table("construct", "status", "where", "first difference", title="not rewritten")
     for s, n in Counter(sites).items():
+        code = linecache.getline(s.file, s.line).strip()
         table.add_row(
-            s.construct, s.status + (f" ×{n}" if n > 1 else ""), f"{s.file.split('site-packages/')[-1]}:{s.line}", s.reason
+            s.construct,
+            s.status + (f" ×{n}" if n > 1 else ""),
+            Text(f"{s.file.split('site-packages/')[-1]}:{s.line}" + f"\n{code}" * bool(code)),
+            Text(s.reason),
         )
     return Group(table)
 
 
 def source(node: fx.Node | None) -> tuple[str, int]:
-    """File and line of the innermost frame of the model's code that made this node."""
+    """File and line of the innermost frame of the model's code that made this node; of torch's own only if there is no other."""
     frames = _FRAME.findall((node.meta.get("stack_trace") or "") if node is not None else "")
-    return (frames[-1][0], int(frames[-1][1])) if frames else ("", 0)
+    own = [f for f in frames if not f[0].startswith(LIBRARIES)] or frames
+    return (own[-1][0], int(own[-1][1])) if own else ("", 0)

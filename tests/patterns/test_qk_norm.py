@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests import zoo
 from torch import nn
 
 from sloth.patterns.rms_norm import llama
 from sloth.patterns.rope import halves, plain
 from sloth.rewriter.backend import listening
 from sloth.rewriter.report import MATCHED
+from sloth.zoo import models as zoo
 
 turn = plain(halves)
 

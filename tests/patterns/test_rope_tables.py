@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 from harness import compiled_graphs
-from tests import zoo
+
+from sloth.zoo import models as zoo
 
 LAYERS = 3
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16}

@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers
 from transformers import LlamaConfig, PreTrainedModel
-from zoo import tiny_batch, tiny_model
 
 from sloth.integrations.transformers import _hooks
 from sloth.rewriter.explain import explain
+from sloth.zoo.models import tiny_batch, tiny_model
 
 
 def adapted(breaks: bool = False) -> PreTrainedModel:

@@ -206,7 +206,7 @@ def test_an_anchor_that_sees_the_place_tells_it_alone() -> None:
 def test_a_construct_without_an_anchor() -> None:
     entered(construct=sloth.Construct("clamped", "clamped"))
     (site,) = sites(model(act=torch.tanh))
-    assert site.reason == "expected sigmoid, found tanh (tanh) (no anchor of clamped sees this place)"
+    assert site.reason == "expected sigmoid, found tanh: `tanh` float32 [2, 3, 8] (no anchor of clamped sees this place)"
 
 
 def test_other_code_is_no_near_miss() -> None:

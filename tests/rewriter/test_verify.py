@@ -288,7 +288,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_models(arch: str, checkpointing: bool) -> None:
     """In bf16, whatever their attention: nothing is wrong, and everything is checked."""
-    from tests import zoo
+    from sloth.zoo import models as zoo
 
     torch._dynamo.reset()
     model = zoo.tiny_model(arch, BF16)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.attention.attention import attention, attention_bounds, repeats
+from sloth.patterns import mathematics
 from sloth.patterns.attention.additive_mask import Added, added, may_see_nothing, require_swallowed
 from sloth.patterns.attention.additive_mask import why_not as why_not_added
 from sloth.patterns.attention.alibi import of_keys
@@ -51,7 +52,7 @@ def _reaches(start: Value, neighbours: Callable[[Value], Iterable[Value]], throu
     return False
 
 
-ATTENTION = Construct("attention", "attention", anchor=lambda v: is_masked(v) or is_spelled(v))
+ATTENTION = Construct("attention", "attention", anchor=lambda v: is_masked(v) or is_spelled(v), mathematics=mathematics.attention)
 DIMS = {"query": "B H S D", "key": "B H T D", "value": "B H T E", "attn_mask": "B 1 S T"}
 GROUPED = {"query": "B 2*G S D", "key": "B G T D", "value": "B G T E"}
 domain(  # a score that is hidden is −inf before torch's kernels scale it, and a maximum is taken of scores as they come

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from sloth.kernels.loss.cross_entropy import cross_entropy
 from sloth.kernels.loss.cross_entropy_terms import cross_entropy_terms
+from sloth.patterns import mathematics
 from sloth.rewriter.graph.normal_form import VIEWS, Call, Normal, rule
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.domain import INDICES, domain, finite, inverse, not_zero
@@ -47,7 +48,7 @@ def classes_last(n: Normal, c: Call, logits: Value, target: Value, weight, reduc
     return n.view(found, c.meta.shape)
 
 
-CROSS_ENTROPY = Construct("cross_entropy", "cross-entropy", anchor=is_loss, module=_calls)
+CROSS_ENTROPY = Construct("cross_entropy", "cross-entropy", anchor=is_loss, module=_calls, mathematics=mathematics.loss)
 
 
 def same(logits):

@@ -8,6 +8,7 @@ The shadow is only read; what is rewritten is the graph it was made from, which 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -84,6 +85,25 @@ def uncast(v: Value) -> Value:
     while v.op == "cast":
         v = v.args[0]
     return v
+
+
+def shown(v: Value) -> str:
+    """For people: what it is called in the model, and its dtype and sizes."""
+    node = v.nodes[0] if v.nodes else v.origin
+    kind = "" if v.meta is None else f" {str(v.meta.dtype)[6:]} {list(v.meta.shape)}"
+    return (f"`{named(node)}`" if node is not None else v.op) + kind
+
+
+def named(node: fx.Node) -> str:
+    """The name of a node; of an input of the graph, that of the module's tensor or of the argument."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if node.op != "placeholder" or source is None:
+        return node.name
+    try:
+        text = source.name if isinstance(source.name, str) else source.name()
+    except Exception:  # a source without a name
+        return node.name
+    return re.sub(r"\.?_?(?:L|modules|parameters|buffers)\[['\"]([^'\"]*)['\"]\]", r".\1", text).strip(".")
 
 
 def _show(a: Any) -> str:

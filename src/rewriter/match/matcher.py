@@ -20,7 +20,7 @@ from sloth.compat.dispatch import FakeTensorMode
 from sloth.rewriter.graph.ambient import OFF, Autocast, dtype_of, under
 from sloth.rewriter.graph.canonical import COMMUTATIVE, VIEWS
 from sloth.rewriter.graph.scratch import comparing_nothing
-from sloth.rewriter.graph.value import Meta, Symbol, Value, ValueGraph, literal_key, same_literal
+from sloth.rewriter.graph.value import Meta, Symbol, Value, ValueGraph, literal_key, same_literal, shown, uncast
 from sloth.rewriter.match.pattern import Graph, Pattern, Variant
 from sloth.rewriter.notices import warn_once
 
@@ -43,6 +43,7 @@ class Difference(NamedTuple):
     expected: str
     found: Value | None
     status: str
+    literal: Any = None  # what stands there in place of a number, dimension or flag
 
 
 class NearMiss(NamedTuple):
@@ -101,7 +102,7 @@ class Unifier:
             if b[p] is g:
                 yield b
             else:
-                self.differ(b, f"{b[p]!r}", g, "structure")
+                self.differ(b, f"{shown(b[p])} again", g, "dtype" if uncast(b[p]) is uncast(g) else "structure")
         elif p.op == "input":
             yield {**b, p: g}
         elif not self.exact and p.op == "cast":
@@ -150,7 +151,7 @@ class Unifier:
             if isinstance(g, (int, float, *Symbol)) and (name not in b or same_literal(b[name], g)):
                 yield {**b, name: g}
             else:
-                self.differ(b, f"the number {name}", at, "constant")
+                self.differ(b, f"{at.op} with the number {name}", at, "constant", g)
         elif _hashable(p) and p in self.computed and isinstance(g, (int, float, *Symbol)):  # of numbers: the second look has it
             name = self.number(-p)
             yield b if name is None or name in b else {**b, name: -g}
@@ -158,11 +159,11 @@ class Unifier:
             if g.node.has_hint() and g.node.hint == p and (not self.exact or _constant(g) == p):
                 yield b
             else:
-                self.differ(b, f"{at.op} with {p}", at, "constant")
+                self.differ(b, f"{at.op} with {p}", at, "constant", g)
         elif self.same(p, g):
             yield b
         else:
-            self.differ(b, f"{at.op} with {p}", at, "constant")
+            self.differ(b, f"{at.op} with {shown(p) if isinstance(p, Value) else p}", at, "constant", g)
 
     def number(self, p: Any) -> str | None:
         """The parameter that this constant of the pattern stands for."""
@@ -174,10 +175,15 @@ class Unifier:
             return g.node.hint == p and (not self.exact or _constant(g) == p)
         return same_literal(p, g) if self.exact else _like(p, g)
 
-    def differ(self, b: Bindings, expected: str, found: Value, status: str) -> None:
-        if self.best is None or len(b) > self.best.depth:
-            self.best = Difference(len(b), expected, found, status)
+    def differ(self, b: Bindings, expected: str, found: Value, status: str, literal: Any = None) -> None:
+        if self.best is None or (len(b), *tells(found)) > (self.best.depth, *tells(self.best.found)):
+            self.best = Difference(len(b), expected, found, status, literal)
             self.best_bindings = b
+
+
+def tells(v: Value | None) -> tuple[bool, bool]:
+    """Of two differences that are as deep, operands of a sum in either order: which says more."""
+    return v is not None and v.op != "input", v is not None and v.meta is not None and v.meta.requires_grad
 
 
 def _hashable(a: Any) -> bool:

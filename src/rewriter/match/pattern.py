@@ -49,6 +49,8 @@ class Construct:
     module: how many sites does one call of this module hold, by its class and attributes? Used for models of transformers.
     function: the same by the name of a function that a module calls (what it starts with, underscores aside), one site a module.
     per_site: how many anchors a site can hold (a rotation of q and one of k: 2).
+    mathematics: the values that make the construct up where this is its result, whatever its spelling, or none. What it finds and
+        no anchor sees is counted as missed.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Construct:
     module: Callable[[torch.nn.Module, dict], int] = lambda module, arguments: 0
     function: str = ""
     per_site: int = 1
+    mathematics: Callable[[Value], Set[Value]] = lambda value: frozenset()
 
 
 @dataclass(frozen=True)
