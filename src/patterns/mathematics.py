@@ -113,7 +113,12 @@ def _moment(v: Value) -> tuple[str, Value] | None:
 def _scaled_by_root(v: Value, kinds: Set[str]) -> Values:
     """x · f(moment of x), where f has a root in it, or the moment is one."""
     for x, root in factors(v):
-        if same_literal(x.meta.shape, root.meta.shape) or not same_literal(root.meta.shape[-1], 1) and root.op != "expand":
+        if (
+            not root.meta.shape
+            or same_literal(x.meta.shape, root.meta.shape)
+            or not same_literal(root.meta.shape[-1], 1)
+            and root.op != "expand"
+        ):
             continue
         for found in ways(root, lambda m: _moment(m) is not None, ROOT) if _moment(root) is None else [frozenset({root})]:
             moment = next(m for m in found if _moment(m) is not None)
@@ -185,6 +190,11 @@ def _moved(v: Value) -> tuple[Value, Values] | None:
     return (leaves.pop(), frozenset(seen)) if moves and len(leaves) == 1 else None
 
 
+def _is_table(t: Value) -> bool:
+    """Does it differ from position to position, and from channel to channel?"""
+    return sum(not same_literal(size, 1) for size in t.meta.shape) > 1
+
+
 def rotation(v: Value) -> Values:
     """x · c + moved(x) · s, or complex numbers multiplied and taken apart again."""
     if v.op == "view_as_real":
@@ -199,7 +209,7 @@ def rotation(v: Value) -> Values:
             if (found := _moved(uncast(y))) is None or _moved(uncast(s)) is not None:
                 continue
             for x, c in factors(b):
-                if base(x) is found[0] and base(c) is not base(s) and same_literal(x.meta.shape, y.meta.shape):
+                if base(x) is found[0] and base(c) is not base(s) and _is_table(c) and _is_table(s):
                     return frozenset(m for m in found[1] if m.op not in SHAPES and m is not found[0]) | {v, a, b}
     return NONE
 

@@ -83,7 +83,7 @@ def _agreement(p: Value, g: Value) -> tuple[frozenset[Value], Difference | None]
 def _nearest(values: list[Value], construct: Construct, matcher: Matcher) -> NearMiss | None:
     """The reference of which most operations, by far, stand as they should in what ends at or behind these values."""
     best: tuple[float, NearMiss | None] = (0.0, None)
-    around = {u for v in values for u in _above(v, AROUND)}
+    around = dict.fromkeys(u for v in values for u in _above(v, AROUND))
     for variant, graph in _references(construct, matcher):
         operations = sum(v.op not in ("input", "cast") for v in graph.values)
         for g in around:

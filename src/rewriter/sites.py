@@ -70,7 +70,7 @@ def missed_sites(
             near.append(site)
         by_mathematics = _by_mathematics(view, construct, taken)
         for results in _grouped([*by_mathematics], construct):
-            values = [v for result in results for v in (result, *by_mathematics[result])]
+            values = [v for result in results for v in (result, *sorted(by_mathematics[result] - {result}, key=lambda v: v.id))]
             near.append(missed(values, construct, matcher, refused))
         sites += [replace(site, reason=f"{site.reason} (no anchor of {construct.name} sees this place)") for site in near]
     return sites
