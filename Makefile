@@ -4,7 +4,8 @@
 # make lint   the first three alone
 # make nightly  what the default tier leaves out: slow tests, further combinations and examples, all compile targets
 # make faults  plant faults, and write down which test catches each
-# make sweep  the slow sweep over the model zoo
+# make sweep  the slow sweep over masks and mutants
+# make zoo    train a tiny model of every architecture beside eager, and compare with the last result
 # Both share one environment, .venv, which is brought up to date when pyproject.toml, TORCH, TRITON or TRANSFORMERS changes.
 
 PYTHON ?= python3
@@ -23,11 +24,11 @@ BIN := $(VENV)/bin
 # The name of the stamp holds a checksum of what is asked for: another choice is another stamp.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH) $(TRITON) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help demo demo-qlora lint test nightly faults sweep clean
+.PHONY: help demo demo-qlora lint test nightly faults sweep zoo clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | demo-qlora | lint | test | nightly | faults | sweep | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
+	@echo "make demo | demo-qlora | lint | test | nightly | faults | sweep | zoo | clean   (TORCH=$(TORCH), PYTHON=$(PYTHON); DEMO=, QLORA=\"options\")"
 
 $(STAMP): pyproject.toml
 	@echo "== environment: $(VENV), $(TORCH)"
@@ -70,6 +71,11 @@ faults: $(STAMP)
 sweep: $(STAMP)
 	@echo "== sweep"
 	@$(BIN)/python -m pytest -m sweep
+
+# What runs/zoo.json holds is not run again: remove it to begin anew.
+zoo: $(STAMP)
+	@echo "== zoo"
+	@$(BIN)/python -m sloth zoo --jobs 2 --out runs/zoo.json --compare benchmarks/results/zoo.json
 
 clean:
 	@echo "== removing the environment, runs and caches"

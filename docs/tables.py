@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sloth.rewriter.graph.normal_form import RULES
-from sloth.rewriter.match.registry import patterns
+from sloth.rewriter.match.registry import constructs, patterns
 from sloth.rewriter.plan import legality
+from sloth.zoo import results, sweep
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
@@ -39,15 +40,27 @@ def legality_rules() -> str:
     return "\n".join(("| rule | status | what must hold |", "|---|---|---|", *rows))
 
 
+def zoo(table: Callable[..., str], *more: dict[str, str]) -> Callable[[], str]:
+    """A table of what `python -m sloth zoo` found."""
+    return lambda: table(sweep.load(DOCS.parent / "benchmarks" / "results" / "zoo.json")["rows"], *more)
+
+
 def text(function: Callable) -> str:
     """The docstring as one cell of a table."""
     return " ".join((inspect.getdoc(function) or "").split()).replace("|", "\\|")
 
 
+TITLES = {c.name: c.title for c in constructs()}
 TABLES = {
     "patterns.md": {"rules": rules},
     "architecture.md": {"legality": legality_rules},
     "performance.md": figures.PERFORMANCE,
+    "zoo.md": {
+        "sums": zoo(results.sums_table, TITLES),
+        "others": zoo(results.others_table),
+        "zoo_misses": zoo(results.misses_table, TITLES),
+        "architectures": zoo(results.architectures_table, TITLES),
+    },
     "../README.md": figures.README,
 }
 

@@ -21,7 +21,8 @@ def is_layer_norm(v: Value) -> bool:
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:
-    return int(type(module).__name__.endswith("LayerNorm"))
+    name = type(module).__name__
+    return int(name.endswith("LayerNorm") and name != "CpmAntLayerNorm")  # which is an RMSNorm
 
 
 domain(layer_norm, numbers={"eps": finite})

@@ -16,7 +16,7 @@ from sloth.kernels.linear.lora_grad_b import compute_lora_grad_b, lora_grad_b
 from sloth.patterns import mathematics
 from sloth.rewriter.compile.direct_calls import called_directly
 from sloth.rewriter.compile.passes import accumulates_wide
-from sloth.rewriter.graph.value import Value, uncast
+from sloth.rewriter.graph.value import Value, same_literal, uncast
 from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
@@ -43,7 +43,13 @@ def is_up_projection(v: Value) -> bool:
 
 
 def _is_added(v: Value) -> bool:
-    return any(u.op == "add" or u.op in ("mul", "cast") and _is_added(u) for u in v.users)
+    return any(u.op == "add" or (u.op == "cast" or u.op == "mul" and _scales(u, v)) and _is_added(u) for u in v.users)
+
+
+def _scales(product: Value, v: Value) -> bool:
+    """Is it multiplied by a number, or one for each channel, and not normalised?"""
+    (other,) = [a for a in product.args if a is not v][:1] or [v]
+    return not isinstance(other, Value) or all(same_literal(size, 1) for size in other.meta.shape[:-1]) and other is not v
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:

@@ -124,6 +124,8 @@ def _scaled_by_root(v: Value, kinds: Set[str]) -> Values:
             moment = next(m for m in found if _moment(m) is not None)
             kind, of = _moment(moment)
             rooted = moment.op == "std" or any(m.op in ("rsqrt", "sqrt", "pow") and m is not moment for m in found)
+            turned = any(m.op in ("rsqrt", "reciprocal", "div") or m.op == "pow" and m is not moment for m in found)
+            rooted = rooted and turned == (v.op == "mul")  # x times a root, as where one length is given to another, is none
             same = base(of) is base(x) or bool(way(x, lambda y, of=base(of): y is of, SHAPES | {"mul", "sub"}))
             if kind in kinds and rooted and same and (kind != "sum" or _is_scaled(v)):
                 return found | {v} | ({moment.args[0]} if moment.op in ("mean", "sum") else NONE)

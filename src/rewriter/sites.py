@@ -14,8 +14,8 @@ from torch import fx
 
 from sloth.compat.dispatch import HigherOrderOperator
 from sloth.rewriter.graph.lower import BODIES, LoweredGraph
-from sloth.rewriter.graph.value import Value
-from sloth.rewriter.match.matcher import Match, Matcher
+from sloth.rewriter.graph.value import Value, uncast
+from sloth.rewriter.match.matcher import AGAIN, Match, Matcher
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.reasons import Refusals, alike, different, missed, refusal
@@ -109,12 +109,14 @@ def _unseen(
     view: LoweredGraph, construct: Construct, matcher: Matcher, covered: set[Value], refused: Refusals
 ) -> Iterator[tuple[frozenset[Value], Site]]:
     """Values and site of each place that a reference matches, or nearly, and no anchor sees: of those that overlap, the largest.
-    Not where the operator's results would not fit: that is something else, as Mamba's activation times a number for each channel.
+    Not where the operator's results would not fit: that is something else, as Mamba's activation times a number for each channel;
+    nor where one tensor of the reference is two: a · sigmoid(b) is no a · sigmoid(a).
     """
     variants = {v: g for graphs in matcher.by_root.values() for v, g in graphs if v.pattern.construct is construct}
     if construct.anchor is not Construct.anchor and not any(v.is_seen for v in variants):
         return  # the anchor asks for more than references say: a weight in 4 bits
-    near = [n for n in matcher.near if n.variant in variants]
+    near = [n for n in matcher.near if n.variant in variants and not n.difference.expected.endswith(AGAIN)]
+    near = [n for n in near if _of_like_sizes(variants[n.variant].main, max(n.values, key=lambda v: v.id))]
     near += [n for v, graph in variants.items() if not v.is_seen for n in alike(v, graph, view.shadow.values)]
     found = [(m.values, partial(refusal, m, why)) for m, why in refused if m.variant in variants and why.status != "operator"]
     found += [(n.values, partial(different, n.variant, n.difference)) for n in near]
@@ -125,6 +127,12 @@ def _unseen(
         if not any(_anchors(construct, v) for v in values):
             taken |= values
             yield values, site(*source(max(values, key=lambda v: v.id).origin))
+
+
+def _of_like_sizes(p: Value, g: Value) -> bool:
+    """Are the operands of a result of one shape, where those of the reference's are?"""
+    ours, theirs = ({tuple(map(str, x.meta.shape)) for x in uncast(v).inputs if x.meta} for v in (g, p))
+    return len(theirs) > 1 or len(ours) <= 1
 
 
 def layers_in(node: fx.Node, gm: fx.GraphModule) -> Counter[str]:

@@ -24,6 +24,7 @@ from sloth.rewriter.graph.value import Meta, Symbol, Value, ValueGraph, literal_
 from sloth.rewriter.match.pattern import Graph, Pattern, Variant
 from sloth.rewriter.notices import warn_once
 
+AGAIN = " again"  # what is expected where a tensor of the reference occurs a second time
 NEARLY = 0.8  # of a reference's values and numbers, for a miss that is told though no anchor sees it
 Bindings = dict[Any, Any]  # pattern Value → graph Value, and name of a number → number
 
@@ -102,7 +103,7 @@ class Unifier:
             if b[p] is g:
                 yield b
             else:
-                self.differ(b, f"{shown(b[p])} again", g, "dtype" if uncast(b[p]) is uncast(g) else "structure")
+                self.differ(b, f"{shown(b[p])}{AGAIN}", g, "dtype" if uncast(b[p]) is uncast(g) else "structure")
         elif p.op == "input":
             yield {**b, p: g}
         elif not self.exact and p.op == "cast":

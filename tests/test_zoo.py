@@ -1,0 +1,140 @@
+"""The zoo: a fixed few of its architectures as the committed result says, and what a comparison of results tells."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sloth.__main__ import app
+from sloth.zoo import sweep
+from sloth.zoo.measure import RUNS, measure
+from sloth.zoo.models import architectures
+from sloth.zoo.results import compared, totals
+from sloth.zoo.sizes import VARIANTS
+
+COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "zoo.json"
+FEW = {"qwen3": ("fp32",), "gpt_neox": ("fp32",)}
+MORE = ["llama", "gemma3_text", "deepseek_v3", "mixtral", "phi3", "cohere", "gpt_oss", "qwen3_next", "mamba", "t5gemma2"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return sweep.load(COMMITTED)["rows"]
+
+
+@pytest.mark.parametrize("arch", FEW)
+def test_a_few_are_as_the_result_says(arch, rows):
+    """If something is better on purpose: `make zoo`."""
+    found = measure(arch, FEW[arch])
+    assert all(run["state"] == "ok" for run in found["runs"].values()), found
+    assert compared(rows, {arch: found}, whole=False) == ([], [])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("arch", MORE)
+def test_more_are_as_the_result_says(arch, rows):
+    assert compared(rows, {arch: measure(arch)}, whole=False)[0] == []
+
+
+def test_the_result_is_of_every_architecture(rows):
+    """In it nothing is wrong, and nearly all is matched."""
+    assert rows.keys() == {*architectures(), *VARIANTS}
+    for run in RUNS:
+        found = totals(rows, run)
+        assert found["ok"] == found["train"], run
+
+
+@pytest.fixture
+def before():
+    run = {"state": "ok", "graphs": 1, "breaks": [], "constructs": {"rms_norm": [5, 5], "rope": [2, 2]}, "missed": []}
+    return {arch: {"arch": arch, "class": "", "runs": {"fp32": copy.deepcopy(run)}} for arch in ("llama", "old")}
+
+
+def test_a_comparison_names_what_is_lost_new_and_gone(before):
+    now = copy.deepcopy(before)
+    now["new"] = now.pop("old")
+    missed = {"construct": "rms_norm", "status": "dtype", "where": "a.py:7", "reason": "expected cast", "sites": 1}
+    now["llama"]["runs"]["fp32"] |= {"constructs": {"rms_norm": [4, 5], "rope": [3, 3]}, "missed": [missed], "graphs": 2}
+    worse, better = compared(before, now)
+    assert worse == [
+        "llama, fp32: rms_norm was 5/5, is 4/5 · a.py:7 dtype: expected cast",
+        "llama, fp32: graphs: 1 before, 2 now",
+        "old: is gone",
+    ]
+    assert better == ["llama, fp32: rope was 2/2, is 3/3", "new: is new (fp32 ok: 5/5 rms_norm, 2/2 rope)"]
+    assert compared(before, {"llama": before["llama"]}, whole=False) == ([], [])  # nobody asked for the other
+
+
+def test_a_comparison_names_what_trains_no_more(before):
+    now = copy.deepcopy(before)
+    now["llama"]["runs"]["fp32"] |= {"state": "fails", "why": "RuntimeError: no"}
+    assert compared(before, now) == (["llama, fp32: was ok, is fails (RuntimeError: no)"], [])
+    assert compared(now, before) == ([], ["llama, fp32: was fails, is ok"])
+
+
+def test_other_numbers_are_noticed(monkeypatch):
+    """Under a backend that scales a gradient, and one that raises."""
+    import sloth.zoo.measure as zoo
+
+    compile_ = torch.compile
+
+    def wrong(model, **how):
+        compiled = compile_(model, backend="eager")
+
+        def call(**batch):
+            out = compiled(**batch)
+            next(model.parameters()).register_hook(lambda g: g * 1.01)
+            return out
+
+        return call
+
+    monkeypatch.setattr(zoo.torch, "compile", wrong)
+    run = measure("llama", ("fp32",))["runs"]["fp32"]
+    assert run["state"] == "differs" and 5e-3 < run["gradient"] < 2e-2
+    monkeypatch.setattr(zoo.torch, "compile", lambda model, **how: lambda **batch: 1 / 0)
+    run = measure("llama", ("fp32",))["runs"]["fp32"]
+    assert run["state"] == "fails" and run["why"] == "ZeroDivisionError: division by zero" and "fails" in run["torch"]
+
+
+def test_a_process_that_takes_too_long_or_dies_costs_a_row(monkeypatch):
+    import os
+    import time
+
+    monkeypatch.setattr(sweep, "_made_ready", lambda: None)
+    deeds = {"slow": lambda: time.sleep(60), "dead": lambda: os._exit(7)}
+    monkeypatch.setattr(sweep, "measure", lambda arch, runs: deeds[arch]())
+    found = {row["arch"]: row["runs"]["fp32"] for row in sweep.sweep(dict.fromkeys(deeds, ("fp32",)), limit=1.0)}
+    assert found["slow"]["why"] == "took more than 1 s" and found["dead"]["why"] == "died with exit code 7"
+    assert {run["state"] for run in found.values()} == {"fails"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["lama"], "Did you mean llama?"),
+        (["llama", "--only", "fp16"], "'fp16' is not a run that is known"),
+        (["llama", "--compare", __file__], "holds no result of `sloth zoo`"),
+    ],
+)
+def test_bad_input(given, said):
+    result = CliRunner().invoke(app, ["zoo", *given])
+    assert result.exit_code == 2 and said in result.output
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, before):
+    """Only runs that the file lacks."""
+    asked = []
+
+    def sweep_(todo, limit, jobs):
+        asked.append(dict(todo))
+        yield {"arch": "llama", "class": "", "seconds": 0, "runs": {"bf16": before["llama"]["runs"]["fp32"]}}
+
+    monkeypatch.setattr("sloth.zoo.command.sweep", sweep_)
+    out = tmp_path / "zoo.json"
+    sweep.write(out, {"versions": {}, "rows": before})
+    result = CliRunner().invoke(app, ["zoo", "llama", "--only", "fp32", "--only", "bf16", "--out", str(out)])
+    assert result.exit_code == 0 and asked == [{"llama": ("bf16",)}]
+    assert json.loads(out.read_text())["rows"]["llama"]["runs"].keys() == {"fp32", "bf16"}
