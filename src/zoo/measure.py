@@ -84,7 +84,7 @@ def _measured(arch: str, run: Run, row: Row) -> Row:
         eager = step(model, model, batch)
     if not torch.isfinite(eager[0]) or not eager[1]:
         return {"state": "untrained", "why": f"the loss is {eager[0].item()}, with {len(eager[1])} gradients"}
-    found: Row = {"state": "ok"}
+    found: Row = {"state": "ok", "inner": run.inner}
     try:
         expected = sites_called(model, batch, constructs())
     except Exception as e:

@@ -7,20 +7,24 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sloth.zoo.measure import RUNS, Row
+from sloth.zoo.measure import AOT, RUNS, Row
 
 Rows = Mapping[str, Row]
 WORTH = {"ok": 0, "untrained": 1, "differs": 2, "fails": 3}  # which state is the worse
 
 
 def totals(rows: Rows, run: str) -> dict[str, Any]:
-    """Of one run: architectures that train in eager, those that train here too, and matched / expected by construct."""
+    """Of one run: architectures that train in eager, those that train here too and, of them, those that AOTAutograd compiled
+    ("joint"), and matched / expected by construct.
+    """
     found = [r["runs"][run] for r in rows.values() if r["runs"].get(run, {}).get("state", "untrained") != "untrained"]
     sites: dict[str, list[int]] = {}
     for one in found:
         for construct, counts in one.get("constructs", {}).items():
             sites[construct] = [a + b for a, b in zip(sites.get(construct, (0, 0)), counts, strict=True)]
-    return {"train": len(found), "ok": sum(one["state"] == "ok" for one in found), "constructs": sites}
+    ok = [one for one in found if one["state"] == "ok"]
+    joint = sum(one.get("inner") == AOT for one in ok)
+    return {"train": len(found), "ok": len(ok), "joint": joint, "constructs": sites}
 
 
 def share(sites: Mapping[str, Iterable[int]]) -> float:
@@ -89,6 +93,7 @@ def sums_table(rows: Rows, titles: Mapping[str, str]) -> str:
         "|---|" + "---|" * len(found),
         "| architectures that train in eager | " + " | ".join(str(f["train"]) for f in found.values()) + " |",
         "| … that train here, with eager's numbers | " + " | ".join(str(f["ok"]) for f in found.values()) + " |",
+        "| … of these through AOTAutograd | " + " | ".join(str(f["joint"]) for f in found.values()) + " |",
     ]
     for c in known:
         cells = ["{}/{}".format(*f["constructs"].get(c, (0, 0))) for f in found.values()]
