@@ -273,6 +273,7 @@ def zoo(
 @app.command()
 def patterns(
     rules: Annotated[bool, typer.Option("--rules", help="the rules of the normal form instead")] = False,
+    operators: Annotated[bool, typer.Option("--operators", help="instead: what computes each operator, by device")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="names and variants as JSON")] = False,
 ) -> None:
     """The registered pattern entries: construct, entry, operator, variants."""
@@ -291,6 +292,9 @@ def patterns(
         Console().print(table)
         return
     entries = registered()
+    if operators:
+        Console(width=130).print(_operators())
+        return
     if as_json:
         print(
             json.dumps(
@@ -304,6 +308,16 @@ def patterns(
     for d in deferrals():
         table.add_row(d.construct.title, d.name, "none: computed when it is read", "")
     Console().print(table)
+
+
+def _operators() -> Table:
+    """Those that Triton computes on a GPU; the others are made of these and of torch's."""
+    from sloth.kernels.common.dispatch import IMPLEMENTATIONS
+
+    table = Table("operator", "module", "triton (on a GPU)", "aten (elsewhere, and in fp64)", title="operators")
+    for name, of in sorted(IMPLEMENTATIONS.items()):
+        table.add_row(name, of["triton"].__module__.removeprefix("sloth."), *(f.__name__ for f in of.values()))
+    return table
 
 
 if __name__ == "__main__":

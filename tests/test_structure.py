@@ -47,7 +47,10 @@ ARROWS = {
     "warm": {"rewriter", "kernels", "tiny_model"},
     "accelerate_name": {"integrations"},
     "__init__": {"rewriter/explain", "rewriter/verify", "rewriter/report", "rewriter/match", "models"},  # for type checkers alone
-    "__main__": {"doctor", "rewriter", "options", "warm", "zoo", "tiny_model", "integrations", "compat", "near_misses", "new_pattern"},
+    "__main__": {
+        "compat", "doctor", "integrations", "kernels/common/dispatch", "near_misses", "new_pattern", "options", "rewriter",
+        "tiny_model", "warm", "zoo",
+    },
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 
@@ -102,3 +105,10 @@ def test_the_rewriter_knows_no_pattern_and_no_kernel() -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
 def test_faults_stand_once_where_they_are_planted(fault):
     assert (SRC / fault.file).read_text().count(fault.old) == 1
+
+
+def test_where_an_operator_runs_is_chosen_in_one_place() -> None:
+    """kernels/common/dispatch.py, by the function of launch.py."""
+    asked = {f.relative_to(SRC).as_posix() for f in (SRC / "kernels").rglob("*.py") if "use_triton(" in f.read_text()}
+    layouts = {"kernels/linear/lora.py", "kernels/attention/attention.py"}  # what pays on a GPU, whoever computes it
+    assert asked == {"kernels/common/dispatch.py", "kernels/common/launch.py"} | layouts

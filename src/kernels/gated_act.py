@@ -31,8 +31,9 @@ import math
 
 import torch
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op
 from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "sigmoid")
@@ -155,7 +156,7 @@ def _empty(like: torch.Tensor, *size: int, dtype: torch.dtype | None = None) -> 
 
 
 def forward_triton(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
-    order = row_order(gate, up)
+    order = row_order(gate)  # eager's act(gate) is a dense tensor, which decides for the product
     g, u = ordered_rows(gate, order), ordered_rows(up, order)
     N, I = g.shape
     h = _empty(g, N, I, dtype=torch.promote_types(gate.dtype, up.dtype))
@@ -178,7 +179,7 @@ def forward_packed_triton(x: torch.Tensor, act: str, up_first: bool) -> torch.Te
 def backward_triton(
     dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: str, need_gate: bool, need_up: bool
 ) -> list[torch.Tensor]:
-    order = row_order(gate, up)
+    order = row_order(gate)
     dh, g, u = (ordered_rows(t, order) for t in (dh, gate, up))
     N, I = g.shape
     du = _empty(up, N, I) if need_up else None
@@ -279,11 +280,19 @@ def _check_act(act: str) -> None:
         raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
 
 
+forward_for = implementations("sloth::gated_act", triton=forward_triton, aten=forward_aten)
+backward_for = implementations("sloth::gated_act_backward", triton=backward_triton, aten=backward_aten)
+forward_packed_for = implementations("sloth::gated_act_packed", triton=forward_packed_triton, aten=forward_packed_aten)
+backward_packed_for = implementations(
+    "sloth::gated_act_packed_backward", triton=backward_packed_triton, aten=backward_packed_aten
+)
+
+
 @triton_op("sloth::gated_act", "gated_mlp")
 def _gated_act(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
     _check_act(act)
     torch._check(gate.shape == up.shape, lambda: f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape")
-    return (forward_triton if use_triton(gate) and use_triton(up) else forward_aten)(gate, up, act)
+    return forward_for(gate, up)(gate, up, act)
 
 
 @triton_op("sloth::gated_act_backward", "gated_mlp")
@@ -291,20 +300,19 @@ def _gated_act_backward(
     dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: str, need_gate: bool, need_up: bool
 ) -> list[torch.Tensor]:
     """[dgate, dup], each only if it is needed. `up` is not read where dgate is not needed."""
-    backward = backward_triton if use_triton(gate) and use_triton(up) else backward_aten
-    return backward(dh, gate, up, act, need_gate, need_up)
+    return backward_for(gate, up)(dh, gate, up, act, need_gate, need_up)
 
 
 @triton_op("sloth::gated_act_packed", "gated_mlp")
 def _gated_act_packed(x: torch.Tensor, act: str, up_first: bool = False) -> torch.Tensor:
     _check_act(act)
     torch._check(x.shape[-1] % 2 == 0, lambda: f"packed gate and up need an even last dimension, got {x.shape[-1]}")
-    return (forward_packed_triton if use_triton(x) else forward_packed_aten)(x, act, up_first)
+    return forward_packed_for(x)(x, act, up_first)
 
 
 @triton_op("sloth::gated_act_packed_backward", "gated_mlp")
 def _gated_act_packed_backward(dh: torch.Tensor, x: torch.Tensor, act: str, up_first: bool) -> torch.Tensor:
-    return (backward_packed_triton if use_triton(x) else backward_packed_aten)(dh, x, act, up_first)
+    return backward_packed_for(x)(dh, x, act, up_first)
 
 
 gated_act = torch.ops.sloth.gated_act.default

@@ -17,8 +17,9 @@ Sources  Ba, Kiros & Hinton, "Layer normalization", 2016; the derivation is ours
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, rows, triton_op, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, rows, triton_op
 from sloth.kernels.common.row_reduction import Tuning, check_vectors, raise_on_double_backward, sum_partials, sum_rows
 
 FORWARD = Tuning(tile=2048, per_warp=512)
@@ -162,12 +163,15 @@ def backward_aten(dy, x, weight, mean, rstd, bias_dtype, need_dx: bool, need_dw:
 # ---------------------------------------------------------------- operators
 
 
+forward_for = implementations("sloth::layer_norm_forward", triton=forward_triton, aten=forward_aten)
+backward_for = implementations("sloth::layer_norm_backward", triton=backward_triton, aten=backward_aten)
+
+
 @triton_op("sloth::layer_norm_forward", "layer_norm")
 def _layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd)"""
     check_vectors("layer_norm", x, weight=weight, bias=bias)
-    triton_path = all(use_triton(t) for t in (x, weight, bias) if t is not None)
-    return (forward_triton if triton_path else forward_aten)(x, weight, bias, eps)
+    return forward_for(x, weight, bias)(x, weight, bias, eps)
 
 
 @triton_op("sloth::layer_norm_backward", "layer_norm")
@@ -176,8 +180,7 @@ def _layer_norm_backward(
     need_dx: bool, need_dw: bool, need_db: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dw, db], without what is not needed."""
-    backward = backward_triton if all(use_triton(t) for t in (dy, x, rstd)) else backward_aten
-    results = backward(dy, x, weight, mean, rstd, bias_dtype, need_dx, need_dw, need_db)
+    results = backward_for(dy, x, rstd)(dy, x, weight, mean, rstd, bias_dtype, need_dx, need_dw, need_db)
     return [t for t in results if t is not None]
 
 

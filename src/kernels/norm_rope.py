@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from sloth.kernels import rms_norm
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op
 from sloth.kernels.common.row_reduction import check_vectors, multiprocessors, raise_on_double_backward, sum_partials
 from sloth.kernels.rope import (
     allocate,
@@ -246,8 +247,8 @@ def backward_aten(dyq, dyk, q, k, wq, wk, *how):
 # ---------------------------------------------------------------- operators
 
 
-def _triton(*tensors) -> bool:
-    return all(use_triton(t) for t in tensors)
+forward_for = implementations("sloth::norm_rope_forward", triton=forward_triton, aten=forward_aten)
+backward_for = implementations("sloth::norm_rope_backward", triton=backward_triton, aten=backward_aten)
 
 
 @triton_op("sloth::norm_rope_forward", "norm_rope")
@@ -256,8 +257,7 @@ def _norm_rope_forward(
     eps: float, offset: float, interleaved: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k [B, heads, S, D], cos, sin [B or 1, S, R]"""
-    forward = forward_triton if _triton(q, k, wq, wk, cos) else forward_aten
-    return forward(q, k, wq, wk, cos, sin, eps, offset, interleaved, dtype)
+    return forward_for(q, k, wq, wk, cos)(q, k, wq, wk, cos, sin, eps, offset, interleaved, dtype)
 
 
 @triton_op("sloth::norm_rope_backward", "norm_rope")
@@ -266,7 +266,7 @@ def _norm_rope_backward(
     eps: float, offset: float, interleaved: bool, need: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Of [dq, dk, dwq, dwk] those that `need` says."""
-    backward = backward_triton if _triton(q, k, wq, wk, cos) else backward_aten
+    backward = backward_for(q, k, wq, wk, cos)
     return [t for t in backward(dyq, dyk, q, k, wq, wk, cos, sin, eps, offset, interleaved, need) if t is not None]
 
 

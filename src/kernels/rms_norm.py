@@ -27,8 +27,9 @@ Strides  of h, y, dx are eager's: the dimension order of the input, otherwise de
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op
 from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
 from sloth.kernels.common.row_reduction import Tuning, check_vectors, raise_on_double_backward, sum_partials, sum_rows
 
@@ -187,8 +188,8 @@ def backward_aten(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_dw
 # ---------------------------------------------------------------- operators
 
 
-def _triton(*tensors) -> bool:
-    return all(use_triton(t) for t in tensors if t is not None)
+forward_for = implementations("sloth::rms_norm_forward", "sloth::add_rms_norm_forward", triton=forward_triton, aten=forward_aten)
+backward_for = implementations("sloth::rms_norm_backward", triton=backward_triton, aten=backward_aten)
 
 
 @triton_op("sloth::rms_norm_forward", "rms_norm")
@@ -197,7 +198,7 @@ def _rms_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, rstd)"""
     check_vectors("rms_norm", x, weight=weight)
-    _, y, rstd = (forward_triton if _triton(x, weight) else forward_aten)(x, None, weight, eps, offset, promote, dtype)
+    _, y, rstd = forward_for(x, weight)(x, None, weight, eps, offset, promote, dtype)
     return y, rstd
 
 
@@ -208,8 +209,7 @@ def _add_rms_norm_forward(
     """(h, y, rstd)"""
     check_vectors("add_rms_norm", x, weight=weight)
     torch._check(x.shape == residual.shape, lambda: f"add_rms_norm: shapes {x.shape} and {residual.shape} differ")
-    forward = forward_triton if _triton(x, residual, weight) else forward_aten
-    return forward(x, residual, weight, eps, offset, promote, dtype)
+    return forward_for(x, residual, weight)(x, residual, weight, eps, offset, promote, dtype)
 
 
 @triton_op("sloth::rms_norm_backward", "rms_norm")
@@ -217,7 +217,7 @@ def _rms_norm_backward(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, need_dx: bool, need_dw: bool
 ) -> list[Tensor]:
     """[dx, dweight], without what is not needed."""
-    backward = backward_triton if _triton(dy, dh, x, weight) else backward_aten
+    backward = backward_for(dy, dh, x, weight)
     return [t for t in backward(dy, dh, x, weight, rstd, offset, need_dx, need_dw) if t is not None]
 
 

@@ -26,8 +26,9 @@ Bytes    forward and backward each read and write q and k once: the floor is 4·
 
 import torch
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op
 
 # Tuning: channels of a program (some heads of one token), and its warps. Small programs, many of them.
 CHANNELS = 1024
@@ -233,8 +234,8 @@ def _result_dtype(x: torch.Tensor, cos: torch.Tensor, promote: bool) -> torch.dt
     return torch.promote_types(x.dtype, cos.dtype) if promote else x.dtype
 
 
-def _on_triton(*tensors: torch.Tensor) -> bool:
-    return all(use_triton(t) for t in tensors)
+pair_for = implementations("sloth::rope", "sloth::rope_backward", triton=pair_triton, aten=pair_aten)
+single_for = implementations("sloth::rope_single", "sloth::rope_single_backward", triton=single_triton, aten=single_aten)
 
 
 @triton_op("sloth::rope", "rope")
@@ -249,8 +250,7 @@ def _rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     last = heads_last(cos)
     cos, sin, q, k = arranged(cos, sin, q, k)
-    pair = pair_triton if _on_triton(q, k, cos) else pair_aten
-    yq, yk = pair(q, k, cos, sin, interleaved, *(dtype or _result_dtype(x, cos, promote) for x in (q, k)))
+    yq, yk = pair_for(q, k, cos)(q, k, cos, sin, interleaved, *(dtype or _result_dtype(x, cos, promote) for x in (q, k)))
     return (yq.transpose(1, 2), yk.transpose(1, 2)) if last else (yq, yk)
 
 
@@ -266,8 +266,7 @@ def _rope_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     last = heads_last(cos)
     cos, sin, dq, dk = arranged(cos, sin, dq, dk)
-    pair = pair_triton if _on_triton(dq, dk, cos) else pair_aten
-    dq, dk = pair(dq, dk, cos, sin, interleaved, q_dtype, k_dtype, True)
+    dq, dk = pair_for(dq, dk, cos)(dq, dk, cos, sin, interleaved, q_dtype, k_dtype, True)
     return (dq.transpose(1, 2), dk.transpose(1, 2)) if last else (dq, dk)
 
 
@@ -282,8 +281,7 @@ def _rope_single(
 ) -> torch.Tensor:
     last = heads_last(cos)
     cos, sin, x = arranged(cos, sin, x)
-    single = single_triton if _on_triton(x, cos) else single_aten
-    y = single(x, cos, sin, interleaved, dtype or _result_dtype(x, cos, promote))
+    y = single_for(x, cos)(x, cos, sin, interleaved, dtype or _result_dtype(x, cos, promote))
     return y.transpose(1, 2) if last else y
 
 
@@ -293,8 +291,7 @@ def _rope_single_backward(
 ) -> torch.Tensor:
     last = heads_last(cos)
     cos, sin, dy = arranged(cos, sin, dy)
-    single = single_triton if _on_triton(dy, cos) else single_aten
-    dx = single(dy, cos, sin, interleaved, dtype, True)
+    dx = single_for(dy, cos)(dy, cos, sin, interleaved, dtype, True)
     return dx.transpose(1, 2) if last else dx
 
 

@@ -24,8 +24,9 @@ Bytes    reads and writes x once; the tables, of a position's h pairs, stay in c
 
 import torch
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op
 from sloth.kernels.rope import NUM_WARPS, block_heads, blocks, padded, unit_stride
 
 # ---------------------------------------------------------------- Triton
@@ -108,7 +109,13 @@ def rotated_triton(xs, tables, start, interleaved, interleaves, first, second, o
 # ---------------------------------------------------------------- ATen
 
 
-def rotated_aten(x, tables, start, interleaved, interleaves, first, second, out) -> None:
+def rotated_aten(xs, tables, start, interleaved, interleaves, first, second, outs) -> None:
+    """As rotated_triton."""
+    for x, out in zip(xs, outs, strict=True):
+        _rotated_one(x, tables, start, interleaved, interleaves, first, second, out)
+
+
+def _rotated_one(x, tables, start, interleaved, interleaves, first, second, out) -> None:
     """Into `out`; both [B, heads, S, D]."""
     wide = compute_dtype(x, *tables)
     c1, s1, c2, s2 = (t.unsqueeze(1).to(wide) for t in tables)
@@ -125,6 +132,7 @@ def rotated_aten(x, tables, start, interleaved, interleaves, first, second, out)
 # ---------------------------------------------------------------- operators
 
 LIKE, CONTIGUOUS, POSITIONS_FIRST = range(3)  # the layout of the result
+rotated_for = implementations("sloth::rotate", "sloth::rotate_both", triton=rotated_triton, aten=rotated_aten)
 
 
 def _arranged(x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -168,11 +176,7 @@ def _rotated(xs, tables, axis, start, how, layout, dtypes) -> list[torch.Tensor]
     given += [one if t is None else t if t.dim() == 3 else t[None] for t, one in zip(seconds, given, strict=True)]
     _check(xs, given, axis, start)
     flat, made = [_arranged(x, axis) for x in xs], [_allocated(x, axis, layout, d) for x, d in zip(xs, dtypes, strict=True)]
-    if all(use_triton(t) for t in (*xs, *given)):
-        rotated_triton(flat, given, start, *how, [into for _, into in made])
-    else:
-        for x, (_, into) in zip(flat, made, strict=True):
-            rotated_aten(x, given, start, *how, into)
+    rotated_for(*xs, *given)(flat, given, start, *how, [into for _, into in made])
     return [out.contiguous() if layout == CONTIGUOUS else out for out, _ in made]
 
 

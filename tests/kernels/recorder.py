@@ -1,16 +1,19 @@
 """What an operator does behind its back: the kernels it launches, the operators it calls, the tensors it saves."""
 
-from contextlib import contextmanager
-from unittest import mock
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
+from common import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from sloth.kernels.common.device import device_of, pretending
 
 
 @contextmanager
-def interpret(module, on: bool = True):
-    """Operators of this kernel module take their Triton kernels, on the CPU through Triton's interpreter."""
-    with mock.patch.object(module, "use_triton", (lambda x: x.dtype != torch.float64) if on else module.use_triton):
+def interpret(on: bool = True):
+    """Operators take their Triton kernels, on the CPU through Triton's interpreter."""
+    with pretending(replace(device_of(torch.device(DEVICE)), triton=True), DEVICE) if on else nullcontext():
         yield
 
 

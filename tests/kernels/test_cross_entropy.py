@@ -68,7 +68,7 @@ def test_operator(problem):
 def test_kernels(problem):
     """As above, with the Triton kernels on every device (bf16 only on GPUs: the interpreter cannot round to it)."""
     tiles = {"FORWARD_LANES": 16, "FORWARD_UNROLL": 2, "BACKWARD_BLOCK": 64}  # small ones, so that a row takes several
-    with interpret(module), mock.patch.multiple(module, **tiles):
+    with interpret(), mock.patch.multiple(module, **tiles):
         check(problem)
 
 
@@ -77,7 +77,7 @@ def test_kernels(problem):
 def test_wide_vocabulary(path, softcap):
     """Many steps of the walk over a row, the last one partial; and no slack."""
     logits, target = make((12, 20011), torch.float32, "padded", scale=4.0), random_targets((12,), 20011, 0.2, 0)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         check((logits, target, -100, "mean", softcap, 1.0), slack=1.0)
 
 
@@ -87,7 +87,7 @@ def test_confident_rows(path):
     log(1 + a little): the sum in it is what fp32 rounds, so the tolerance is half an ulp of 1."""
     logits, target = make((64, 30), torch.float32, mean=500.0), random_targets((64,), 30, 0.0, 1)
     logits.scatter_add_(1, target[:, None], torch.full_like(logits[:, :1], 9.0))
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         check((logits, target, -100, "mean", None, 1.0), slack=0.5, scale=1.0)
 
 
@@ -96,7 +96,7 @@ def test_confident_rows(path):
 def test_nothing_counts(path, reduction):
     logits = make((3, 7), torch.float32).requires_grad_()
     target = torch.full((3,), -100, device=DEVICE)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         loss, lse, count = cross_entropy(logits, target, -100, reduction)
         loss.backward()
     torch.testing.assert_close(loss, eager(logits, target, reduction=reduction), equal_nan=True)
@@ -111,7 +111,7 @@ def test_ignored_rows(path):
     logits[1], logits[2] = float("nan"), float("inf")
     logits.requires_grad_()
     target = torch.tensor([3, -100, -100, 0], device=DEVICE)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         loss, lse, _ = cross_entropy(logits, target)
         loss.backward()
     assert loss.isfinite() and not logits.grad[1:3].any() and logits.grad[[0, 3]].all()
@@ -124,7 +124,7 @@ def test_masked_vocabulary(path):
     logits = make((4, 9), torch.float32)
     logits[:, 2], logits[:, 5] = float("-inf"), torch.finfo(torch.float32).min
     target = torch.tensor([0, 1, 8, 3], device=DEVICE)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         (loss,), (dlogits, _) = check((logits, target, -100, "mean", None, 1.0))
     assert loss.isfinite() and dlogits.isfinite().all()
 
@@ -137,7 +137,7 @@ def test_target_out_of_range():
         if DEVICE == "cpu":
             with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
                 cross_entropy(logits, target)
-        with interpret(module):
+        with interpret():
             loss, _, _ = cross_entropy(logits, target)
             (dlogits,) = torch.autograd.grad(loss, logits)
         assert loss.isnan() and dlogits[1].isnan().all() and dlogits[0].isfinite().all()
@@ -147,7 +147,7 @@ def test_target_out_of_range():
 def test_statistics(path):
     """lse, count, dtypes; only the loss has a gradient."""
     logits, target = make((2, 3, 50), torch.float16).requires_grad_(), random_targets((6,), 50, 0.0, 0)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         loss, lse, count = cross_entropy(logits, target, scale=0.5)
     assert loss.requires_grad and not lse.requires_grad and not count.requires_grad
     assert (loss.dtype, lse.dtype, count.dtype) == (torch.float32, torch.float32, torch.int64)
@@ -159,7 +159,7 @@ def test_statistics(path):
 @pytest.mark.parametrize("path", ["operator", "kernels"])
 def test_no_rows(path):
     logits = torch.zeros(0, 7, device=DEVICE, requires_grad=True)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         cross_entropy(logits, torch.zeros(0, dtype=torch.int64, device=DEVICE), reduction="sum")[0].backward()
     assert logits.grad.shape == (0, 7)
 
@@ -168,7 +168,7 @@ def test_no_rows(path):
 def test_shifted_view(path):
     """logits[:, :-1], whose rows no single stride describes."""
     logits, target = make((2, 5, 11), torch.float32)[:, :-1], random_targets((2, 4), 11, 0.2, 3)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         check((logits, target, -100, "mean", None, 1.0))
 
 
@@ -177,7 +177,7 @@ def test_offsets_beyond_32_bits():
     x = torch.empty(2**31 + 16, dtype=torch.float16, device=DEVICE).as_strided((2, 16), (2**31, 1))
     values, target = make((2, 16), torch.float16), random_targets((2,), 16, 0.0, 0)
     x.copy_(values)
-    with interpret(module):
+    with interpret():
         results = [cross_entropy(t.requires_grad_(), target)[0] for t in (x, values)]
         (a,), (b,) = (torch.autograd.grad(loss, t) for loss, t in zip(results, (x, values), strict=True))
     assert torch.equal(*results) and torch.equal(a, b)

@@ -53,7 +53,7 @@ def test_kernels(data, shape, dtype, act, grads, up_first):
     """As above, with the Triton kernels on every device (bf16 only on GPUs: the interpreter cannot round to it)."""
     gate, up = data.draw(tensors(shape, dtype)), data.draw(tensors(shape, dtype))
     x = data.draw(tensors((*shape[:-1], 2 * shape[-1]), dtype))
-    with interpret(module):
+    with interpret():
         compare(lambda g, u: gated_act(g, u, act), lambda g, u: EAGER[act](g) * u, [gate, up], grads)
         compare(lambda x: gated_act_packed(x, act, up_first), packed_eager(act, up_first), [x])
 
@@ -70,14 +70,14 @@ def test_large(act, dtype):
 @pytest.mark.parametrize("path", ["operator", "kernels"])
 def test_mixed_dtypes(path):
     gate, up = make((3, 40), torch.float16), make((3, 40), torch.float32, seed=1)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         compare(lambda g, u: gated_act(g, u, "silu"), lambda g, u: F.silu(g) * u, [gate, up])
 
 
 @pytest.mark.parametrize("path", ["operator", "kernels"])
 def test_no_rows(path):
     gate = torch.zeros(2, 0, 8, device=DEVICE, requires_grad=True)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         gated_act(gate, gate, "silu").sum().backward()
         assert gate.grad.shape == gate.shape
         assert gated_act_packed(gate, "silu").shape == (2, 0, 4)
@@ -88,7 +88,7 @@ def test_offsets_beyond_32_bits():
     x = torch.empty(2**31 + 16, dtype=torch.float16, device=DEVICE).as_strided((2, 16), (2**31, 1))
     values = make((2, 16), torch.float16)
     x.copy_(values)
-    with interpret(module):
+    with interpret():
         assert torch.equal(gated_act_packed(x, "silu"), gated_act_packed(values, "silu"))
         dh = make((2, 8), torch.float16, seed=1)
         assert torch.equal(
@@ -100,7 +100,7 @@ def test_extremes():
     """No nan where eager has none."""
     gate = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4], device=DEVICE)
     for path in (False, True):
-        with interpret(module, path):
+        with interpret(path):
             for act in ACTIVATIONS:
                 compare(lambda g, u, act=act: gated_act(g, u, act), lambda g, u, act=act: EAGER[act](g) * u, [gate, gate.flip(0)])
 

@@ -56,7 +56,7 @@ def ours(how, scale):
 
 
 def check(q, k, v, how, scale=0.3, grads=(True, True, True), **bounds):
-    with interpret(module):
+    with interpret():
         compare(ours(how, scale), eager(how, scale), [q, k, v], grads, strides=False, **bounds)
 
 
@@ -98,7 +98,7 @@ def test_any_mask(data):
     q = make((B, G * per_group, S, D), dtype, layout, seed)
     k, v = (make((B, G, S, D), dtype, layout, seed + n) for n in (1000, 2000))
     terms = float(q.numel()) ** 0.5  # gradients of scores cancel where a query sees one key
-    with interpret(module):
+    with interpret():
         how = data.draw(masks(B, S))
         compare(ours(how, 0.3), eager(how, 0.3), [q, k, v], strides=False, few=10**6, scale=terms)
 
@@ -186,7 +186,7 @@ def test_who_sees_nothing():
     how = [], [padding(1, 40, "left", 5)], 0, None
     blind = ~mask_of(40, *how).any(-1)[0, 0]
     assert blind.any() and not blind.all()
-    with interpret(module):
+    with interpret():
         out = ours(how, 0.3)(q, k, v)
     grads = torch.autograd.grad(out.square().sum(), (q, k, v))
     assert not out[:, :, blind].any() and out[:, :, ~blind].any()
@@ -197,7 +197,7 @@ def test_who_sees_nothing():
 @pytest.mark.parametrize("grads", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
 def test_nothing_in_vain(grads):
     q, k, v = (make((1, 2, 20, 8), torch.float32, seed=n).requires_grad_(g) for n, g in enumerate(grads))
-    with interpret(module):
+    with interpret():
         out = ours(([], [], 0, 5), 0.3)(q, k, v)
         with Recorder() as calls:
             out.sum().backward()
@@ -208,7 +208,7 @@ def test_nothing_in_vain(grads):
 def test_layout():
     """Outputs and gradients as the projections around want them."""
     q, k, v = (make((2, 20, 4, 8), torch.float32, seed=n).transpose(1, 2).requires_grad_() for n in range(3))
-    with interpret(module):
+    with interpret():
         out = ours(([], [], 0, 5), 0.3)(q, k, v)
     assert all(t.transpose(1, 2).is_contiguous() for t in (out, *torch.autograd.grad(out.sum(), (q, k, v))))
 
@@ -217,7 +217,7 @@ def test_large_scores():
     """No overflow: the greatest score of a row is taken off before the power."""
     q, k, v = (make((1, 1, 40, 16), torch.float16, seed=n, scale=30.0 if n < 2 else 1.0).requires_grad_() for n in range(3))
     how = ([], [], 0, 20), 1.0
-    with interpret(module):
+    with interpret():
         out = ours(*how)(q, k, v)
     torch.testing.assert_close(out, eager(*how)(q, k, v), rtol=1e-3, atol=1e-3)
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
@@ -225,7 +225,7 @@ def test_large_scores():
 
 def test_causal_and_full_are_torch_s():
     q, k, v = (make((1, 2, 20, 8), torch.float32, seed=n) for n in range(3))
-    with interpret(module), Recorder() as calls:
+    with interpret(), Recorder() as calls:
         for ahead in (0, None):
             out = ours(([], [], ahead, None), 0.3)(q, k, v)
             assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, is_causal=ahead == 0, scale=0.3))
@@ -234,7 +234,7 @@ def test_causal_and_full_are_torch_s():
 
 def test_autocast():
     q, k, v = (make((1, 2, 20, 8), torch.float32, seed=n).requires_grad_() for n in range(3))
-    with interpret(module), torch.autocast(DEVICE, torch.float16):
+    with interpret(), torch.autocast(DEVICE, torch.float16):
         out = ours(([], [], 0, 5), 0.3)(q, k, v)
     assert out.dtype == torch.float16
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), (q, k, v)))
@@ -242,7 +242,7 @@ def test_autocast():
 
 def test_differentiated_once():
     q = make((1, 1, 8, 8), torch.float32).requires_grad_()
-    with interpret(module):
+    with interpret():
         (dq,) = torch.autograd.grad(ours(([], [], 0, 2), 0.3)(q, q, q).square().sum(), q, create_graph=True)
         with pytest.raises(RuntimeError):
             dq.sum().backward()

@@ -10,7 +10,6 @@ from common import DEVICE, compare, make, wide
 from recorder import Recorder, interpret
 from test_interval_attention import DTYPES, ids, mask_of, padding, small_tiles  # noqa: F401
 
-from sloth.kernels.attention import attention as module
 from sloth.kernels.attention.attention import attention
 
 S, SCALE = 70, 0.3
@@ -79,7 +78,7 @@ def check(name, dtype, kernels=True):
         )
 
     grads = [True] * 3 + [name == "sinks" for name in vectors]
-    with interpret(module) if kernels else contextlib.nullcontext(), Recorder() as calls:
+    with interpret() if kernels else contextlib.nullcontext(), Recorder() as calls:
         compare(ours, eager(how, softcap, vectors, uniform), [q, k, v, *more], grads, strides=False, slack=8.0, few=5)
     assert bool(calls.named("interval_attention")) == kernels or DEVICE == "cuda"
 
@@ -102,7 +101,7 @@ def test_blind_queries_take_the_mean_of_all_values():
     """And have the gradient that eager has, whose scores were swallowed, not cut off."""
     q, k, v = (make((2, 2, S, 8), torch.float32, seed=n).requires_grad_() for n in range(3))
     documents, valid, ahead, behind = LEFT
-    with interpret(module):
+    with interpret():
         out = attention(q, k, v, documents, valid, ahead, behind, uniform=True)
         dq, dk = torch.autograd.grad(out[0, :, 0].square().sum(), (q, k))
     assert not valid[0][0, 0]
@@ -117,7 +116,7 @@ def test_widths_of_values(D, E):
         make((1, 1, S, D), torch.float16, seed=1),
         make((1, 1, S, E), torch.float16, seed=2),
     )
-    with interpret(module):
+    with interpret():
         compare(lambda *t: attention(*t, [], [], 0, 20, scale=SCALE), eager(WINDOW, None, (), False), [q, k, v], strides=False)
 
 
@@ -129,7 +128,7 @@ def test_biases_that_count(dtype):
     for how, bias in ((CAUSAL, 1000 + torch.arange(S, device=DEVICE).expand(1, 2, S)), (HOLES, counted)):
         ours = lambda *t: attention(*t, how[0], how[1], *how[2:], scale=SCALE, bias=bias.to(dtype))  # noqa: B023, E731
         theirs = lambda *t: eager(how, None, ("bias",), False)(*t, bias.to(dtype))  # noqa: B023, E731
-        with interpret(module):
+        with interpret():
             compare(ours, theirs, [q, k, v], strides=False)
 
 

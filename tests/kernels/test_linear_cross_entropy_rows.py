@@ -59,7 +59,7 @@ def test_operator(problem, size):
 @given(problems(st.sampled_from([torch.float32, torch.float16])))
 def test_kernels(problem):
     tiles = mock.patch.multiple(cross_entropy, FORWARD_LANES=16, FORWARD_UNROLL=2)
-    with interpret(module), tiles, mock.patch.object(loss_terms, "BACKWARD_BLOCK", 64):
+    with interpret(), tiles, mock.patch.object(loss_terms, "BACKWARD_BLOCK", 64):
         check(problem, rows=30)
 
 
@@ -116,7 +116,7 @@ def test_ignored_rows_and_no_rows():
 def test_a_target_out_of_range(path):
     hidden, weight = make((3, 8), torch.float32).requires_grad_(), make((30, 8), torch.float32, seed=2)
     target = torch.tensor([1, 30, -100], device=DEVICE)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         if path == "operator" and DEVICE == "cpu":
             with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
                 linear_cross_entropy_rows(hidden, weight, target)

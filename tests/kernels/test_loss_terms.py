@@ -76,7 +76,7 @@ def test_operator(problem, dloss, budget):
 def test_kernels(problem, budget):
     tiles = mock.patch.multiple(cross_entropy, FORWARD_LANES=16, FORWARD_UNROLL=2)
     more = mock.patch.multiple(loss_terms, BACKWARD_BLOCK=64)
-    with interpret(cross_entropy), tiles, more, mock.patch.object(module, "use_triton", lambda x: True):
+    with interpret(), tiles, more:
         check(problem, budget=budget, rows=30)
 
 
@@ -104,7 +104,7 @@ def test_rows_that_do_not_count(path, terms):
     hidden, weight = make((3, 8), torch.float32).requires_grad_(), make((30, 8), torch.float32, seed=2)
     classes = torch.rand(30, device=DEVICE) if weighted else None
     how = classes, None, None, -100, "sum", None, 1.0, smoothing, z_loss
-    with interpret(cross_entropy, path == "kernels"), mock.patch.object(module, "use_triton", lambda x: path == "kernels"):
+    with interpret(path == "kernels"):
         ignored = torch.full((3,), -100, device=DEVICE)
         (got,) = torch.autograd.grad(ours(hidden, weight, ignored, *how), hidden)
         (expected,) = torch.autograd.grad(eager(hidden, weight, ignored, *how), hidden)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from recorder import Recorder, interpret
 from test_interval_attention import DTYPES, mask_of, padding, small_tiles  # noqa: F401
 
-from sloth.kernels.attention import attention as module
 from sloth.kernels.attention import interval_attention as kernels
 from sloth.kernels.attention.attention import attention, measured
 from sloth.kernels.attention.interval_attention import Tile
@@ -77,7 +76,7 @@ CASES += [(name, DTYPES[-1], True) for name in ("nothing", "prefixes", "chosen k
 def test_masks(name, dtype, uniform):
     if name == "one" and dtype != torch.float32:
         pytest.skip("where queries see a key or two, out's rounding in δ shows: the docstring of the kernels tells how much")
-    with interpret(module), Recorder() as calls:
+    with interpret(), Recorder() as calls:
         check(MASKS[name], dtype, uniform, E=40 if name == "blocks" else 24)
     assert calls.named("interval_attention")
 
@@ -102,7 +101,7 @@ def test_any_mask(data):
         make((B, 1, T, 8), torch.float32, seed=1),
         make((B, 1, T, 8), torch.float32, seed=2),
     )
-    with interpret(module):
+    with interpret():
         compare(ours(mask), eager(mask, False), [q, k, v], strides=False, few=10**6, scale=float(q.numel()) ** 0.5)
 
 
@@ -129,7 +128,7 @@ def test_layouts_of_the_mask(view):
         "transposed": mask.mT,
         "two dimensions": mask[0, 0],
     }[view]
-    with interpret(module):
+    with interpret():
         check(given, torch.float32, False)
 
 
@@ -138,7 +137,7 @@ def test_the_tiles_in_use(monkeypatch):
     monkeypatch.setattr(kernels, "FORWARD", {64: (Tile(64, 64, 4, 1),)})
     mask = blocks(150) & (at(150) != 77)
     q, (k, v) = make((1, 2, 150, 64), torch.float16), (make((1, 1, 150, 64), torch.float16, seed=n) for n in (1, 2))
-    with interpret(module):
+    with interpret():
         compare(ours(mask), eager(mask, False), [q, k, v], strides=False)
 
 
@@ -151,7 +150,7 @@ def test_beside_a_bias():
         s = torch.tanh(q @ k.mT * SCALE / 2) * 2 + bias.to(q.dtype)[:, :, None]
         return (s + torch.where(mask, 0.0, torch.finfo(torch.float32).min)).softmax(-1) @ v
 
-    with interpret(module):
+    with interpret():
         how = {"scale": SCALE, "softcap": 2.0, "bias": bias, "visible": mask, "uniform": True}
         compare(lambda *t: attention(*t, [], [], **how), theirs, [q, k, v], strides=False, slack=8.0)
 
@@ -168,12 +167,12 @@ def test_beside_sinks():
     def operator(q, k, v, sinks):
         return attention(q, k, v, [], [], scale=SCALE, visible=mask, sinks=sinks)
 
-    with interpret(module):
+    with interpret():
         compare(operator, theirs, [q, k, v, sinks], strides=False, slack=8.0, few=5)
 
 
 def test_what_it_gives_is_torch_s():
     q, k, v = (make((2, 2, S, 8), torch.float32, seed=n) for n in range(3))
-    with interpret(module):
+    with interpret():
         out = ours(MASKS["one"])(q, k, v)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, MASKS["one"], scale=SCALE), rtol=1e-4, atol=1e-6)

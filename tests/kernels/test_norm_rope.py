@@ -109,7 +109,7 @@ def test_operator(problem, grads, used):
 @given(problems(st.sampled_from([torch.float32, torch.float16])), some_grads, some_douts)
 def test_kernels(problem, grads, used):
     """As above, with the Triton kernels on every device (bf16 only on GPUs: the interpreter cannot round to it)."""
-    with interpret(module):
+    with interpret():
         check(problem, grads, used)
 
 
@@ -133,7 +133,7 @@ def test_many_heads(path, monkeypatch):
     monkeypatch.setattr(module, "WALKERS", 8)
     tensors = sample(torch.float32, B=1, H=11, G=5, S=7, D=24, R=16)
     for weights in (True, False):
-        with interpret(module, path == "kernels"):
+        with interpret(path == "kernels"):
             check((tensors, (0.0, False, False)), (True, True, weights, weights), (True, True))
 
 
@@ -141,7 +141,7 @@ def test_many_heads(path, monkeypatch):
 def test_no_tokens(path):
     q, k, wq, wk, cos, sin = sample(torch.float32, S=0)
     wq.requires_grad_()
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         sum(y.sum() for y in ours(q.requires_grad_(), k, wq, wk, cos, sin)).backward()
     assert q.grad.shape == q.shape and not wq.grad.any()
 
@@ -151,7 +151,7 @@ def test_no_epsilon(path):
     """Rows that a block of heads lacks are not divided by their length, which is 0."""
     q, k, wq, wk, cos, sin = sample(torch.float32, H=3)
     wq.requires_grad_()
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         y, _ = norm_rope(q, k, wq, wk, cos, sin, 0.0, torch.float32)
         (dw,) = torch.autograd.grad(y.sum(), wq)
     assert dw.isfinite().all()
@@ -163,7 +163,7 @@ def test_layout(path, R):
     """Outputs lie in memory as eager's; gradients as the projection's output."""
     q, k, *others = sample(torch.float32, R=R)
     q, k = q.requires_grad_(), k.requires_grad_()
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         found = ours(q, k, *others)
         grads = torch.autograd.grad([y.sum() for y in found], (q, k))
     assert [y.stride() for y in found] == [y.stride() for y in eager(q, k, *others)]
@@ -178,7 +178,7 @@ def test_tables_with_a_dimension_for_heads(path, heads_at):
     cos, sin = cos.unsqueeze(heads_at), sin.unsqueeze(heads_at)
     if heads_at == 2:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         compare(lambda *t: ours(*t, cos, sin), lambda *t: eager(*t, cos, sin), [q, k, wq, wk], slack=16)
 
 
@@ -188,7 +188,7 @@ def test_offsets_beyond_32_bits():
     values, k, *others = sample(torch.float16, H=2, S=4)
     far.copy_(values)
     found = []
-    with interpret(module):
+    with interpret():
         for x in (far, values):
             y, _ = ours(x.requires_grad_(), k, *others)
             found.append((y, *torch.autograd.grad(y.sum(), x)))
@@ -221,7 +221,7 @@ def test_nothing_in_vain(grads, used):
 def test_same_result_in_every_run():
     """The weights' gradients are summed in a fixed order."""
     tensors = [t.requires_grad_() for t in sample(torch.float32, S=33)[:4]] + sample(torch.float32, S=33)[4:]
-    with interpret(module):
+    with interpret():
         runs = [torch.autograd.grad([y.sum() for y in ours(*tensors)], tensors[:4]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

@@ -92,7 +92,7 @@ def test_operator(problem, grads, used, promote):
 @given(problems(st.sampled_from([torch.float32, torch.float16])), some_grads, some_douts, st.booleans())
 def test_kernels(problem, grads, used, promote):
     """As above, with the Triton kernels on every device (bf16 only on GPUs: the interpreter cannot round to it)."""
-    with interpret(module):
+    with interpret():
         check(problem, grads, used, promote)
 
 
@@ -114,14 +114,14 @@ def test_many_heads(path, monkeypatch):
     monkeypatch.setattr(module, "CHANNELS", 64)
     q, k = heads((1, 11, 3, 24), torch.float32, "model", 0), heads((1, 5, 3, 24), torch.float32, "model", 1)
     cos, sin = make((1, 3, 16), torch.float32, seed=2), make((1, 3, 16), torch.float32, seed=3)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         check((q, k, cos, sin, False), (True, True), (True, True), False)
 
 
 @pytest.mark.parametrize("path", ["operator", "kernels"])
 def test_no_tokens(path):
     q, cos = torch.zeros(2, 3, 0, 8, device=DEVICE, requires_grad=True), torch.zeros(1, 0, 8, device=DEVICE)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         sum(y.sum() for y in rope(q, q[:, :1], cos, cos)).backward()
     assert q.grad.shape == q.shape
 
@@ -132,7 +132,7 @@ def test_offsets_beyond_32_bits():
     values = make((2, 2, 4, 8), torch.float16)
     x.copy_(values)
     cos, sin = make((1, 4, 8), torch.float16, seed=1), make((1, 4, 8), torch.float16, seed=2)
-    with interpret(module):
+    with interpret():
         assert torch.equal(rope_single(x, cos, sin), rope_single(values, cos, sin))
 
 
@@ -142,7 +142,7 @@ def test_layout(path, R):
     """Outputs lie in memory as eager's; gradients as the projection's output."""
     q, k = (heads((2, n, 5, 8), torch.float32, "model", n).requires_grad_() for n in (4, 2))
     cos = make((1, 5, R), torch.float32)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         ours = rope(q, k, cos, cos)
         grads = torch.autograd.grad([y.sum() for y in ours], (q, k))
     assert [y.stride() for y in ours] == [y.stride() for y in eager(q, k, cos, cos)]
@@ -154,7 +154,7 @@ def test_tables_with_a_head_dimension(path):
     """cos and sin as [B or 1, 1, S, R], after the model's own unsqueeze."""
     q, k = (heads((2, n, 5, 8), torch.float32, "model", n) for n in (4, 2))
     cos, sin = make((1, 5, 8), torch.float32, seed=1), make((1, 5, 8), torch.float32, seed=2)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         compare(lambda q, k: rope(q, k, cos[:, None], sin[:, None]), lambda q, k: eager(q, k, cos, sin), [q, k])
 
 
@@ -168,7 +168,7 @@ def test_heads_behind_positions(path, R):
     def transposed(*xs):
         return tuple(eager_single(x.transpose(1, 2), cos[:, :, 0], sin[:, :, 0]).transpose(1, 2) for x in xs)
 
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         compare(lambda q, k: rope(q, k, cos, sin), transposed, [q, k])
         compare(lambda k: rope_single(k, cos, sin), transposed, [k])
 

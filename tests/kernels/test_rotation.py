@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorder import interpret, saved
 
-from sloth.kernels import rotation as module
 from sloth.kernels.rotation import CONTIGUOUS, LIKE, rotate, rotate_both
 
 TURN, BACK = (-1, 1), (1, -1)
@@ -98,7 +97,7 @@ def test_operator(problem, grads, used):
 @given(problems(st.sampled_from([torch.float32, torch.float16])), some, some)
 def test_kernels(problem, grads, used):
     """As above, with the Triton kernels on every device (bf16 only on GPUs: the interpreter cannot round to it)."""
-    with interpret(module):
+    with interpret():
         check(problem, grads, used)
 
 
@@ -108,7 +107,7 @@ def test_many_heads(path, monkeypatch):
     monkeypatch.setattr("sloth.kernels.rope.CHANNELS", 64)
     q, k = make((1, 3, 11, 24), torch.float32), make((1, 3, 5, 24), torch.float32, seed=1)
     given = [make((3, 8), torch.float32, seed=seed) for seed in (2, 3)] + [None, None, 1, 4, True, False, *TURN, 0, torch.float32]
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         check((q, k, given), (True, True), (True, True))
 
 
@@ -117,7 +116,7 @@ def test_layout(path):
     """Results lie in memory as x or contiguous; gradients as the projection's output."""
     x = make((2, 5, 4, 8), torch.float32).transpose(1, 2).requires_grad_()
     table = make((5, 4), torch.float32)
-    with interpret(module, path == "kernels"):
+    with interpret(path == "kernels"):
         like, contiguous = (
             rotate(x, table, table, None, None, 2, 0, False, False, *TURN, layout) for layout in (LIKE, CONTIGUOUS)
         )
@@ -131,7 +130,7 @@ def test_offsets_beyond_32_bits():
     x = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided((2, 4, 2, 8), (2**31, 16, 8, 1))
     values, table = make((2, 4, 2, 8), torch.float16), make((4, 4), torch.float16, seed=1)
     x.copy_(values)
-    with interpret(module):
+    with interpret():
         assert torch.equal(rotate(x, table, table), rotate(values, table, table))
 
 

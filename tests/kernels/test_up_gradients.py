@@ -12,7 +12,7 @@ from sloth.kernels.linear.lora_grad_b import MAX_RANK, lora_grad_b
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter cannot round to bf16
 PATHS = {
     "operator": lora_grad_b,
-    "kernel": lambda g, b, t, scale, dtype=None: module._triton(g, b, t, scale[0], dtype or t.dtype),
+    "kernel": lambda g, b, t, scale, dtype=None: module._triton(g, b, t, scale, dtype),
 }
 each_path = pytest.mark.parametrize("path", PATHS)
 dtypes = st.sampled_from(DTYPES)

@@ -8,7 +8,7 @@ from common import DEVICE
 from peft_layers import BF16, Attention, K, adapted, same, step
 from torch.utils.checkpoint import checkpoint
 
-from sloth.kernels.linear import dequantize_4bit as module
+from sloth.kernels.common.dispatch import IMPLEMENTATIONS
 from sloth.kernels.linear.gemm import sum_of_products
 from sloth.rewriter.compile import inductor
 from sloth.rewriter.compile.passes import Pass
@@ -49,9 +49,10 @@ def weights_made(checkpointed, monkeypatch, **options):
     x = torch.randn(2, 8, K, device=DEVICE, dtype=BF16, requires_grad=True)
     run = torch.compile(model, backend="sloth", options=options)
     step(model, run, x)
-    name, made = "_triton" if DEVICE == "cuda" else "_bitsandbytes", []
-    original = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args: made.append(args) or original(*args))
+    here, made = "triton" if DEVICE == "cuda" else "aten", []
+    of = IMPLEMENTATIONS["sloth::dequantize_4bit"]
+    original = of[here]
+    monkeypatch.setitem(of, here, lambda *args: made.append(args) or original(*args))
     ours = step(model, run, x)
     monkeypatch.undo()
     same(ours, step(model, model, x), 2e-2)

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sloth.kernels.attention.interval_attention import interval_attention
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
 
 WIDE = torch.float32, torch.float64
@@ -266,19 +267,29 @@ def repeats(query: Tensor | None, key: Tensor | None) -> bool:
 
 
 def _by_bounds(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool, exactly: bool) -> Tensor:
-    D, E, T = query.shape[3], value.shape[3], key.shape[2]
+    D, E = query.shape[3], value.shape[3]
+    kernels_take = max(D, E) <= WIDEST and D % MULTIPLE == E % MULTIPLE == 0 and not dropout_p > 0
+    compute = _by_bounds_for(query) if kernels_take else _by_mask
+    return compute(query, key, value, of, dropout_p, scale, softcap, sinks, bias, uniform, exactly)
+
+
+def _by_mask(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool, exactly: bool) -> Tensor:
     plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
-    if not use_triton(query) or max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:
-        mask = of.mask(torch.arange(T, dtype=torch.int32, device=query.device)[None])
-        if plain and not uniform and not exactly:
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
-        return spelled(query, key, value, mask, scale, softcap, sinks, bias, uniform)
+    mask = of.mask(torch.arange(key.shape[2], dtype=torch.int32, device=query.device)[None])
+    if plain and not uniform and not exactly:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=grouped)
+    return spelled(query, key, value, mask, scale, softcap, sinks, bias, uniform)
+
+
+def _by_intervals(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool, exactly: bool) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     lo, hi, first, last, usable, holes, gaps, fully_masked = of
     return interval_attention(
         query, key, value, lo, hi, first, last, usable, holes, gaps, scale, softcap, sinks, bias, fully_masked
     )[0]  # fmt: skip
 
+
+_by_bounds_for = implementations("sloth::attention", triton=_by_intervals, aten=_by_mask)
 
 attention = torch.ops.sloth.attention.default
 """attention(query, key, value, documents, valid, ahead=None, behind=None, dropout_p=0.0, scale=None, softcap=None, sinks=None,

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.device import device_of
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import launch_cached, use_triton
+from sloth.kernels.common.launch import launch_cached
 
 BLOCK, WARPS, PROGRAMS = 2048, 8, 16  # words a step; programs for each multiprocessor
 COLUMNS = 2**10  # of 64 bits, without a kernel
@@ -50,11 +51,13 @@ def _fingerprint_kernel(x_ptr, part_ptr, N, BLOCK: tl.constexpr):
 def fingerprint(x: Tensor) -> Tensor:
     """int64 parts, on the device of `x`, of any shape, strides and dtype. Compare those of one device with `torch.equal`."""
     words = _words(x)
-    if not words.numel() or not use_triton(words):
-        return _by_sums(words)
-    parts = device_of(x.device).multiprocessors * PROGRAMS
-    found = torch.empty(parts, dtype=torch.int64, device=x.device)
-    with torch.cuda.device_of(x):
+    return (_parts_for(words) if words.numel() else _by_sums)(words)
+
+
+def _by_kernel(words: Tensor) -> Tensor:
+    parts = device_of(words.device).multiprocessors * PROGRAMS
+    found = torch.empty(parts, dtype=torch.int64, device=words.device)
+    with torch.cuda.device_of(words):
         launch_cached(_fingerprint_kernel, (parts,), [words, found], [words.numel()], {"BLOCK": BLOCK}, num_warps=WARPS)
     return found
 
@@ -88,6 +91,8 @@ def _by_aten(words: Tensor) -> Tensor:
     keys = _keys(words.device)
     return torch.stack([part.to(torch.int64).mul_(keys[: len(part)]).sum() for part in words.split(CHUNK)])
 
+
+_parts_for = implementations("sloth::fingerprint", triton=_by_kernel, aten=_by_sums)
 
 COMPILE = [
     (_fingerprint_kernel, {"x_ptr": "*i32", "part_ptr": "*i64", "N": "i64"}, {"BLOCK": BLOCK}),

@@ -21,9 +21,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import launch_cached, no_derivative, use_triton
+from sloth.kernels.common.launch import launch_cached, no_derivative
 from sloth.kernels.linear.gemm_rows import apart, rows_of
 
 NF4 = (
@@ -204,11 +205,13 @@ def _check(packed, absmax, absmax_8bit, code8, offset, blocksize: int, quant_typ
         raise RuntimeError(f"{shape} in blocks of {blocksize} need {blocks} scales, got {scales.numel()}")
 
 
+_dequantize_for = implementations("sloth::dequantize_4bit", triton=_triton, aten=_bitsandbytes)
+
+
 @falls_back("sloth::dequantize_4bit", "linear_4bit")
 def compute_dequantize_4bit(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
-    compute = _triton if use_triton(packed) else _bitsandbytes
-    return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
+    return _dequantize_for(packed)(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype)
 
 
 @torch.library.impl("sloth::dequantize_4bit", "CompositeExplicitAutograd")
@@ -251,9 +254,14 @@ def compute_dequantize_4bit_together(
 ) -> list[Tensor]:
     """The operator's results, for operands that were checked when the graph was traced."""
     matrices = _matrices(packed, absmax, absmax_8bit, code8, offset, shapes)
-    if use_triton(packed[0]):
-        return _triton_together(matrices, blocksize, quant_type, dtype)
+    return _dequantize_together_for(packed[0])(matrices, blocksize, quant_type, dtype)
+
+
+def _bitsandbytes_each(matrices: list[tuple], blocksize, quant_type, dtype) -> list[Tensor]:
     return [_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype) for *tensors, shape in matrices]
+
+
+_dequantize_together_for = implementations("sloth::dequantize_4bit_together", triton=_triton_together, aten=_bitsandbytes_each)
 
 
 @torch.library.impl("sloth::dequantize_4bit_together", "CompositeExplicitAutograd")

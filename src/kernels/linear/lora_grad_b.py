@@ -21,9 +21,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import launch_cached, no_derivative, use_triton
+from sloth.kernels.common.launch import launch_cached, no_derivative
 from sloth.kernels.common.row_reduction import multiprocessors
 from sloth.kernels.linear.gemm import compute_sum_of_products
 from sloth.kernels.linear.gemm_rows import apart, compute_product_in_rows, rows_of
@@ -107,8 +108,8 @@ def _sum_block(part_ptr, out_ptr, first, end, size, at, to, STEP: tl.constexpr, 
     tl.store(out_ptr + to, tl.sum(total, 0).to(out_ptr.dtype.element_ty), at < size)
 
 
-def _triton(g: list[Tensor], b: list[Tensor], t: Tensor, scale: float, dtype: torch.dtype) -> list[Tensor]:
-    """u, dB_1, …: of up to MOST layers of one rank, which share all of t."""
+def _triton(g: list[Tensor], b: list[Tensor], t: Tensor, scale: list[float], dtype: torch.dtype | None) -> list[Tensor]:
+    """u, dB_1, …: of up to MOST layers of one rank and scale."""
     g = [gi if gi.stride(1) == 1 else gi.contiguous() for gi in g]
     b, t = [bi.contiguous() for bi in b], t if t.stride(1) == 1 else t.contiguous()
     M, R = g[0].shape[0], b[0].shape[1]
@@ -123,11 +124,11 @@ def _triton(g: list[Tensor], b: list[Tensor], t: Tensor, scale: float, dtype: to
         (strips, splits),
         [*g, *g[-1:] * absent, *b, *b[-1:] * absent, t, u, db],
         [*(gi.stride(0) for gi in (*g, *g[-1:] * absent)), *widths, *(0,) * absent, t.stride(0), M, per_split, *ends],
-        {"scale": scale, "R": R, "RP": max(16, 1 << (R - 1).bit_length()), "BM": BM, "BN": BN,
+        {"scale": scale[0], "R": R, "RP": max(16, 1 << (R - 1).bit_length()), "BM": BM, "BN": BN,
          "STAGES": SHARED // (BM * BN * g[0].element_size())},
         num_warps=NUM_WARPS,
     )  # fmt: skip
-    u_out, db_out = torch.empty_like(t, memory_format=torch.contiguous_format), t.new_empty(N, R, dtype=dtype)
+    u_out, db_out = torch.empty_like(t, memory_format=torch.contiguous_format), t.new_empty(N, R, dtype=dtype or t.dtype)
     grid = (-(-M * R // SUM_BLOCK) * len(g) - (-N * R // SUM_BLOCK),)
     numbers = [u_out.stride(0), *ends, strips, splits, M * R, N * R]
     constants = {"LAYERS": len(g), "R": R, "STEP": SUM_STEP, "BLOCK": SUM_BLOCK}
@@ -142,16 +143,6 @@ def _strips(widths: tuple[int, ...]) -> list[int]:
     return ends + ends[-1:] * (MOST - len(ends))
 
 
-def _serves(g: list[Tensor], b: list[Tensor], scale: list[float]) -> bool:
-    """Is one launch for all of these layers?"""
-    alike = len(g) == 1 or (
-        len(g) <= MOST
-        and all(gi.dtype == g[0].dtype and bi.shape[1] == b[0].shape[1] for gi, bi in zip(g, b, strict=True))
-        and all(s == scale[0] for s in scale)
-    )
-    return alike and b[0].shape[1] <= MAX_RANK and use_triton(g[0]) and use_triton(b[0])
-
-
 torch.library.define(
     "sloth::up_gradients",
     "(Tensor[] g, Tensor[] b, Tensor t, float[] scale, ScalarType? dtype=None) -> Tensor[]",
@@ -162,16 +153,23 @@ torch.library.define(
 @falls_back("sloth::up_gradients", "lora")
 def compute_lora_grad_b(g, b, t, scale, dtype=None) -> list[Tensor]:
     """The operator's results, for operands that were checked when the graph was traced. They may be parts of one buffer."""
-    dtype = dtype or t.dtype
-    if _serves(g, b, scale):
-        return _triton(g, b, t, scale[0], dtype)
-    parts = t.split([bi.shape[1] for bi in b], 1)
-    if len(g) > 1 and use_triton(t):
-        each = [compute_lora_grad_b([gi], [bi], ti, [s], dtype) for gi, bi, ti, s in zip(g, b, parts, scale, strict=True)]
-        return [torch.cat([u for u, _ in each], 1), *(db for _, db in each)]
-    g = [gi.to(t.dtype) for gi in g]
+    if len(g) == 1 or _alike(g, b, scale):
+        return (_lora_grad_b_for(g[0], b[0]) if b[0].shape[1] <= MAX_RANK else _aten)(g, b, t, scale, dtype)
+    columns = t.split([bi.shape[1] for bi in b], 1)
+    each = [compute_lora_grad_b([gi], [bi], ti, [s], dtype) for gi, bi, ti, s in zip(g, b, columns, scale, strict=True)]
+    return [torch.cat([u for u, _ in each], 1), *(db for _, db in each)]
+
+
+def _alike(g: list[Tensor], b: list[Tensor], scale: list[float]) -> bool:
+    """Are these layers one launch?"""
+    ranks, dtypes = {bi.shape[1] for bi in b}, {gi.dtype for gi in g}
+    return len(g) <= MOST and len(ranks) == len(dtypes) == len(set(scale)) == 1
+
+
+def _aten(g: list[Tensor], b: list[Tensor], t: Tensor, scale: list[float], dtype: torch.dtype | None) -> list[Tensor]:
+    g, columns = [gi.to(t.dtype) for gi in g], t.split([bi.shape[1] for bi in b], 1)
     u = [compute_sum_of_products([gi], [bi], [s]) for gi, bi, s in zip(g, b, scale, strict=True)]
-    db = [compute_product_in_rows(gi.t(), ti, gi.shape[1:], s, dtype)[0] for gi, ti, s in zip(g, parts, scale, strict=True)]
+    db = [compute_product_in_rows(gi.t(), ti, gi.shape[1:], s, dtype)[0] for gi, ti, s in zip(g, columns, scale, strict=True)]
     return [u[0] if len(u) == 1 else torch.cat(u, 1), *db]
 
 
@@ -179,6 +177,9 @@ def _check(g, b, t, scale) -> None:
     no_derivative(*g, *b, t)
     told = lambda: f"up_gradients: of {len(g)} layers, B {[list(bi.shape) for bi in b]}, t {list(t.shape)}"  # noqa: E731
     torch._check(0 < len(g) == len(b) == len(scale) and t.shape[1] == sum(bi.shape[1] for bi in b), told)
+
+
+_lora_grad_b_for = implementations("sloth::up_gradients", triton=_triton, aten=_aten)
 
 
 @torch.library.impl("sloth::up_gradients", "CompositeExplicitAutograd")

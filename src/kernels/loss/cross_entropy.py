@@ -29,8 +29,9 @@ nan, and its lse; nothing is read out of bounds, and nothing waits for the devic
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import compiling, compute_dtype, launch, rows, triton_op, use_triton
+from sloth.kernels.common.launch import compiling, compute_dtype, launch, rows, triton_op
 
 # Tuning. Forward, one program a row: a step of its walk takes FORWARD_UNROLL × FORWARD_LANES columns. With 8 lanes (16 bytes of
 # bf16) to a thread, that is FORWARD_LANES = 256 · FORWARD_WARPS, the reduction over UNROLL stays inside a thread.
@@ -233,8 +234,11 @@ def forward_aten(
     return nll, lse, low, *more
 
 
-def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float, first: int = 0):
-    """As backward_triton. Without `low`, which matters to fp32 alone, it reads less for each element."""
+def backward_aten(
+    dloss, logits, target, lse, low, count, ignore_index: int, mean: bool, softcap, scale: float,
+    out: Tensor | None = None, first: int = 0,
+):  # fmt: skip
+    """As backward_triton, but never into `out`. Without `low`, which matters to fp32 alone, it reads less for each element."""
     V = logits.shape[-1]
     z_NV, slope = capped_with_slope(logits.reshape(-1, V), softcap, scale)
     target_N1 = target.reshape(-1, 1)
@@ -249,6 +253,12 @@ def backward_aten(dloss, logits, target, lse, low, count, ignore_index: int, mea
 # ---------------------------------------------------------------- operators
 
 
+forward_for = implementations(
+    "sloth::cross_entropy_forward", "sloth::cross_entropy_terms_forward", triton=forward_triton, aten=forward_aten
+)
+backward_for = implementations("sloth::cross_entropy_backward", triton=backward_triton, aten=backward_aten)
+
+
 @triton_op("sloth::cross_entropy_forward", "cross_entropy")
 def _cross_entropy_forward(
     logits: Tensor, target: Tensor, ignore_index: int, reduction: str, softcap: float | None, scale: float
@@ -258,8 +268,7 @@ def _cross_entropy_forward(
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     n_rows = logits.numel() // logits.shape[-1]
     torch._check(target.numel() == n_rows, lambda: f"{n_rows} rows of logits, but {target.numel()} targets")
-    forward = forward_triton if use_triton(logits) else forward_aten
-    nll, lse, low = forward(logits, target, ignore_index, softcap, scale)
+    nll, lse, low = forward_for(logits)(logits, target, ignore_index, softcap, scale)
     count = (target != ignore_index).sum()
     loss = nll.sum()
     return loss / count if reduction == "mean" else loss, lse, low, count
@@ -282,8 +291,7 @@ def _cross_entropy_backward(
     if compiling() and logits.itemsize == 2:
         # Inductor writes one kernel of these formulas, over logits that nobody needs any more.
         return backward_aten(dloss, logits, target, lse, None, count, *how)
-    backward = backward_triton if use_triton(logits) else backward_aten
-    return backward(dloss, logits, target, lse, lse_low, count, *how)
+    return backward_for(logits)(dloss, logits, target, lse, lse_low, count, *how)
 
 
 def _setup(ctx, inputs, output):

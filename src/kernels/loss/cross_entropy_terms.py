@@ -12,10 +12,10 @@ Bytes    as in cross_entropy.py: the floor is 3·N·V·itemsize over the copy ra
 import torch
 from torch import Tensor
 
-from sloth.kernels.common.launch import compute_dtype, triton_op, use_triton
+from sloth.kernels.common.launch import compute_dtype, triton_op
 from sloth.kernels.linear.gemm import as_matrix
 from sloth.kernels.loss import loss_terms
-from sloth.kernels.loss.cross_entropy import forward_aten, forward_triton
+from sloth.kernels.loss.cross_entropy import forward_for
 from sloth.kernels.loss.loss_terms import Terms
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -39,9 +39,8 @@ def _cross_entropy_terms_forward(
     _check(logits, target, class_weight, reduction, label_smoothing, z_loss)
     terms, target_N = Terms(label_smoothing, class_weight, z_loss), target.reshape(-1)
     w_N = terms.weight_of(target_N, ignore_index, compute_dtype(logits))
-    forward = forward_triton if use_triton(logits) else forward_aten
     how = ignore_index, softcap, scale, label_smoothing != 0, class_weight, z_loss != 0
-    nll, lse, low, *spread = forward(logits, target_N, *how)
+    nll, lse, low, *spread = forward_for(logits)(logits, target_N, *how)
     row = terms.rows(nll, *(spread or [None]), w_N, logits.shape[-1])
     if reduction == "none":
         return row, lse, low
@@ -60,10 +59,9 @@ def _cross_entropy_terms_backward(
     G = dloss.to(lse.dtype)
     numbers = terms.coefficients(G / w_N.sum() if reduction == "mean" else G, G / N if z_loss else 0.0, lse, w_N, counts, V)
     given = numbers, x_NV, target_N, class_weight, lse, lse_low, ignore_index, softcap, scale, 0, V
-    if not use_triton(logits):
-        return loss_terms.backward_aten(*given).reshape(logits.shape)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return loss_terms.backward_triton(*given, out)
+    backward = loss_terms.backward_for(logits)
+    out = None if backward is loss_terms.backward_aten else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return backward(*given, out).reshape(logits.shape)
 
 
 def _setup(ctx, inputs, output):

@@ -31,17 +31,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.kernels.common.device import device_of
 from sloth.kernels.common.faults import falls_back
-from sloth.kernels.common.launch import compiling, compute_dtype, use_triton, without_autocast
+from sloth.kernels.common.launch import compiling, compute_dtype, without_autocast
 from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import add_product, as_matrix, product
 from sloth.kernels.loss import loss_terms
 from sloth.kernels.loss.cross_entropy import (
     REDUCTIONS,
-    backward_aten,
-    backward_triton,
+    backward_for,
     cross_entropy,
     forward_aten,
-    forward_triton,
+    forward_for,
 )
 from sloth.kernels.loss.loss_terms import Terms
 
@@ -125,7 +124,8 @@ class _Rows:
         self.h_NH, self.target_N = as_matrix(hidden), target.reshape(-1)
         self.weight, self.bias = weight, bias
         self.t_NR, self.lora_b, self.up_scale = None if lora_a_out is None else as_matrix(lora_a_out), lora_b, up_scale
-        self.how, self.wide, self.kernels = (ignore_index, softcap, scale), compute_dtype(hidden), use_triton(hidden)
+        self.how, self.wide = (ignore_index, softcap, scale), compute_dtype(hidden)
+        self.forward, self.backward = forward_for(hidden), (backward_for if terms.plain else loss_terms.backward_for)(hidden)
         self.terms, self.w_N = terms, terms.weight_of(self.target_N, ignore_index, self.wide)
         (N, H), V = self.h_NH.shape, weight.shape[0]
         self.need_h, self.need_w, self.need_b, self.need_t, self.need_lora_b = need
@@ -161,7 +161,7 @@ class _Rows:
 
     def statistics(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The loss of these rows is added up; lse and its rounding error are returned."""
-        forward, terms = forward_triton if self.kernels else forward_aten, self.terms
+        forward, terms = self.forward, self.terms
         if terms.plain:
             nll, *lse = forward(z, self.target_N[rows], *self.how)
             self.loss += nll.sum()
@@ -181,12 +181,9 @@ class _Rows:
             G = self.unit / self.over, self.unit / len(self.target_N)
             numbers = terms.coefficients(*G, lse, self.w_N[rows], target != ignore_index, V)
             weight = None if terms.weight is None else terms.weight[first : first + z.shape[1]]
-            backward = loss_terms.backward_triton if self.kernels else loss_terms.backward_aten
-            return backward(numbers, z, target, weight, lse, low, *self.how, first, V)
+            return self.backward(numbers, z, target, weight, lse, low, *self.how, first, V)
         how = self.unit, z, target, lse, low, self.over, ignore_index, True, softcap, scale
-        if self.kernels:
-            return backward_triton(*how, out=z, first=first)
-        return backward_aten(*how, first=first)
+        return self.backward(*how, out=z, first=first)
 
     def total(self) -> Tensor:
         """The loss of all rows."""
@@ -216,7 +213,7 @@ def _by_rows(r: _Rows, keep: bool) -> tuple[Tensor, Tensor]:
     for start in range(0, N, C):
         rows = slice(start, start + C)
         z = r.logits(rows, all_columns, buffer)
-        if not r.kernels and r.how[1:] == (None, 1.0) and r.terms.plain and not keep:
+        if r.forward is forward_aten and r.how[1:] == (None, 1.0) and r.terms.plain and not keep:
             dz = r.by_log_softmax(z, rows)
         else:
             lse, low = r.statistics(z, rows)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.common.faults import falls_back
-from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
+from sloth.kernels.common.launch import compute_dtype, without_autocast
 from sloth.kernels.common.row_reduction import raise_on_double_backward
 from sloth.kernels.linear.gemm import add_product, as_matrix, product
 from sloth.kernels.loss import loss_terms
-from sloth.kernels.loss.cross_entropy import forward_aten, forward_triton
+from sloth.kernels.loss.cross_entropy import forward_for
 from sloth.kernels.loss.linear_cross_entropy import BUDGET, check, chunk_rows, logits_of
 from sloth.kernels.loss.loss_terms import Terms
 
@@ -51,7 +51,7 @@ def linear_cross_entropy_rows_forward_impl(
     h_NH, target_N, terms = as_matrix(hidden), target.reshape(-1), Terms(label_smoothing, class_weight, 0.0)
     out = hidden.new_empty(3, len(h_NH), dtype=compute_dtype(hidden))
     w_N = terms.weight_of(target_N, ignore_index, out.dtype)
-    forward = forward_triton if use_triton(hidden) else forward_aten
+    forward = forward_for(hidden)
     buffer, chunks = _chunks(h_NH, weight, budget)
     for rows in chunks:
         z = logits_of(h_NH[rows], weight, bias, buffer)
@@ -85,7 +85,7 @@ def linear_cross_entropy_rows_backward_impl(
 ):
     budget, need_h, need_w, need_b = more
     h_NH, target_N, terms = as_matrix(hidden), target.reshape(-1), Terms(label_smoothing, class_weight, 0.0)
-    (N, H), V, wide, kernels = h_NH.shape, len(weight), compute_dtype(hidden), use_triton(hidden)
+    (N, H), V, wide = h_NH.shape, len(weight), compute_dtype(hidden)
     counts = target_N != ignore_index
     peak = torch.where(counts, dloss, 0).abs().amax() if N else dloss.new_ones(())
     unit = torch.exp2(peak.log2().floor()).nan_to_num(nan=1.0, posinf=1.0).clamp(min=2.0**-60)
@@ -93,7 +93,7 @@ def linear_cross_entropy_rows_backward_impl(
     numbers = terms.coefficients(dloss / unit, 0.0, lse, w_N, counts, V)
     dh = hidden.new_empty(N if need_h else 0, H)
     dw, db = (hidden.new_zeros(V if needed else 0, *size, dtype=wide) for needed, size in ((need_w, (H,)), (need_b, ())))
-    backward = loss_terms.backward_triton if kernels else loss_terms.backward_aten
+    backward = loss_terms.backward_for(hidden)
     buffer, chunks = _chunks(h_NH, weight, budget)
     for rows in chunks:
         z = logits_of(h_NH[rows], weight, bias, buffer)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch, rows
 from sloth.kernels.loss.cross_entropy import BACKWARD_BLOCK, BACKWARD_WARPS, _capped, _exp, capped_with_slope
@@ -102,8 +103,8 @@ def backward_triton(
     return out
 
 
-def backward_aten(coefficients, logits, target, weight, lse, low, ignore_index: int, softcap, scale, first, vocabulary):
-    """As backward_triton, but not in place."""
+def backward_aten(coefficients, logits, target, weight, lse, low, ignore_index: int, softcap, scale, first, vocabulary, out=None):
+    """As backward_triton, but never in place nor into `out`."""
     a, b, u = coefficients.unsqueeze(-1)
     z, slope = capped_with_slope(logits, softcap, scale)
     p = torch.exp((z - lse.unsqueeze(-1)) - low.unsqueeze(-1))
@@ -112,6 +113,8 @@ def backward_aten(coefficients, logits, target, weight, lse, low, ignore_index: 
     dz = slope * (a * p - torch.where(hit, b + u, u))
     return torch.where((a != 0) | (b != 0) | (u != 0).any(1, True), dz, 0).to(logits.dtype)
 
+
+backward_for = implementations("sloth::cross_entropy_terms_backward", triton=backward_triton, aten=backward_aten)
 
 COMPILE = [
     (
