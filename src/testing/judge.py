@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from sloth.rewriter.verify.limit import LIMIT, least, unit
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a GPU machine the same tests run the real kernels
 MANY = 2048  # elements, among which luck averages out
 LAYOUTS = ("contiguous", "permuted", "padded", "offset", "strided", "expanded")
@@ -43,8 +45,7 @@ def assert_no_worse(ours, eager, exact, *, slack: float = 4.0, scale: float = 0.
     assert ours.dtype == eager.dtype, (name, ours.dtype, eager.dtype)
     exact = exact.detach().double()
     error = [(t.detach().double() - exact).norm().item() for t in (ours, eager, exact.to(ours.dtype))]
-    unit = 2.0**-52 if ours.dtype == torch.float64 else 2.0**-23
-    limit = 1.05 * max(error[1:]) + slack * unit * max(exact.norm().item(), scale)
+    limit = LIMIT * least(*error[1:]) + slack * unit(ours.dtype) * max(exact.norm().item(), scale)
     if exact.numel() < few:
         limit += torch.finfo(ours.dtype).eps * max(exact.norm().item(), scale)
     assert error[0] <= limit, f"{name}: error {error[0]:.3e}, eager {error[1]:.3e}, rounding {error[2]:.3e}"

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-LIMIT = 1.05
+from sloth.rewriter.verify.limit import LIMIT, least, unit
+
 SLACK = 4.0  # ulps of fp32 of the norm, for sums that are taken in another order
 AT_ONCE = 1 << 24  # elements that are compared at a time
 FEW = 4  # clusters: of fewer no spread can be told
@@ -38,7 +39,7 @@ class Tally:
     eager: list[torch.Tensor] = field(default_factory=list)
     rounding: list[torch.Tensor] = field(default_factory=list)
     squares: float = 0.0
-    unit: float = 2.0**-23
+    unit: float = unit(torch.float32)
 
     def add(self, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
         """One draw. Where fp64 itself is not finite nothing is asked."""
@@ -57,7 +58,7 @@ class Tally:
         for errors, new in zip((self.ours, self.eager, self.rounding), found, strict=True):
             errors.append(torch.cat(new) if self.single else torch.cat(new).sum()[None])
         if eager.dtype == torch.float64:
-            self.unit = 2.0**-52
+            self.unit = unit(eager.dtype)
 
     def judged(self) -> Ratio:
         a, b, r = (torch.cat(kind) for kind in (self.ours, self.eager, self.rounding))
@@ -65,12 +66,12 @@ class Tally:
         norm = math.sqrt(self.squares)
         ours, eager, rounding = (math.sqrt(t.sum().item()) for t in (a, b, r))
         b = b if eager >= rounding else r
-        least, slack = max(eager, rounding), SLACK * self.unit * norm
-        ratio = _over(ours, least)
-        if ours <= limit * least + slack or math.isinf(least):
+        held, slack = least(eager, rounding), SLACK * self.unit * norm
+        ratio = _over(ours, held)
+        if ours <= limit * held + slack or math.isinf(held):
             return Ratio(ours, eager, norm, ratio, 0.0, math.inf, limit)
-        width = _width(a, b) if math.isfinite(ours) and least > 0 else 0.0
-        beyond = _over(ours - slack, least)  # what sums in another order do not explain
+        width = _width(a, b) if math.isfinite(ours) and held > 0 else 0.0
+        beyond = _over(ours - slack, held)  # what sums in another order do not explain
         return Ratio(ours, eager, norm, ratio, beyond * math.exp(-width), ratio * math.exp(width), limit)
 
 
