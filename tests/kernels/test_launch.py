@@ -4,6 +4,7 @@ import ast
 import inspect
 import logging
 import threading
+from concurrent.futures import wait
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,9 +16,9 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sloth.kernels import rms_norm
-from sloth.kernels.common import faults
+from sloth.kernels.common import ahead, faults
 from sloth.kernels.common import launch as module
-from sloth.kernels.common.ahead import compile_ahead, wait_for_kernels
+from sloth.kernels.common.ahead import compile_ahead
 from sloth.kernels.common.device import H100, pretending
 from sloth.kernels.common.launch import launch_cached
 from sloth.kernels.linear.lora_grad_b import _strip_kernel, _sum_kernel, compute_lora_grad_b
@@ -121,6 +122,11 @@ def test_rows_are_any_number(kernel, names):
     decorator, *_ = ast.parse(inspect.getsource(kernel.fn)).body[0].decorator_list  # the interpreter does not keep it
     (told,) = (ast.literal_eval(k.value) for k in decorator.keywords if k.arg == "do_not_specialize")
     assert set(names) <= set(told) <= set(inspect.signature(kernel.fn).parameters)
+
+
+def wait_for_kernels():
+    """Until all that was asked for is compiled."""
+    wait(list(ahead._jobs))
 
 
 def meta(*shape, dtype=torch.bfloat16):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -54,8 +54,3 @@ def compiling_of(kernel: Any) -> threading.Lock:
     if compiled_for() is not None and not threading.main_thread().is_alive():
         raise RuntimeError("the process ends, and nobody needs it")
     return _locks.setdefault(id(kernel), threading.Lock())
-
-
-def wait_for_kernels() -> None:
-    """Until all that was asked for is compiled."""
-    wait(list(_jobs))
