@@ -242,7 +242,7 @@ def attention_composite(
     if written and not nan:
         query = torch.where(sees, query, 0.0)
     alike = uniform or nan and exactly  # so that its gradient is nan, too
-    out = _by_bounds(query, key, value, of, dropout_p, scale, softcap, sinks, bias, alike, exactly)
+    out = _by_bounds_for(query)(query, key, value, of, dropout_p, scale, softcap, sinks, bias, alike, exactly)
     if written and nan:
         lost = value.sum(2, keepdim=True) * torch.where(sees.all(2, keepdim=True), 0.0, math.nan).to(value.dtype)
         return torch.where(sees, out, lost.repeat_interleave(query.shape[1] // key.shape[1], 1))
@@ -266,13 +266,6 @@ def repeats(query: Tensor | None, key: Tensor | None) -> bool:
     return len(known) < 2 or key.dtype == torch.float32 and query.shape[1] != key.shape[1]
 
 
-def _by_bounds(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool, exactly: bool) -> Tensor:
-    D, E = query.shape[3], value.shape[3]
-    kernels_take = max(D, E) <= WIDEST and D % MULTIPLE == E % MULTIPLE == 0 and not dropout_p > 0
-    compute = _by_bounds_for(query) if kernels_take else _by_mask
-    return compute(query, key, value, of, dropout_p, scale, softcap, sinks, bias, uniform, exactly)
-
-
 def _by_mask(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool, exactly: bool) -> Tensor:
     plain, grouped = softcap is sinks is bias is None, query.shape[1] != key.shape[1]
     mask = of.mask(torch.arange(key.shape[2], dtype=torch.int32, device=query.device)[None])
@@ -282,6 +275,9 @@ def _by_mask(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bi
 
 
 def _by_intervals(query, key, value, of: Bounds, dropout_p, scale, softcap, sinks, bias, uniform: bool, exactly: bool) -> Tensor:
+    D, E = query.shape[3], value.shape[3]
+    if max(D, E) > WIDEST or D % MULTIPLE or E % MULTIPLE or dropout_p > 0:  # the kernels do not take it
+        return _by_mask(query, key, value, of, dropout_p, scale, softcap, sinks, bias, uniform, exactly)
     bias = None if bias is None else bias.contiguous()
     lo, hi, first, last, usable, holes, gaps, fully_masked = of
     return interval_attention(
