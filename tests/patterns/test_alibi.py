@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import DEVICE, assert_no_worse
-from test_attention import AOT, BATCHES, QUICK, sites_of, step
+from inner import OPTIONS as QUICK
+from test_attention import AOT, BATCHES, sites_of, step
 from test_eager_attention import additive, model_and_input, same
 from test_mask_meaning import S, causal, narrow_window
 from torch import nn
@@ -63,6 +64,7 @@ NEARLY = {
 
 @pytest.mark.parametrize("mask", [causal, narrow_window], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.covered(1)
 def test_slopes(bias, mask):
     model, x = model_and_input(mask, filled(BIASES[bias]), groups=4)
     statuses, sites = same(model, x)
@@ -124,6 +126,7 @@ def checked(name, dtype=torch.float32, checkpointed=False, batch=None):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.covered(1)
 def test_models(name, checkpointed):
     _, ours, theirs, statuses = checked(name, checkpointed=checkpointed)
     assert statuses == [MATCHED] * 2

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, assert_no_worse
 from harness import compiled_graphs
+from inner import OPTIONS as QUICK
 from test_mask_meaning import (
     PADDING,
     RESTART,
@@ -35,7 +36,6 @@ from sloth.rewriter.backend import listening, sloth
 from sloth.rewriter.report import MATCHED
 
 AOT = {"sloth.inner_backend": "aot_eager"}
-QUICK = {"sloth.inner_backend": "eager"}  # the rewritten graph is the same, and half of the time is AOTAutograd's
 
 
 class Attention(nn.Module):
@@ -66,6 +66,7 @@ MASKS = {
 
 @pytest.mark.parametrize(("groups", "native"), [(4, False), (2, False), (1, False), (2, True)])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda f: f.__name__)
+@pytest.mark.covered(1)
 def test_attention_is_eager_s(mask, groups, native):
     data, status = MASKS[mask]
     args = [] if data is None else [data]
@@ -73,7 +74,7 @@ def test_attention_is_eager_s(mask, groups, native):
     model, x = Attention(mask, groups, native).to(DEVICE), torch.randn(2, S, 32, device=DEVICE)
     torch._dynamo.reset()
     with listening() as reports:
-        out = torch.compile(model, backend="sloth", options=AOT)(x, *args)
+        out = torch.compile(model, backend="sloth", options=QUICK)(x, *args)
     (ours,) = torch.autograd.grad(out.square().sum(), [model.w.weight])
     eager = model(x, *args)
     (theirs,) = torch.autograd.grad(eager.square().sum(), [model.w.weight])
@@ -136,7 +137,7 @@ def test_widths_and_numbers_of_keys(mask, keys, width, groups, status, dynamic, 
     args = [PADDING.long()] if mask is usable_keys else []
     torch._dynamo.reset()
     with listening() as reports:
-        run = torch.compile(model, backend="sloth", options=AOT, dynamic=dynamic)
+        run = torch.compile(model, backend="sloth", options=QUICK, dynamic=dynamic)
         ours, theirs = outcomes(model, x, args, run), outcomes(model, x, args, model)
     assert_no_worse(ours, theirs, outcomes(model.double(), x.double(), args, model))
     assert [s.status for s in sites_of(reports)] == [status], sites_of(reports)
@@ -231,6 +232,7 @@ def test_checkpointed_models(name, batch):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("batch", ["left", "packed"])
+@pytest.mark.covered(1)
 def test_low_precision(batch, checkpointed):
     model, ours, theirs = checked("mistral", batch, checkpointed, torch.bfloat16)
     truth = step(model.double(), model, BATCHES[batch])
@@ -245,6 +247,7 @@ def graphs_of(model, more):
 @pytest.mark.skipif(DEVICE == "cpu", reason="there the mask is made of its meaning, for torch's kernels")
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("batch", ["right", "packed"])
+@pytest.mark.covered(1)
 def test_the_mask_is_never_made(batch, checkpointed):
     model = model_of("mistral", torch.bfloat16)
     if checkpointed:

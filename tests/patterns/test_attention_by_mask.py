@@ -3,8 +3,9 @@
 import pytest
 import torch
 from common import DEVICE, assert_no_worse
+from inner import OPTIONS as QUICK
 from test_added_mask import LEAST, chosen
-from test_attention import AOT, Across, Attention, all_keys, outcomes, sites_of
+from test_attention import Across, Attention, all_keys, outcomes, sites_of
 from test_eager_attention import same
 from test_mask_meaning import PADDING, RESTART, S, causal, falling, positions, prefix
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,6 +59,7 @@ def made(mask, groups=2, **more):
 
 @pytest.mark.parametrize(("groups", "native"), [(4, False), (2, False), (2, True)])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda f: f.__name__)
+@pytest.mark.covered(1)
 def test_masks(mask, groups, native):
     model, x = made(mask, groups, native=native)
     statuses, sites = same(model, x, MASKS[mask])
@@ -96,7 +98,7 @@ def test_in_bodies_of_checkpoints():
 
     torch._dynamo.reset()
     with listening() as reports:
-        ours = torch.compile(run, backend="sloth", options=AOT)(x, IDS)
+        ours = torch.compile(run, backend="sloth", options=QUICK)(x, IDS)
     theirs = run(x, IDS)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     grads = (torch.autograd.grad(out.square().sum(), layer.parameters()) for out in (ours, theirs))
@@ -111,12 +113,13 @@ def far_keys(x, y):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("keys", "width"), [(S - 8, 8), (S + 8, 16), (S, 8)])
+@pytest.mark.covered(1)
 def test_widths_and_numbers_of_keys(keys, width, dtype):
     torch.manual_seed(0)
     model, x = Across(far_keys, keys, width).to(DEVICE, dtype), torch.randn(2, S, 32, device=DEVICE, dtype=dtype)
     torch._dynamo.reset()
     with listening() as reports:
-        ours = outcomes(model, x, [], torch.compile(model, backend="sloth", options=AOT))
+        ours = outcomes(model, x, [], torch.compile(model, backend="sloth", options=QUICK))
     assert_no_worse(ours, outcomes(model, x, [], model), outcomes(model.double(), x.double(), [], model))
     assert [s.status for s in sites_of(reports)] == [MATCHED], sites_of(reports)
 
@@ -151,14 +154,14 @@ def test_one_mask_for_each_head_where_there_are_as_many_sequences():
     q, mask = torch.randn(4, 4, S, 8, device=DEVICE), torch.rand(1, 4, S, S, device=DEVICE) < 0.6
     torch._dynamo.reset()
     attend = lambda q, mask: torch.nn.functional.scaled_dot_product_attention(q, q, q, mask | (mask.sum(-1, True) == 0))  # noqa: E731
-    torch.testing.assert_close(torch.compile(attend, backend="sloth", options=AOT)(q, mask), attend(q, mask))
+    torch.testing.assert_close(torch.compile(attend, backend="sloth", options=QUICK)(q, mask), attend(q, mask))
 
 
 def test_dropout():
     model, x = made(prefix, dropout=0.5)
     torch._dynamo.reset()
     with listening() as reports:
-        torch.compile(model, backend="sloth", options=AOT)(x, RESTART)
+        torch.compile(model, backend="sloth", options=QUICK)(x, RESTART)
     (site,) = sites_of(reports)
     assert site.status == "check" and "dropout" in site.reason
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import DEVICE, assert_no_worse
-from test_attention import AOT, BATCHES, GROUPED, LATENT, QUICK, SIZES, sites_of, step
+from inner import OPTIONS as QUICK
+from test_attention import AOT, BATCHES, GROUPED, LATENT, SIZES, sites_of, step
 from test_mask_meaning import PADDING, RESTART, S, causal, falling, narrow_window, packed_window, padded, strict
 from torch import nn
 from transformers import (
@@ -61,7 +62,7 @@ class Attention(nn.Module):
 def compiled(model, *args):
     torch._dynamo.reset()
     with listening() as reports:
-        out = torch.compile(model, backend="sloth", options=AOT)(*args)
+        out = torch.compile(model, backend="sloth", options=QUICK)(*args)
     return out, [s.status for s in sites_of(reports)], sites_of(reports)
 
 
@@ -89,6 +90,7 @@ MASKS = {
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda f: f.__name__)
+@pytest.mark.covered(1)
 def test_masks(mask, groups):
     """Some leave queries without a key: eager then takes the mean of all values, and so do we, gradients included."""
     model, x = model_and_input(mask, groups=groups)
@@ -397,7 +399,13 @@ if "self.layerdrop > 0" not in getsource(OPTDecoder.forward):  # it draws a numb
 SOME += [(name, batch, name != "llama") for name in MODELS for batch in ("plain", "left") if (name, batch, False) not in SOME]
 
 
-@pytest.mark.parametrize(("name", "batch", "checkpointed"), SOME)
+LIKE_OTHERS = ("llama", "gptj", "granite_swa")  # of which each spelling is in a test above
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "checkpointed"),
+    [pytest.param(*case, marks=[pytest.mark.nightly] * (case[0] in LIKE_OTHERS)) for case in SOME],
+)
 @pytest.mark.covered(1)
 def test_models(name, batch, checkpointed):
     _, ours, theirs = checked(name, batch, checkpointed)

@@ -33,10 +33,15 @@ from sloth.testing.samples import (
     sites,
 )  # fmt: skip
 
-FIRST = 3  # variants of an entry in each run of the suite; the others belong to the sweep
-each_variant = pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=[pytest.mark.sweep] * (v.pattern.variants.index(v) >= FIRST)) for v in VARIANTS], ids=str
-)
+FIRST, NEXT = 2, 3  # variants of an entry in each run of the suite, and in each night; the others belong to the sweep
+
+
+def tier(variant):
+    at = variant.pattern.variants.index(variant)
+    return [pytest.mark.sweep] if at >= NEXT else [pytest.mark.nightly] if at >= FIRST else []
+
+
+each_variant = pytest.mark.parametrize("variant", [pytest.param(v, marks=tier(v)) for v in VARIANTS], ids=str)
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda p: p.name)
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 floats = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys())
@@ -110,7 +115,7 @@ def test_matches_its_own_references(entry, dtype, how):
 
 # ---------------------------------------------------------------- what is nearly the reference is not taken for it
 
-SAMPLED = 8  # mutants of each variant; `make sweep` tries all
+SAMPLED = 6  # mutants of each variant; `make sweep` tries all
 
 
 def rewritten(gm, tensors, entry):
@@ -217,7 +222,7 @@ def test_all_mutants_keep_their_meaning(variant, dtype):
 
 
 @each_variant
-@settings(cases, max_examples=6)
+@settings(cases, max_examples=4)
 @given(st.data())
 def test_operator_computes_the_reference(variant, data):
     """Forward and all gradients, of any sizes, layouts and dtypes that the rewriter accepts: no worse than eager beside fp64."""

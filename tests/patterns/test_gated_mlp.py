@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from inner import OPTIONS as QUICK
 
 from sloth.rewriter.backend import listening
 
@@ -67,7 +68,7 @@ def test_spellings(act):
     model = Mlp(lambda g, u: gate(ACTIVATIONS[act], g, u))
     torch._dynamo.reset()
     with listening() as reports:
-        ours = gradients(model, torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"}), x)
+        ours = gradients(model, torch.compile(model, backend="sloth", options=QUICK), x)
     assert [(s.construct, s.status) for r in reports for s in r.sites] == [("gated_mlp", "matched")]
     torch.testing.assert_close(ours, gradients(model, model, x), rtol=1e-4, atol=1e-5)
 

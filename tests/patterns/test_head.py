@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from common import DEVICE
+from inner import OPTIONS
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,6 @@ MODELS = {
     "granite": (transformers.GraniteConfig, {"logits_scaling": 8.0}),  # a divisor
     "phi": (transformers.PhiConfig, {}),  # a bias
 }
-OPTIONS = {"sloth.inner_backend": "aot_eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_models(name, how):
     tolerance = {"rtol": 3e-2, "atol": 3e-2} if how == "autocast" else {"rtol": 1e-4, "atol": 1e-6}
     parameters = [p for p in model.parameters() if p.requires_grad]
     # What AOTAutograd makes of a deferred output is the same for all heads, and takes half of the time.
-    options = OPTIONS if name == "llama" else {"sloth.inner_backend": "eager"}
+    options = {"sloth.inner_backend": "aot_eager"} if name == "llama" else OPTIONS
     compiled = torch.compile(model, backend="sloth", options=options, dynamic=how == "dynamic")
     for loss in (next_token_loss, lambda logits, ids: logits.float().square().mean()):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=how == "autocast"):

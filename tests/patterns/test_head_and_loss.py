@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from common import DEVICE
+from inner import INNER
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -50,7 +51,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.where(torch.arange(24, device=DEVICE) > 5, -100)}
 
 
-def run(model, inner="aot_eager", **more):
+def run(model, inner=INNER, **more):
     """The output of compiled code, and the sites of the loss."""
     torch._dynamo.reset()
     with listening() as reports:
@@ -72,7 +73,7 @@ def test_models(name, autocast):
         pytest.skip("on a GPU autocast puts a cast before logsumexp: its z-loss is not matched")
     model = model_of(name)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        ours, sites = run(model, "aot_eager" if name == "llama" else "eager")  # twice as quick, and of the same graph
+        ours, sites = run(model, "aot_eager" if name == "llama" else INNER)  # twice as quick, and of the same graph
         eager = model(**batch())
     assert [s.variant.split("[")[1] for s in sites] == [f"{MODELS[name][2]}]"] and is_lazy(ours.logits)
     assert sites[0].variant.startswith("linear_cross_entropy")
@@ -233,6 +234,7 @@ def test_an_adapter_on_the_head(name):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["frozen", "adapter"])
+@pytest.mark.covered(1)
 def test_a_head_in_4_bits(adapter, autocast):
     """Dequantised for the loss, and again for logits that somebody reads."""
     bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
@@ -302,6 +304,7 @@ def test_prediction_with_the_trainer(tmp_path):
         assert ours.metrics[name] == pytest.approx(eager.metrics[name], rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_evaluation_with_the_trainer_keeps_what_is_asked_for(tmp_path):
     """preprocess_logits_for_metrics sees lazy logits; what it makes of them is gathered. All that is asked of them is by rows."""
     found, seen = {}, []

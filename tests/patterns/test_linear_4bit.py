@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import DEVICE
+from inner import INNER
 from peft_layers import BF16, FP32, Attention, Compiled, K, adapted, bnb, same, step, x_like
 from torch import Tensor, nn
 
@@ -104,7 +105,7 @@ def test_other_versions(function, bias, dtype):
     torch.manual_seed(0)
     model, x = Layer(function, bias, dtype).to(DEVICE), x_like(dtype=dtype)
     for model.adapter in (True, False):
-        compiled = Compiled(model, "aot_eager")
+        compiled = Compiled(model, INNER)
         same(step(model, compiled, x), step(model, model, x), 1e-5 if dtype == FP32 else 1e-2)
         kind = "linear_bias" if bias else "linear"
         assert compiled.variants == {f"lora[{kind}]" if model.adapter else f"linear_4bit[{kind}]": 1}
@@ -118,7 +119,7 @@ def test_functions_with_another_backward_keep_it(function, adapter):
     model, x = Layer(function).to(DEVICE), x_like()
     model.adapter = adapter
     right = step(model, model, x)
-    compiled = Compiled(model, "aot_eager")
+    compiled = Compiled(model, INNER)
     same(step(model, compiled, x), right, 1e-5)
     model.function = Version46
     assert not torch.allclose(right["x"], step(model, model, x)["x"], rtol=1e-2), "its gradient is another one"
@@ -131,7 +132,7 @@ def test_a_trained_bias_has_its_gradient():
     torch.manual_seed(0)
     model, x = Layer(Version46, bias=True).to(DEVICE), x_like(12)
     model.inner.bias.requires_grad_()
-    compiled = Compiled(model, "aot_eager")
+    compiled = Compiled(model, INNER)
     eager = step(model, model, x)
     same(step(model, compiled, x), eager, 1e-5)
     assert eager["inner.bias"] is not None and compiled.variants == {"lora[linear_bias]": 1}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from common import DEVICE
 from harness import VARIANTS
+from inner import INNER
 from peft_layers import (
     BASES,
     BF16,
@@ -64,15 +65,17 @@ def assert_matched(compiled, kind="dense", bias=False):
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("bias, dtype", [(False, BF16), (True, FP32)], ids=["bf16", "fp32-bias"])
+@pytest.mark.covered(1)
 def test_bases(kind, bias, dtype):
     model = adapted(Attention(kind, dtype, bias), {})
-    compiled = trained(model, x_like(dtype=dtype), 1e-5 if dtype == FP32 else 1e-2, inner="aot_eager")
+    compiled = trained(model, x_like(dtype=dtype), 1e-5 if dtype == FP32 else 1e-2, inner=INNER)
     assert_matched(compiled, kind, bias)
     assert len(compiled.calls(dequantize_4bit)) == (4 if kind in FOUR_BIT else 0)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("fp32", [False, True], ids=["same", "fp32-adapters"])
+@pytest.mark.covered(1)
 def test_no_further_from_the_truth(kind, fp32):
     """In bf16, against the same model in fp64."""
     model = adapted(Attention(kind, BF16, bias=True), {}, fp32=fp32)
@@ -100,7 +103,7 @@ CONFIGS = {
 )
 def test_configurations(kind, name):
     """With dropout the mask is eager's: the adapter has an input of its own, and its layers are still one call."""
-    compiled = trained(adapted(Attention(kind), CONFIGS[name]), x_like(), 1e-5, inner="aot_eager")
+    compiled = trained(adapted(Attention(kind), CONFIGS[name]), x_like(), 1e-5, inner=INNER)
     assert_matched(compiled, kind)
 
 
@@ -112,6 +115,7 @@ def test_adapters_with_a_bias_are_left_alone(kind):
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", "int8"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.covered(1)
 def test_fp32_adapters_over_bf16(kind, dropout):
     model = adapted(Attention(kind, BF16), {"lora_dropout": dropout}, fp32=True)
     compiled = trained(model, x_like(dtype=BF16), 1e-2)
@@ -120,6 +124,7 @@ def test_fp32_adapters_over_bf16(kind, dropout):
 
 @pytest.mark.parametrize("kind, dtype", [("dense", FP32), ("dense", BF16), ("nf4", BF16), ("int8", BF16)], ids=str)
 @pytest.mark.parametrize("fp32", [False, True], ids=["same", "fp32-adapters"])
+@pytest.mark.covered(1)
 def test_autocast(kind, dtype, fp32):
     compiled = trained(adapted(Attention(kind, dtype), {}, fp32=fp32), x_like(dtype=dtype), 1e-2, autocast=True)
     assert_matched(compiled, kind)
@@ -127,6 +132,7 @@ def test_autocast(kind, dtype, fp32):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["nf4", "nf4-single"])
+@pytest.mark.covered(1)
 def test_fp32_states_into_a_bf16_layer(kind, dropout):
     """As `prepare_model_for_kbit_training` has it: norms and adapters in fp32, and so what the layer is given."""
     model = adapted(Attention(kind, BF16), {"lora_dropout": dropout}, fp32=True)
@@ -152,6 +158,7 @@ def test_two_adapters_of_which_one_is_active(kind, active):
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.covered(1)
 def test_two_active_adapters(kind, dtype):
     """The second is added to what the first made."""
     model = adapted(Attention(kind, dtype), {}, {"r": 2})

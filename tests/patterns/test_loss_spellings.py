@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from inner import OPTIONS as QUICK
 from torch import nn
 
 from sloth.rewriter.backend import listening
@@ -62,7 +63,7 @@ def checked(model):
     x, t = torch.randn(B, S, H), torch.randint(0, V, (B, S))
     torch._dynamo.reset()
     with listening() as graphs:
-        ours = trained(model, torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"}), x, t)
+        ours = trained(model, torch.compile(model, backend="sloth", options=QUICK), x, t)
         if model.logits:
             ours[0] = (ours[0][0], ours[0][1] + 0)
     torch.testing.assert_close(ours, trained(model, model, x, t), rtol=1e-4, atol=1e-5)

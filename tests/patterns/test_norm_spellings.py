@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from inner import OPTIONS as QUICK
 from torch import nn
 
 import sloth
@@ -93,7 +94,7 @@ def test_spellings(name):
         assert site == ("rms_norm" if len(name) > 2 else "layer_norm", MATCHED, ""), dtype
     model.float()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+    compiled = torch.compile(model, backend="sloth", options=QUICK)
     for ours, eager in zip(trained(model, compiled, x), trained(model, model, x), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 

@@ -18,8 +18,8 @@ SCALED = {
     "longrope": LONG,
 }
 CASES = [
-    *(pytest.param("llama", name, name != "linear", marks=pytest.mark.nightly) for name in ("llama3", "yarn", "dynamic")),
-    ("llama", "linear", False),
+    *(pytest.param("llama", name, True, marks=pytest.mark.nightly) for name in ("llama3", "yarn", "dynamic")),
+    pytest.param("llama", "linear", False, marks=pytest.mark.nightly),
     ("phi3", "longrope", True),
     ("glm", None, True),  # its layers make the tables of halves of them
 ]

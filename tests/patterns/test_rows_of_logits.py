@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import DEVICE, compare, make, wide
+from inner import OPTIONS as QUICK
 
 from sloth.lazy.functions import LazyLogits, materialize
 from sloth.rewriter.backend import listening
@@ -60,7 +61,7 @@ def tensors(dtype, bias=True):
 def compiled(fn, dynamic=None, **options):
     """`fn` of hidden states and a head with the backend, and the variants that its losses were matched by."""
     torch._dynamo.reset()
-    ours = torch.compile(fn, backend="sloth", dynamic=dynamic, options={"sloth.inner_backend": "aot_eager", **options})
+    ours = torch.compile(fn, backend="sloth", dynamic=dynamic, options=QUICK | options)
     variants = []
 
     def run(*leaves):
@@ -95,6 +96,7 @@ def test_spellings(name, dynamic):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["contiguous view", "cast first", "vocabulary"])
+@pytest.mark.covered(1)
 def test_low_precision(name, dtype):
     fn = lambda h, w: SPELLINGS[name](F.linear(h, w))  # noqa: E731
     run, variants = compiled(fn)
@@ -122,6 +124,7 @@ def test_logits_on_given_ones_where_the_head_is_disabled(name):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", ["contiguous view", "cast first", "vocabulary"])
 @pytest.mark.parametrize("given", ["whole", "words"])
+@pytest.mark.covered(1)
 def test_logits_given_out_are_computed_when_they_are_read(name, dynamic, given):
     def fn(h, w):
         z = F.linear(h, w)
@@ -166,6 +169,7 @@ TERMS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name, entry", zip(TERMS, ("terms", "terms", "rows", "rows", "terms"), strict=True))
+@pytest.mark.covered(1)
 def test_what_is_added_to_a_loss(name, entry, dtype):
     fn = lambda h, w: TERMS[name](F.linear(h, w))  # noqa: E731
     run, variants = compiled(fn)
@@ -184,6 +188,7 @@ ADAPTED = TERMS | {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.covered(1)
 def test_what_is_added_to_a_loss_of_an_adapted_head(name, dtype):
     """Each row's loss has no operator that knows adapters: the adapter's own computes the logits."""
     given = tensors(dtype, bias=name == "bias")

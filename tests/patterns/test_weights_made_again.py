@@ -65,7 +65,7 @@ def test_once_for_each_use(monkeypatch):
     assert weights_made(False, monkeypatch) == 4 * 2
 
 
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("residual", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_what_leaves_a_part_is_kept(residual, monkeypatch):
     """As in eager; torch would compute o again. What only leaves it, q, is not kept."""
     monkeypatch.setattr(Followed, "residual", residual)
@@ -83,7 +83,7 @@ def test_what_leaves_a_part_is_kept(residual, monkeypatch):
     assert products() == [4, 4 + 2]
 
 
-@pytest.mark.parametrize("where", ["setting", "option"])
+@pytest.mark.parametrize("where", [pytest.param("setting", marks=pytest.mark.nightly), "option"])
 def test_a_pass_of_the_users_stays(where, monkeypatch):
     """And so do ours."""
     own = Own()

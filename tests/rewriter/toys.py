@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from inner import OPTIONS as QUICK
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -149,7 +150,7 @@ def captured(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[LoweredG
 def compiled(model: Callable[..., Any], options: dict[str, Any] | None = None, **kwargs: Any) -> Callable[..., Any]:
     """Compiled by sloth, without Inductor."""
     torch._dynamo.reset()
-    return torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"} | (options or {}), **kwargs)
+    return torch.compile(model, backend="sloth", options=QUICK | (options or {}), **kwargs)
 
 
 def tensors_in(out: Any) -> Iterator[Tensor]:
