@@ -207,6 +207,7 @@ def test_gradcheck(dora):
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+@pytest.mark.covered(1)
 def test_opcheck(dora, adapters):
     given = inputs((2, 3, 12), torch.bfloat16, 8, 4, adapters=adapters, dora=dora)
     given = [t if t is None else t.requires_grad_() for t in given]
@@ -214,7 +215,8 @@ def test_opcheck(dora, adapters):
     torch.library.opcheck(forward, (*given, 2.0, torch.bfloat16))
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(dynamic):
     def model(*tensors):
         return (operator(2.0)(*tensors) * 3).square().mean()

@@ -199,7 +199,8 @@ def test_autocast_changes_nothing():
         assert gated_act(gate, up, "silu").dtype == torch.float32
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(dynamic):
     def mlp(x, w):
         gate, up = (x @ w).chunk(2, -1)

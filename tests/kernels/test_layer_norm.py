@@ -150,7 +150,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, b: op(x, None, b), (x, b))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted", "padded"])
+@pytest.mark.parametrize("layout", ["contiguous", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("permuted", "padded"))])
 def test_opcheck(layout):
     x = make((2, 3, 8), torch.float32, layout).requires_grad_()
     w, b = (p.requires_grad_() for p in parameters(x, (True, True)))
@@ -162,7 +162,8 @@ def test_opcheck(layout):
         torch.library.opcheck(torch.ops.sloth.layer_norm_backward, (*args, *need))
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, w, b: op(torch.sin(x), w, b).cos(), backend="inductor", dynamic=dynamic, fullgraph=True)

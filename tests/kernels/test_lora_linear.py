@@ -392,6 +392,7 @@ def test_gradcheck(own):
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.covered(1)
 def test_opcheck(adapter, own):
     x = make((2, 3, 12), torch.bfloat16).requires_grad_()
     first = layer(x, 8, 4, 0, bias=True, own=adapter if own else None, adapter=adapter)
@@ -500,7 +501,8 @@ def test_sums_of_products(m, n, inner, dtype, bias, seed):
         assert_no_worse(found, eager, written_out(torch.Tensor.double), few=256, scale=1.0)
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(dynamic):
     def model(x, *flat):
         q, k = operator([2.0, 0.5])(x * 2, *flat)

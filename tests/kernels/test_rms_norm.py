@@ -255,7 +255,7 @@ def test_gradcheck(offset):
     assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, EPS, offset)[1], (x, r, w))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted", "padded"])
+@pytest.mark.parametrize("layout", ["contiguous", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("permuted", "padded"))])
 def test_opcheck(layout):
     x, r = (make((2, 3, 8), torch.float32, layout, i).requires_grad_() for i in range(2))
     w = make((8,), torch.float32, seed=2).requires_grad_()

@@ -263,7 +263,8 @@ def test_autocast_changes_nothing():
     assert torch.equal(inside, rope_single(x, cos, cos))
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(dynamic):
     def attention(x, w, cos, sin):
         B, S, _ = x.shape
