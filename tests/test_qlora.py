@@ -206,7 +206,9 @@ def check(
 # As its users run it
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize(
+    "reentrant", [pytest.param(None, marks=pytest.mark.nightly), False, True], ids=["plain", "checkpointed", "reentrant"]
+)
 def test_own_loop(base: Path, reentrant: bool | None) -> None:
     """One graph, though transformers' hook on the embedding calls requires_grad_."""
     ours, reports = check(base, reentrant, own_loop)

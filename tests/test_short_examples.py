@@ -1,4 +1,4 @@
-"""The short examples, run to their end on the CPU; with a compiler each is nightly."""
+"""The short examples, run to their end on the CPU, with a compiler and without: nightly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_they_are_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "grpo" else pytest.mark.nightly) for n in NAMES])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", NAMES)
 def test_without_a_compiler(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, PreTrainedModel
 
 from sloth.integrations.transformers import _hooks
-from sloth.rewriter.explain import explain
 from sloth.zoo.models import tiny_batch, tiny_model
 
 
@@ -43,14 +43,14 @@ def test_one_graph(reentrant):
     if reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     expected = gradients(model, model)
-    report = explain(model, tiny_batch(model, "llama"))
-    assert (len(report.graphs), len(report.breaks)) == (1, 0)
+    counters.clear()
     got = gradients(model, compiled(model))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert {n for n, g in got.items() if g is not None} == {n for n in expected if "mlp" in n}
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+@pytest.mark.parametrize("inner", [pytest.param("aot_eager", marks=pytest.mark.nightly), "eager"])
 def test_eager_code_behind_a_break_finds_its_inputs_requiring_gradients(inner):
     """Reentrant checkpointing, run by Python because its layer breaks the graph, would else give no parameter a gradient."""
     model = adapted(breaks=True)

@@ -433,7 +433,7 @@ def matching_seconds(layers: int) -> float:
 
 def test_cost_grows_with_the_layers_and_not_with_their_square() -> None:
     """q and k of every layer hang on the same tables: the search for partners must not look at all of them."""
-    assert matching_seconds(80) / matching_seconds(20) < 8
+    assert matching_seconds(40) / matching_seconds(10) < 8
 
 
 def test_references_are_traced_once_for_all_sites_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,14 +158,14 @@ NOT_AT_REST: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+@pytest.mark.parametrize("inner", [pytest.param("aot_eager", marks=pytest.mark.nightly), "eager"])
 @pytest.mark.parametrize("fn", AT_REST.values(), ids=AT_REST.keys())
 def test_a_norm_of_memory_at_rest(fn: Callable[[Any, Tensor], Tensor], inner: str) -> None:
     report = checked(Call(fn), x_like(2, 3, 8), options={"sloth.inner_backend": inner})
     assert {s.status for s in report.sites} == {MATCHED}, report.to_json()
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+@pytest.mark.parametrize("inner", [pytest.param("aot_eager", marks=pytest.mark.nightly), "eager"])
 @pytest.mark.parametrize("fn", NOT_AT_REST.values(), ids=NOT_AT_REST.keys())
 def test_a_norm_of_memory_that_is_written_again(fn: Callable[[Any, Tensor], Tensor], inner: str) -> None:
     report = checked(Call(fn), x_like(2, 3, 8), options={"sloth.inner_backend": inner})
