@@ -328,12 +328,14 @@ def result_of(out: Path, backend: str) -> dict[str, Any]:
     return json.loads((out / "runs" / backend / "result.json").read_text())
 
 
+@pytest.mark.nightly
 def test_example_prints_what_it_did(finished: Path) -> None:
     printed = " ".join((finished.parent / "printed.txt").read_text().split())
     for part in (f"{PROJECTIONS}/{PROJECTIONS} LoRA projection", "in 3 graph(s)", "same logits", "merged into NF4", "to eager"):
         assert part in printed, printed
 
 
+@pytest.mark.nightly
 def test_example_follows_eager_and_leaves_nothing_half_done(finished: Path) -> None:
     ours, eager = result_of(finished, "sloth"), result_of(finished, "eager")
     assert ours["steps"] == eager["steps"] == len(ours["loss"]) == qlora.SMOKE["steps"]
@@ -346,6 +348,7 @@ def test_example_follows_eager_and_leaves_nothing_half_done(finished: Path) -> N
     assert {path.name for path in finished.parent.iterdir()} == {"run", "printed.txt"}
 
 
+@pytest.mark.nightly
 def test_the_adapter_is_an_ordinary_one(finished: Path) -> None:
     from safetensors.torch import load_file
 
@@ -405,6 +408,7 @@ def test_bad_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: l
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_there_or_somebody_elses(finished: Path, tmp_path: Path) -> None:
     refused(call("--smoke", "--out", finished), "--force")
     (tmp_path / "run.json").write_text(json.dumps({"made_by": run_folder.MADE_BY}))

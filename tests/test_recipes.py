@@ -131,7 +131,7 @@ def test_adapters_of_other_kinds(lora: dict[str, Any]) -> None:
 
 def test_another_alpha_in_one_process_is_no_symbol() -> None:
     """Dynamo makes a float symbolic that had another value in another model: a scale of 1 would not be known for one."""
-    for alpha in (16, 4, 8):
+    for alpha in (16, 8):
         assert sites(build("llama", "lora", lora_alpha=alpha))["lora"] == "21/21"
     assert sites(checkpointed(build("gemma3_text", "lora", lora_alpha=24), reentrant=False))["lora"] == "21/21"
 
