@@ -63,7 +63,7 @@ nightly: $(STAMP)
 	@echo "== nightly"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m nightly
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'hypothesis and not nightly and not sweep' --hypothesis-profile nightly
-	@SLOTH_TESTS_INNER=aot_eager $(BIN)/python -m pytest -n 2 --dist worksteal tests/patterns tests/rewriter
+	@SLOTH_TESTS_INNER=aot_eager $(BIN)/python -m pytest -n 2 --dist worksteal tests/patterns tests/rewriter tests/test_recipes.py
 
 faults: $(STAMP)
 	@echo "== faults"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from inner import OPTIONS
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -125,7 +126,7 @@ def test_adapters_of_other_kinds(lora: dict[str, Any]) -> None:
     batch = batch_of()
     eager = step(model, model, batch)
     torch._dynamo.reset()
-    ours = step(model, torch.compile(model, backend="sloth", options={"sloth.inner_backend": "aot_eager"}), batch)
+    ours = step(model, torch.compile(model, backend="sloth", options=OPTIONS), batch)
     torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
 
 
@@ -306,7 +307,7 @@ def test_generating_between_steps_makes_no_graphs(cache: str) -> None:
     ids = torch.tensor([[5, 6, 7]])
     wanted = model.eval().generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=True)
     torch._dynamo.reset()
-    model.compile(backend="sloth", options={"sloth.inner_backend": "aot_eager"})
+    model.compile(backend="sloth", options=OPTIONS)
     with listening() as reports:
         for length in (24, 31, 40):
             model.train()(**batch_of(length)).loss.backward()

@@ -65,7 +65,8 @@ def test_the_backend_needs_none_of_them() -> None:
     "package, arguments, told",
     [("typer", ["doctor"], "python -m sloth needs typer: pip install 'sloth-compile[cli]'"),
      ("transformers", ["explain", "llama"], "sloth explain needs transformers: pip install 'sloth-compile[hf]'"),
-     ("transformers", ["warm", str(ROOT)], "sloth warm needs transformers: pip install 'sloth-compile[hf]'")],
+     pytest.param("transformers", ["warm", str(ROOT)], "sloth warm needs transformers: pip install 'sloth-compile[hf]'",
+                  marks=pytest.mark.nightly)],
 )  # fmt: skip
 def test_a_command_says_what_to_install(package: str, arguments: list[str], told: str) -> None:
     done = run({package}, "import runpy\nrunpy.run_module('sloth', run_name='__main__')", *arguments)
