@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from sloth.kernels.common.launch import compute_dtype, launch, triton_op, use_triton
+from sloth.kernels.common.dispatch import implementations
+from sloth.kernels.common.launch import compute_dtype, launch, triton_op
 from sloth.kernels.common.layout import from_rows, ordered_rows, row_order
 from sloth.kernels.formula import backward, evaluate, formula, triton_lines
 from sloth.kernels.gated_act import BLOCK, NUM_WARPS
@@ -114,11 +115,14 @@ def backward_aten(
 
 # ---------------------------------------------------------------- operators
 
+forward_for = implementations("sloth::gated_formula", triton=forward_triton, aten=forward_aten)
+backward_for = implementations("sloth::gated_formula_backward", triton=backward_triton, aten=backward_aten)
+
 
 @triton_op("sloth::gated_formula", "gated_formula")
 def _gated_formula(gate: torch.Tensor, up: torch.Tensor, formula: str) -> torch.Tensor:
     torch._check(gate.shape == up.shape, lambda: f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape")
-    return (forward_triton if use_triton(gate) and use_triton(up) else forward_aten)(gate, up, formula)
+    return forward_for(gate, up)(gate, up, formula)
 
 
 @triton_op("sloth::gated_formula_backward", "gated_formula")
@@ -126,8 +130,7 @@ def _gated_formula_backward(
     dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, formula: str, need_gate: bool, need_up: bool
 ) -> list[torch.Tensor]:
     """[dgate, dup], each only if it is needed."""
-    chosen = backward_triton if use_triton(gate) and use_triton(up) else backward_aten
-    return chosen(dh, gate, up, formula, need_gate, need_up)
+    return backward_for(gate, up)(dh, gate, up, formula, need_gate, need_up)
 
 
 gated_formula = torch.ops.sloth.gated_formula.default

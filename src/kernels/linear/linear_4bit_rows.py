@@ -18,9 +18,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import launch_cached, no_derivative, use_triton
+from sloth.kernels.common.launch import launch_cached, no_derivative
 from sloth.kernels.linear.dequantize_4bit import CODES, NESTED_BLOCK, _table, compute_dequantize_4bit
 from sloth.kernels.linear.lora import lora_linear
 
@@ -225,10 +226,9 @@ def _triton(x: Tensor, weights: list[tuple], bias, a, b, scale, blocksize: int, 
     return out
 
 
-def serves(x: Tensor, rows: int, blocksize: int) -> bool:
+def serves(x: Tensor, blocksize: int) -> bool:
     """Are the kernels made for these operands?"""
-    fits = rows <= MOST and x.shape[-1] % blocksize == 0 and blocksize <= 256
-    return fits and x.dtype in ROWS_DTYPES and use_triton(x)
+    return x.shape[0] <= MOST and x.shape[1] % blocksize == 0 and blocksize <= 256 and x.dtype in ROWS_DTYPES
 
 
 # ---------------------------------------------------------------- the operator
@@ -249,18 +249,29 @@ def compute_linear_4bit_rows(
     dtype = dtype or x.dtype
     weights = list(zip(packed, absmax, absmax_8bit, code8, offset, rows, strict=True))
     x2 = x.reshape(-1, x.shape[-1])
-    out: list[Tensor] = []
-    if serves(x, x2.shape[0], blocksize):
-        x2 = x2.contiguous()
-        for at in _launches(weights):
-            parts = (list(values[at]) for values in (weights, bias, a, b, scale))
-            out += _triton(x2, *parts, blocksize, quant_type, dtype)
-    else:
-        for w, *others in zip(weights, bias, a, b, scale, strict=True):
-            dense = compute_dequantize_4bit(*w[:5], blocksize, quant_type, [w[5], x.shape[-1]], x.dtype)
-            bi, down, up, s = ([value] for value in others)
-            out += lora_linear(x2, [dense], bi, [None], down, up, s, dtype)
+    compute = _rows_for(x) if serves(x2, blocksize) else _aten
+    out = compute(x2, weights, bias, a, b, scale, blocksize, quant_type, dtype)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in out]
+
+
+def _aten(x: Tensor, weights: list[tuple], bias, a, b, scale, blocksize: int, quant_type: str, dtype) -> list[Tensor]:
+    out: list[Tensor] = []
+    for w, *others in zip(weights, bias, a, b, scale, strict=True):
+        dense = compute_dequantize_4bit(*w[:5], blocksize, quant_type, [w[5], x.shape[-1]], x.dtype)
+        bi, down, up, s = ([value] for value in others)
+        out += lora_linear(x, [dense], bi, [None], down, up, s, dtype)
+    return out
+
+
+def _in_launches(x: Tensor, weights: list[tuple], bias, a, b, scale, blocksize: int, quant_type: str, dtype) -> list[Tensor]:
+    out: list[Tensor] = []
+    for at in _launches(weights):
+        parts = (list(values[at]) for values in (weights, bias, a, b, scale))
+        out += _triton(x.contiguous(), *parts, blocksize, quant_type, dtype)
+    return out
+
+
+_rows_for = implementations("sloth::linear_4bit_rows", triton=_in_launches, aten=_aten)
 
 
 def _launches(weights: list[tuple]) -> list[slice]:
