@@ -6,7 +6,7 @@ import pytest
 import torch
 from programs import by_torch, compare, matches, written
 
-PLAIN = 200  # each takes a sixth of a second
+PLAIN = 100  # each takes a sixth of a second
 EACH = 50
 
 
