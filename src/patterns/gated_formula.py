@@ -149,8 +149,10 @@ class _Reader:
 
 
 def is_layer(v: Value) -> bool:
-    """The result of a linear layer, or of one and its adapters: views of it, not casts."""
+    """The result of a linear layer, or of one and its adapters, rounded where these are wider: views of it, not other casts."""
     while v.op in VIEWS and v.op != "cast":
+        v = v.args[0]
+    if v.op == "cast" and v.args[0].op == "add" and v.meta.dtype.itemsize < v.args[0].meta.dtype.itemsize:
         v = v.args[0]
     if v.op == "add":
         return all(isinstance(a, Value) and is_layer(_unscaled(a)) for a in v.args)
@@ -165,9 +167,9 @@ def _unscaled(v: Value) -> Value:
 
 def _factors(v: Value) -> list[Value]:
     """Of a product, through casts and scales."""
-    if v.op == "cast" or v.op in ("mul", "div") and not isinstance(v.args[1], Value):
-        return _factors(v.args[0])
-    return [f for a in v.inputs for f in _factors(a)] if v.op in ("mul", "div") and not is_layer(v) else [v]
+    if is_layer(v) or v.op not in ("cast", "mul", "div"):
+        return [v]
+    return [f for a in v.inputs for f in _factors(a)]
 
 
 def _results(product: Value) -> Iterator[Value]:

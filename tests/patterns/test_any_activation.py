@@ -117,6 +117,25 @@ def test_what_is_none(spelled):
     torch.testing.assert_close(ours, eager)
 
 
+def test_layers_with_adapters_in_fp32():
+    """As PEFT has them over weights in bf16: the sum is rounded before the gate reads it."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.a, self.b = torch.nn.Linear(6, 8).bfloat16(), torch.nn.Linear(6, 2), torch.nn.Linear(2, 8)
+
+        def forward(self, x):
+            return (self.base(x) + self.b(self.a(x.float())) * 0.5).to(x.dtype)
+
+    model = Mlp(SPELLED["mish"]).bfloat16()
+    model.gate, model.up = Adapted(), Adapted()
+    torch._dynamo.reset()
+    with listening() as reports:
+        torch.compile(model, backend="sloth", options={"sloth.inner_backend": "eager"})(torch.randn(3, 5, 6).bfloat16())
+    assert ("gated_formula[read]", "matched") in [(s.variant, s.status) for r in reports for s in r.sites]
+
+
 def test_an_entry_that_matches_the_whole_is_asked_first():
     assert ran(lambda g, u: F.silu(g) * u)[0] == [("gated_mlp", "gated_mlp[silu]", "matched")]
     assert ran(lambda g, u: F.relu(g) * u)[0] == [("gated_mlp", "gated_layers[relu]", "matched")]
