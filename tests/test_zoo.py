@@ -44,7 +44,7 @@ def test_the_result_has_nothing_that_is_wrong(rows):
     assert rows.keys() <= {*architectures(), *VARIANTS} and len(rows) > 150
     for run in RUNS:
         found = totals(rows, run)
-        assert found["ok"] == found["train"] and share(found["constructs"]) > 0.94, run
+        assert found["ok"] == found["train"] and share(found["constructs"]) > 0.9, run
 
 
 @pytest.fixture
