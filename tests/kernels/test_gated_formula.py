@@ -123,7 +123,7 @@ def test_as_exact_as_eager(text, scale):
         for kernels in (False, True):
             if kernels and dtype == torch.bfloat16 and DEVICE == "cpu":
                 continue  # the interpreter does not round to it
-            with interpret(module, kernels):
+            with interpret(kernels):
                 compare(lambda g, u: gated_formula(g, u, text), eager, [g, u])
                 edges = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 88.0, -88.0, 3e4, -3e4], device=DEVICE).to(dtype)
                 leaves = [[edges.clone().requires_grad_(), torch.ones_like(edges).requires_grad_()] for _ in range(2)]
