@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,12 @@ def test_the_rewriter_knows_no_pattern_and_no_kernel() -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
 def test_faults_stand_once_where_they_are_planted(fault):
     assert (SRC / fault.file).read_text().count(fault.old) == 1
+
+
+def test_every_folder_is_packaged() -> None:
+    """An installed sloth has them all: the tests run from a checkout."""
+    told = tomllib.loads((SRC.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(told) == sorted(".".join(("sloth", *f.parent.relative_to(SRC).parts)) for f in SRC.rglob("__init__.py"))
 
 
 def test_where_an_operator_runs_is_chosen_in_one_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,11 +48,12 @@ def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
         wanted, offload = kind_of(use_gradient_checkpointing)
         checkpoint(base_of(model), wanted)
         set_offloading(model, offload)
-    from sloth.generation.session import stop  # not before: Dynamo takes a second to import
-
-    stop(base_of(model))
     model.train()
     base_of(model).config.use_cache = False
+    with suppress(ImportError):  # of a torch that lacks names of Dynamo: nothing was started
+        from sloth.generation.session import stop  # not before: Dynamo takes a second to import
+
+        stop(base_of(model))
     return model
 
 
@@ -61,9 +63,10 @@ def for_inference(model: Any) -> Any:
     On a GPU with CUDA graphs `generate` replays the forward pass of a token from then on (docs/guides/generation.md): with the
     same weights, which are not copied, and until `for_training`, which gives its memory back.
     """
-    from sloth.generation.session import start
-
     model.eval()
     base_of(model).config.use_cache = True
-    start(base_of(model), steps_backend())
+    with suppress(ImportError):  # doctor lists it as off
+        from sloth.generation.session import start
+
+        start(base_of(model), steps_backend())
     return model

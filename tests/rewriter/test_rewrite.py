@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
-from toys import Call, Layer, Norm, Stack, checked, compiled, counts, llama_norm, matched, same, tables, turned
+from toys import Call, Layer, Norm, Stack, checked, compiled, counts, llama_norm, matched, rewritten_graph, same, tables, turned
 
 from sloth.rewriter import pipeline
 from sloth.rewriter.backend import listening
@@ -369,3 +369,13 @@ def test_odd_layouts_of_inputs() -> None:
         torch.randn(8),
     ):
         assert matched(checked(model, x.detach().requires_grad_())) == {"rms_norm": 1}
+
+
+def test_misses_that_cannot_be_told_cost_no_rewrite(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("of a message")
+
+    monkeypatch.setattr("sloth.rewriter.pipeline.missed_sites", fails)
+    gm = rewritten_graph(Norm(8), torch.randn(2, 3, 8))
+    assert [n for n in gm.graph.nodes if "rms_norm" in str(n.target)]
+    assert "is not told: KeyError" in caplog.text
