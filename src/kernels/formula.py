@@ -96,7 +96,16 @@ SLOPES = {
     "tanh": "sech2(a)",
     "softplus": "sigmoid(a)",
 }
-GATES = {"relu": ("positive", 0), "clamp": ("within", 2), "hardtanh": ("inside", 2)}  # by 0 or 1: the condition, and its numbers
+GATES = {"relu": "positive", "clamp": "within", "hardtanh": "inside"}  # by 0 or 1: the condition
+CONDITIONS = {"sign", "positive", "within", "inside"}  # constant but where they jump
+
+
+def _number_in(word: str) -> float | None:
+    try:
+        number = float(word)
+    except ValueError:
+        return None
+    return None if math.isnan(number) else number
 
 
 class Steps:
@@ -128,10 +137,10 @@ class Steps:
         if word in names:
             return names[word], rest
         if word not in OPS:
-            try:
-                return float(word), rest
-            except ValueError:
-                raise FormulaError(f"{word!r} is neither a function of {', '.join(OPS)}, nor a number") from None
+            number = _number_in(word)
+            if number is None:
+                raise FormulaError(f"{word!r} is neither a function of {', '.join(OPS)}, nor a number")
+            return number, rest
         operands: list[Operand] = []
         while rest and rest[0] in ("(" if not operands else ","):
             operand, rest = self._term(rest[1:], names)
@@ -202,12 +211,13 @@ def _push(steps: Steps, step: tuple, y: int, d: Operand) -> list[tuple[Operand, 
         b, c = more
         return [(b, steps.add("select", a, d, 0.0)), (c, steps.add("select", a, 0.0, d))]
     if op in GATES:
-        condition, _ = GATES[op]
-        return [(a, steps.add("select", steps.add(condition, a, *more), d, 0.0))]
+        return [(a, steps.add("select", steps.add(GATES[op], a, *more), d, 0.0))]
     if op in SLOPES:
         slope = steps.read(SLOPES[op], {"a": a, "y": y})
         return [(a, steps.add("mul", d, slope))]
-    return []  # conditions
+    if op not in CONDITIONS:
+        raise FormulaError(f"{op} has no derivative here")
+    return []
 
 
 def _pruned(steps: list[tuple], results: tuple[Operand, ...]) -> Formula:
@@ -233,11 +243,10 @@ def evaluate(f: Formula, **leaves: torch.Tensor) -> list[torch.Tensor]:
         if not operands:
             values.append(leaves[op])
             continue
-        count = OPS[op].operands
         given = [values[a] if isinstance(a, int) else a for a in operands]
         if op == "select":
             given[1:] = [x if isinstance(x, torch.Tensor) else scalar(x) for x in given[1:]]
-        values.append(OPS[op].aten(*given[:count], *given[count:]))
+        values.append(OPS[op].aten(*given))
     return [values[r] if isinstance(r, int) else torch.full_like(like, r) for r in f.results]
 
 

@@ -92,9 +92,9 @@ TERMS: dict[str, Term] = {
     "hardsigmoid": lambda x: f"div(hardtanh(add({x},3.0),0.0,6.0),6.0)",
     "where": _call("select"),
     "gt": lambda x, y: f"positive(sub({x},{y}))",
-    "le": lambda x, y: f"sub(1.0,positive(sub({x},{y})))",
+    "le": lambda x, y: f"within({x},-inf,{y})",
     "ge": lambda x, y: f"within({x},{y},inf)",
-    "lt": lambda x, y: f"sub(1.0,within({x},{y},inf))",
+    "lt": lambda x, y: f"positive(sub({y},{x}))",
     "leaky_relu": _leaky_relu,
 }
 CONDITIONS = {"gt", "ge", "lt", "le"}

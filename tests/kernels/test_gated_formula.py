@@ -14,6 +14,7 @@ from sloth.kernels.common import special
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.formula import OPS, SLOPES, FormulaError, Steps, backward, evaluate, formula
 from sloth.kernels.gated_formula import EXAMPLES, gated_formula
+from sloth.patterns.gated_formula import TERMS
 
 X = sympy.Symbol("x", real=True)
 DEFINITIONS = {
@@ -175,3 +176,18 @@ def test_what_is_no_formula(text, told):
         formula(text)
     with pytest.raises(FormulaError):
         module.source(text)
+
+
+@pytest.mark.parametrize("name, holds", [("gt", torch.gt), ("ge", torch.ge), ("lt", torch.lt), ("le", torch.le)])
+def test_comparisons_are_those_of_torch(name, holds):
+    """Of what is no number nothing is true: a run that diverges must show it."""
+    x = torch.tensor([-1.0, 0.5, 2.0, float("nan"), float("inf"), -float("inf")])
+    (found,) = evaluate(formula(TERMS[name]("g", "0.5")), g=x)
+    assert torch.equal(found > 0, holds(x, 0.5))
+
+
+def test_what_has_no_derivative_says_so():
+    with pytest.raises(FormulaError, match="neither a function"):
+        formula("mul(g,nan)")
+    with pytest.raises(FormulaError, match="sech2 has no derivative"):
+        backward("mul(sech2(g),u)", True, True)

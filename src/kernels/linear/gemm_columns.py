@@ -4,7 +4,7 @@
 
 Shapes   X [M, K], W_i [K, N_i], T [M, R], U [R, Σ N_i] with R small, y [M, Σ N_i].
 Dtypes   one for all, and y.
-Order    the thin product first, then the big ones on top of it (kernels/linear/gemm.py).
+Order    the thin product first, then the big ones on top of it (gemm.py).
 Launches two where the W_i lie side by side in memory too, as those do that are dequantised together: then X [W_0, W_1, …] is one
          product. Otherwise one for each W_i, and the thin one. Three layers by themselves take six, which a GPU with a few rows
          for each waits for.
@@ -31,6 +31,8 @@ def _check(t: torch.Tensor, u: torch.Tensor, x: torch.Tensor, w: list[torch.Tens
 
 def side_by_side(w: list[torch.Tensor]) -> torch.Tensor | None:
     """[w_0, w_1, …] where that is a matrix in memory: each is the transpose of a contiguous one, which the next one follows."""
+    if w[0].is_meta:  # compiled ahead: where tensors will lie is not known, and they are made to lie so
+        return w[0].new_empty_strided((w[0].shape[0], sum(wi.shape[1] for wi in w)), (1, w[0].shape[0]))
     first, end, columns = w[0], w[0].data_ptr(), 0
     for wi in w:
         if wi.data_ptr() != end or wi.stride() != (1, wi.shape[0]) or wi.shape[0] != first.shape[0]:

@@ -10,9 +10,9 @@ Backward, with g_i = ∂L/∂y_i, t_i = x_i A_iᵀ [M, r] (all that is saved bes
     dx   = Σ_i g_i W_i + Σ_{x_i = x} u_i A_i                    dx_i = u_i A_i  otherwise
 W_i gets no gradient: it is frozen. B Aᵀ [N, K] is never formed: all adapter products are rank r.
 
-Order    where dtypes agree, a sum of products is one buffer, thin products first (kernels/gemm.py): y = s t Bᵀ, then += x Wᵀ.
+Order    where dtypes agree, a sum of products is one buffer, thin products first (gemm.py): y = s t Bᵀ, then += x Wᵀ.
          Adapters that read x itself are one product: [A_1; A_2; …] x, and x is read once for all of them, forward and backward.
-         On a GPU narrow layers that read x are one product too (kernels/gemm_columns.py): [y_1, y_2, …] = s t diag(B_1ᵀ, B_2ᵀ, …)
+         On a GPU narrow layers that read x are one product too (gemm_columns.py): [y_1, y_2, …] = s t diag(B_1ᵀ, B_2ᵀ, …)
          + x [W_1; W_2; …]ᵀ. Of wide ones, each y_i is memory of its own, which can be let go or written over by itself.
 Bytes    over the products x Wᵀ and g W: x, y, g and dx once or twice each; the floor is that of the two matmuls.
 """

@@ -7,7 +7,7 @@ Layers   t = [t_1, t_2, …] and u = [u_1, u_2, …] are one matrix each, side b
 Method   a program walks down a strip of a g_i, BN columns wide: each tile is read once, multiplied with its rows of B (a part of
          u) and, transposed, with its rows of t (added to a part of dB kept in registers). Parts are fp32; a second kernel adds
          both, in a fixed order: the result is the same in every run.
-Opaque   to the compiler, like the other operators that a model has hundreds of (kernels/dequantize_4bit.py).
+Opaque   to the compiler, like the other operators that a model has hundreds of (dequantize_4bit.py).
 Dtypes   B, t and u of one dtype; dB in `dtype`, by default that one; g of any: tiles are cast to B's dtype. fp32 products are
          exact fp32 (no TF32).
 Bytes    g once, where two matmuls read it twice, and 8·R bytes for each row and strip in parts: for N = 14336, R = 16 a quarter
@@ -154,7 +154,8 @@ torch.library.define(
 def compute_lora_grad_b(g, b, t, scale, dtype=None) -> list[Tensor]:
     """The operator's results, for operands that were checked when the graph was traced. They may be parts of one buffer."""
     if len(g) == 1 or _alike(g, b, scale):
-        return (_lora_grad_b_for(g[0], b[0]) if b[0].shape[1] <= MAX_RANK else _aten)(g, b, t, scale, dtype)
+        served = b[0].shape[1] <= MAX_RANK and b[0].dtype == t.dtype
+        return (_lora_grad_b_for(g[0], b[0]) if served else _aten)(g, b, t, scale, dtype)
     columns = t.split([bi.shape[1] for bi in b], 1)
     each = [compute_lora_grad_b([gi], [bi], ti, [s], dtype) for gi, bi, ti, s in zip(g, b, columns, scale, strict=True)]
     return [torch.cat([u for u, _ in each], 1), *(db for _, db in each)]
@@ -162,7 +163,7 @@ def compute_lora_grad_b(g, b, t, scale, dtype=None) -> list[Tensor]:
 
 def _alike(g: list[Tensor], b: list[Tensor], scale: list[float]) -> bool:
     """Are these layers one launch?"""
-    ranks, dtypes = {bi.shape[1] for bi in b}, {gi.dtype for gi in g}
+    ranks, dtypes = {bi.shape[1] for bi in b}, {(gi.dtype, bi.dtype) for gi, bi in zip(g, b, strict=True)}
     return len(g) <= MOST and len(ranks) == len(dtypes) == len(set(scale)) == 1
 
 

@@ -138,7 +138,8 @@ def write_as_read(graph: fx.Graph) -> None:
             if not isinstance(call.meta["val"], torch.Tensor):
                 results = [n for n in call.users if n.target is operator.getitem and n.args[1] >= first]
             paths = [_until_cast(n) for n in results]
-            if paths and all(paths) and not call.kwargs and where(*call.args):
+            told = call.kwargs or len(call.args) == len(op._schema.arguments)  # its dtype, among others
+            if paths and all(paths) and not told and where(*call.args):
                 _write_wide(graph, call, paths)
 
 
