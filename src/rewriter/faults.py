@@ -24,7 +24,7 @@ from torch import fx
 from sloth.compat import dynamo
 from sloth.compat.dispatch import CheckpointStop
 from sloth.rewriter.match.registry import deferrals, patterns
-from sloth.rewriter.notices import tell_once, warn_once
+from sloth.rewriter.notices import log, warn_once
 from sloth.rewriter.report import MATCHED, GraphReport, Site
 
 PATIENCE = 120.0  # seconds of compiling in which the entry to blame is looked for
@@ -90,10 +90,10 @@ def compile_in_spite(attempt: Callable[[Collection[str]], Attempt], code: Any = 
     used, named = failed.entries, _named(failed)
     if named and (done := attempt(before | named)).error is None:
         return _blame(done, failed, named, before, code)
-    tell_once(
-        f"the compiler fails with a graph that was rewritten ({first_line(failed.error)}). It is compiled without, and up to"
-        f" {PATIENCE:.0f} s are spent to find which entry is to blame"
-    )
+    log.info(
+        "sloth: the compiler fails with a graph that was rewritten (%s). It is compiled without, and up to %.0f s are spent to"
+        " find which entry is to blame", first_line(failed.error), PATIENCE,
+    )  # fmt: skip
     everything = frozenset(e.name for e in (*patterns(), *deferrals()))
     done, blamed, last = attempt(everything), everything, everything
     while done.error is None and len(blamed & used) > 1 and time.perf_counter() - start < PATIENCE:

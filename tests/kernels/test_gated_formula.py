@@ -182,7 +182,7 @@ def test_what_is_no_formula(text, told):
 def test_comparisons_are_those_of_torch(name, holds):
     """Of what is no number nothing is true: a run that diverges must show it."""
     x = torch.tensor([-1.0, 0.5, 2.0, float("nan"), float("inf"), -float("inf")])
-    (found,) = evaluate(formula(TERMS[name]("g", "0.5")), g=x)
+    (found,) = evaluate(formula(TERMS[name]("g", "0.5")), g=x, u=x)
     assert torch.equal(found > 0, holds(x, 0.5))
 
 

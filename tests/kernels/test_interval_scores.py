@@ -12,7 +12,7 @@ from test_interval_attention import DTYPES, ids, mask_of, padding, small_tiles  
 
 from sloth.kernels.attention.attention import attention
 
-S, SCALE = 50, 0.3
+S, SCALE = 70, 0.3
 CAUSAL = ([], [], 0, None)
 WINDOW = ([], [], 0, 20)
 LEFT = ([], [padding(2, S, "left", 3)], 0, None)

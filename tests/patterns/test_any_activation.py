@@ -113,7 +113,7 @@ def test_kinks_are_where_autograd_has_them(name):
 )
 def test_what_is_none(spelled):
     found, ours, eager = ran(spelled)
-    assert found == []
+    assert "matched" not in {status for *_, status in found}
     torch.testing.assert_close(ours, eager)
 
 

@@ -50,9 +50,10 @@ def weights_made(checkpointed, monkeypatch, **options):
     run = torch.compile(model, backend="sloth", options=options)
     step(model, run, x)
     here, made = "triton" if DEVICE == "cuda" else "aten", []
-    of = IMPLEMENTATIONS["sloth::dequantize_4bit"]
-    original = of[here]
-    monkeypatch.setitem(of, here, lambda *args: made.append(args) or original(*args))
+    for name, weights in (("dequantize_4bit", lambda *args: [args]), ("dequantize_4bit_together", lambda matrices, *_: matrices)):
+        of = IMPLEMENTATIONS[f"sloth::{name}"]
+        count = lambda *args, weights=weights, original=of[here]: made.extend(weights(*args)) or original(*args)  # noqa: E731
+        monkeypatch.setitem(of, here, count)
     ours = step(model, run, x)
     monkeypatch.undo()
     same(ours, step(model, model, x), 2e-2)

@@ -11,6 +11,7 @@ from sloth.kernels.linear.dequantize_4bit import dequantize_4bit, dequantize_4bi
 from sloth.kernels.linear.gemm import sum_of_products
 from sloth.kernels.linear.gemm_columns import products_in_columns
 from sloth.kernels.linear.gemm_rows import product_in_rows
+from sloth.kernels.linear.linear_4bit_rows import linear_4bit_rows
 from sloth.kernels.linear.lora_grad_b import lora_grad_b
 from sloth.kernels.loss.linear_cross_entropy import linear_cross_entropy_forward
 from sloth.rewriter.backend import patterns
@@ -37,6 +38,9 @@ CASES = {
     linear_cross_entropy_forward: lambda: (
         matrix(48, 64), matrix(96, 64), None, None, None, torch.arange(48, device=DEVICE), torch.tensor(40.0, device=DEVICE),
         -100, "sum", None, 1.0, None, 0.0, 0.0, 1.0, [True, False, False, False, False], 0
+    ),
+    linear_4bit_rows: lambda: (
+        matrix(2, 64), *([t] for t in packed(16, 64)), *([[None]] * 4), [matrix(8, 64)], [matrix(16, 8)], [0.5], [16], 64, "nf4"
     ),
     dequantize_4bit: lambda: (*packed(16, 64), *PLAIN, [16, 64], torch.bfloat16),
     dequantize_4bit_together: lambda: (

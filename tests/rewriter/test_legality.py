@@ -312,7 +312,8 @@ def test_operators_without_backward_serve_where_no_gradient_flows(make: Callable
 
 
 def test_our_operators_have_a_backward() -> None:
-    assert [p.name for p in patterns() if not legality.has_backward(p.op)] == []
+    """But for what stands only where nothing wants a gradient: a few rows, as in generation."""
+    assert [p.name for p in patterns() if not legality.has_backward(p.op)] == ["lora_rows", "linear_4bit_rows"]
 
 
 def test_tables_that_want_a_gradient() -> None:
