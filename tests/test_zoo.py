@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sloth.__main__ import app
 from sloth.zoo import sweep
-from sloth.zoo.measure import RUNS, measure
+from sloth.zoo.measure import RUNS, measure, step
 from sloth.zoo.models import architectures
 from sloth.zoo.results import compared, share, totals
 from sloth.zoo.sizes import VARIANTS
@@ -97,6 +97,25 @@ def test_other_numbers_are_noticed(monkeypatch):
     monkeypatch.setattr(zoo.torch, "compile", lambda model, **how: lambda **batch: 1 / 0)
     run = measure("llama", ("fp32",))["runs"]["fp32"]
     assert run["state"] == "fails" and run["why"] == "ZeroDivisionError: division by zero" and "fails" in run["torch"]
+
+
+def test_a_step_puts_buffers_and_the_random_state_back():
+    """Also one that raises."""
+
+    class Counts(torch.nn.BatchNorm1d):
+        def forward(self, x):
+            out = (super().forward(x).sum(),)
+            assert x.shape[0] > 2, "few"
+            return out
+
+    model = Counts(3)
+    state = torch.random.get_rng_state()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    step(model, model, {"x": torch.ones(4, 3)})
+    with pytest.raises(AssertionError, match="few"):
+        step(model, model, {"x": torch.ones(2, 3)})
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_process_that_takes_too_long_or_dies_costs_a_row(monkeypatch):

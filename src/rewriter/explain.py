@@ -102,9 +102,11 @@ def _arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, 
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
     """Buffers and the random state are put back; gradients are not touched by a forward pass."""
     buffers = {n: b.clone() for n, b in model.named_buffers()}
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
-    with torch.no_grad():
-        for n, b in model.named_buffers():
-            if n in buffers and buffers[n].shape == b.shape:
-                b.copy_(buffers[n])
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                if n in buffers and buffers[n].shape == b.shape:
+                    b.copy_(buffers[n])

@@ -10,15 +10,14 @@ import copy
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from sloth.compat.dynamo import counters
 from sloth.rewriter.backend import listening
-from sloth.rewriter.explain import sites_called
+from sloth.rewriter.explain import sites_called, unchanged
 from sloth.rewriter.match.registry import constructs
 from sloth.rewriter.report import MATCHED, Report
 from sloth.zoo.models import Batch, tiny_batch, tiny_model
@@ -80,13 +79,13 @@ def _measured(arch: str, run: Run, row: Row) -> Row:
     batch = tiny_batch(model, arch)
     if run.lora:
         model = with_adapters(model, run.dtype)
-    with same_buffers(model):
-        eager = step(model, model, batch)
+    eager = step(model, model, batch)
     if not torch.isfinite(eager[0]) or not eager[1]:
         return {"state": "untrained", "why": f"the loss is {eager[0].item()}, with {len(eager[1])} gradients"}
     found: Row = {"state": "ok", "inner": run.inner}
     try:
-        expected = sites_called(model, batch, constructs())
+        with unchanged(model):
+            expected = sites_called(model, batch, constructs())
     except Exception as e:
         expected, found["uncounted"] = {}, first_line(e)
     with listening() as graphs:
@@ -117,26 +116,18 @@ def with_adapters(model: torch.nn.Module, dtype: torch.dtype = torch.float32) ->
 
 
 def step(function: Callable[..., Any], model: torch.nn.Module, batch: Batch) -> Step:
-    """Loss and gradients by parameter name of one call; `model` has no gradients afterwards."""
+    """Loss and gradients by parameter name of one call; `model` has no gradients afterwards. Buffers that calls change (running
+    statistics, dynamic tables) are put back.
+    """
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    out = function(**batch)
-    loss = (out["loss"] if "loss" in out else out[0]).mean()
-    loss.backward()
+    with unchanged(model):
+        torch.manual_seed(3)
+        out = function(**batch)
+        loss = (out["loss"] if "loss" in out else out[0]).mean()
+        loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return loss.detach(), grads
-
-
-@contextmanager
-def same_buffers(model: torch.nn.Module) -> Iterator[None]:
-    """Buffers that calls change (running statistics, dynamic tables) are put back."""
-    before = {n: b.clone() for n, b in model.named_buffers()}
-    yield
-    with torch.no_grad():
-        for n, b in model.named_buffers():
-            if n in before and before[n].shape == b.shape:
-                b.copy_(before[n])
 
 
 def gradient_difference(ours: Gradients, theirs: Gradients) -> tuple[float, str]:
@@ -165,8 +156,7 @@ def compiled(model: torch.nn.Module, batch: Batch, eager: Step, backend: str, **
     wide = any(p.dtype == torch.bfloat16 for p in model.parameters())
     row: Row = {}
     try:
-        with same_buffers(model):
-            loss, grads = step(function, model, batch)
+        loss, grads = step(function, model, batch)
         difference, name = gradient_difference(grads, eager[1])
         row = {"loss": _short(abs(loss - eager[0]).item() / (abs(eager[0]).item() + 1e-6)), "gradient": _short(difference)}
         row |= {"worst": name}
@@ -196,14 +186,13 @@ def errors_of(
     ids = batch["input_ids"]
     squares: list[tuple[float, float]] = []
     for draw in range(DRAWS):
-        with same_buffers(model):
-            try:
-                wide = copy.deepcopy(model).float()
-                truth = step(wide, wide, batch)[1]
-            except Exception:
-                return None
-            if draw:
-                ours, theirs = step(function, model, batch)[1], step(model, model, batch)[1]
+        try:
+            wide = copy.deepcopy(model).float()
+            truth = step(wide, wide, batch)[1]
+        except Exception:
+            return None
+        if draw:
+            ours, theirs = step(function, model, batch)[1], step(model, model, batch)[1]
         squares.append((error(ours, truth) ** 2, error(theirs, truth) ** 2))
         found = tuple((sum(e) / len(e)) ** 0.5 for e in zip(*squares, strict=True))
         if found[0] < max(WORSE * found[1], SMALL):
