@@ -99,6 +99,27 @@ def test_other_numbers_are_noticed(monkeypatch):
     assert run["state"] == "fails" and run["why"] == "ZeroDivisionError: division by zero" and "fails" in run["torch"]
 
 
+@pytest.mark.parametrize(("times", "state"), [(1, "ok"), (9, "differs")])
+def test_an_expert_without_tokens_is_chance_unless_it_never_has_any(times, state, monkeypatch):
+    import sloth.zoo.measure as zoo
+
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, input_ids, both=True):
+            x = torch.nn.functional.one_hot(input_ids, 4).to(self.experts[0].weight.dtype)
+            return (self.experts[0](x).mean() + 1e-3 * (self.experts[1](x).mean() if both else 0.0),)
+
+    torch.manual_seed(0)
+    model, left = Routed().bfloat16(), [True] * times
+    monkeypatch.setattr(zoo.torch, "compile", lambda model, **how: lambda **batch: model(**batch, both=not (left and left.pop())))
+    batch = {"input_ids": torch.arange(8).view(2, 4) % 4}
+    found = zoo.compiled(model, batch, step(model, model, batch), "any")
+    assert found["state"] == state, found
+
+
 def test_a_step_puts_buffers_and_the_random_state_back():
     """Also one that raises."""
 
