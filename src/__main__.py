@@ -255,7 +255,7 @@ def zoo(
 ) -> None:
     """Train tiny models of every causal LM for one step, in eager and under the backend, in full and with LoRA on all linear
     layers, in fp32 and bf16: do loss and gradients agree, what is matched, how many graphs and breaks. Exit code 1 where one
-    does not train as in eager, or something is worse than in the result to compare with.
+    does not train as in eager; with --compare, where something is worse than there, or does not train and is not in there.
     """
     try:
         from sloth.zoo.command import ZooError, run

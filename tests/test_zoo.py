@@ -68,6 +68,28 @@ def test_a_comparison_names_what_is_lost_new_and_gone(before):
     assert compared(before, {"llama": before["llama"]}, whole=False) == ([], [])  # nobody asked for the other
 
 
+def test_what_was_never_compared_is_worse_where_it_does_not_train(before):
+    """A run that the earlier result lacks, and an architecture."""
+    now = copy.deepcopy(before)
+    now["llama"]["runs"] |= {"bf16": {"state": "fails", "why": "E: no"}, "fp32 LoRA": {"state": "untrained", "why": "E: old"}}
+    now["new"] = {"runs": {"fp32": {"state": "differs", "loss": 0.0, "gradient": 0.1, "worst": "a.weight"}}}
+    worse, better = compared(before, now)
+    assert worse == ["llama, bf16: is fails (E: no)", "new, fp32: is differs (loss 0e+00, gradient 1e-01 of a.weight)"]
+    assert better == ["new: is new (fp32 differs)"]
+
+
+@pytest.mark.parametrize(
+    ("where", "state"), [("tiny_model", "untrained"), ("step", "untrained"), ("sites_called", None), ("listening", "fails")]
+)
+def test_what_raises_behind_the_eager_step_is_ours(where, state, monkeypatch):
+    import sloth.zoo.measure as zoo
+
+    monkeypatch.setattr(zoo, "compiled", lambda *args, **how: {"state": "ok", "breaks": []})
+    monkeypatch.setattr(zoo, where, lambda *args, **how: 1 / 0)
+    run = zoo.measure("llama", ("fp32",))["runs"]["fp32"]
+    assert run["state"] == (state or "ok") and "ZeroDivisionError" in run["why" if state else "uncounted"]
+
+
 def test_a_comparison_names_what_trains_no_more(before):
     now = copy.deepcopy(before)
     now["llama"]["runs"]["fp32"] |= {"state": "fails", "why": "RuntimeError: no"}

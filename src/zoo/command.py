@@ -14,7 +14,7 @@ from sloth.rewriter.match.registry import constructs
 from sloth.rewriter.notices import did_you_mean
 from sloth.zoo.measure import RUNS, Row
 from sloth.zoo.models import architectures
-from sloth.zoo.results import compared, share, totals
+from sloth.zoo.results import WRONG, compared, share, totals, wrong
 from sloth.zoo.sizes import VARIANTS
 from sloth.zoo.sweep import load, summary, sweep, versions, write
 
@@ -26,7 +26,9 @@ class ZooError(ValueError):
 def run(
     console: Console, archs: list[str], out: Path | None, compare: Path | None, only: tuple[str, ...], limit: float, jobs: int
 ) -> bool:
-    """Does everything train as in eager, and is nothing worse than in `compare`? Raises ZooError for what it cannot run."""
+    """Does everything train as in eager? With `compare`: is nothing worse than there, and all that it lacks as in eager? Raises
+    ZooError for what it cannot run.
+    """
     known = [*architectures(), *VARIANTS]
     for names, all_of_them, what in ((archs, known, "an architecture"), (only, list(RUNS), "a run")):
         for name in names:
@@ -72,7 +74,6 @@ def _sums(console: Console, rows: dict[str, Row]) -> bool:
             )
     for arch, row in rows.items():
         for name, one in row["runs"].items():
-            if one["state"] in ("differs", "fails"):
-                why = one.get("why") or f"loss {one['loss']:.0e}, gradient {one['gradient']:.0e} of {one['worst']}"
-                console.print(f"{one['state']}: {arch}, {name}: {why}; aot_eager alone: {one.get('torch')}", markup=False)
+            if one["state"] in WRONG:
+                console.print(f"{one['state']}: {arch}, {name}: {wrong(one)}; aot_eager alone: {one.get('torch')}", markup=False)
     return good

@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -61,11 +62,29 @@ def measure(arch: str, runs: tuple[str, ...] = tuple(RUNS)) -> Row:
         started = time.perf_counter()
         try:
             found = _measured(arch, RUNS[name], row)
-        except Exception as e:
-            found = {"state": "untrained", "why": first_line(e)}
+        except Untrained as e:
+            found = {"state": "untrained", "why": str(e)}
+        except Exception as e:  # ours: the model has trained in eager
+            found = failed(first_line(e))
         row["runs"][name] = found | {"seconds": round(time.perf_counter() - started, 1)}
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
+
+
+class Untrained(Exception):
+    """Eager has no step to compare with; the message says why."""
+
+
+@contextmanager
+def in_eager() -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        raise Untrained(first_line(e)) from e
+
+
+def failed(why: str) -> Row:
+    return {"state": "fails", "why": why, "constructs": {}, "missed": [], "breaks": [], "graphs": 0}
 
 
 def first_line(e: BaseException) -> str:
@@ -74,14 +93,16 @@ def first_line(e: BaseException) -> str:
 
 
 def _measured(arch: str, run: Run, row: Row) -> Row:
-    model = tiny_model(arch, run.dtype)
-    row["class"] = type(model).__name__
-    batch = tiny_batch(model, arch)
+    with in_eager():
+        model = tiny_model(arch, run.dtype)
+        row["class"] = type(model).__name__
+        batch = tiny_batch(model, arch)
     if run.lora:
         model = with_adapters(model, run.dtype)
-    eager = step(model, model, batch)
+    with in_eager():
+        eager = step(model, model, batch)
     if not torch.isfinite(eager[0]) or not eager[1]:
-        return {"state": "untrained", "why": f"the loss is {eager[0].item()}, with {len(eager[1])} gradients"}
+        raise Untrained(f"the loss is {eager[0].item()}, with {len(eager[1])} gradients")
     found: Row = {"state": "ok", "inner": run.inner}
     try:
         with unchanged(model):

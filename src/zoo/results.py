@@ -10,6 +10,7 @@ from typing import Any
 from sloth.zoo.measure import AOT, RUNS, Row
 
 Rows = Mapping[str, Row]
+WRONG = ("differs", "fails")
 WORTH = {"ok": 0, "untrained": 1, "differs": 2, "fails": 3}  # which state is the worse
 
 
@@ -34,21 +35,29 @@ def share(sites: Mapping[str, Iterable[int]]) -> float:
 
 def compared(before: Rows, now: Rows, whole: bool = True) -> tuple[list[str], list[str]]:
     """(what is worse, what is better or new): a line for each architecture and run. whole: `now` is of all architectures, so that
-    one that is in `before` alone is gone.
+    one that is in `before` alone is gone. A run that `before` lacks is worse where it does not train as in eager.
     """
     worse, better = [], []
     for arch in sorted({*before, *now} if whole else {*now}):
         if arch not in now:
             worse.append(f"{arch}: is gone")
-        elif arch not in before:
+            continue
+        if arch not in before:
             better.append(f"{arch}: is new ({_states(now[arch])})")
-        else:
-            for run, one in now[arch]["runs"].items():
-                if (was := before[arch]["runs"].get(run)) is not None:
-                    down, up = _changes(was, one)
-                    worse += [f"{arch}, {run}: {what}" for what in down]
-                    better += [f"{arch}, {run}: {what}" for what in up]
+        for run, one in now[arch]["runs"].items():
+            was = before.get(arch, {"runs": {}})["runs"].get(run)
+            if was is not None:
+                down, up = _changes(was, one)
+                worse += [f"{arch}, {run}: {what}" for what in down]
+                better += [f"{arch}, {run}: {what}" for what in up]
+            elif one["state"] in WRONG:
+                worse.append(f"{arch}, {run}: is {one['state']} ({wrong(one)})")
     return worse, better
+
+
+def wrong(run: Row) -> str:
+    """Why a run is not as in eager."""
+    return run.get("why") or f"loss {run['loss']:.0e}, gradient {run['gradient']:.0e} of {run['worst']}"
 
 
 def _states(row: Row) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sloth.rewriter.match.registry import patterns
-from sloth.zoo.measure import Row, measure
+from sloth.zoo.measure import Row, failed, measure
 
 Found = dict[str, Any]  # {"versions": package → version, "rows": architecture → row}
 
@@ -80,8 +80,8 @@ def _in_child(arch: str, runs: tuple[str, ...], limit: float) -> Row:
     child.join(2)
     if child.is_alive():
         os.killpg(child.pid, signal.SIGKILL)
-    lost = {"state": "fails", "why": why, "constructs": {}, "missed": [], "breaks": [], "graphs": 0}
-    return row or {"arch": arch, "class": "", "runs": {r: lost for r in runs}, "seconds": round(time.perf_counter() - start, 1)}
+    seconds = round(time.perf_counter() - start, 1)
+    return row or {"arch": arch, "class": "", "runs": {r: failed(why) for r in runs}, "seconds": seconds}
 
 
 def _child(pipe: Connection, arch: str, runs: tuple[str, ...]) -> None:
