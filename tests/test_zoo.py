@@ -161,16 +161,47 @@ def test_a_step_puts_buffers_and_the_random_state_back():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_process_that_takes_too_long_or_dies_costs_a_row(monkeypatch):
+def test_a_process_that_takes_too_long_or_dies_costs_what_it_has_not_sent(monkeypatch):
+    """Two at once, whose pipes are open at the same time if they may be."""
     import os
     import time
+    from multiprocessing.context import ForkContext
 
+    def measured(arch, runs):
+        if runs == ("bf16",):
+            time.sleep(60) if arch == "slow" else os._exit(7)
+        return {"arch": arch, "class": "C", "runs": {runs[0]: {"state": "ok"}}, "seconds": 0}
+
+    def pipe(context, *how):
+        made = pipe_(context, *how)
+        time.sleep(delays.pop())
+        return made
+
+    delays, pipe_ = [0.6, 0.1], ForkContext.Pipe
+    monkeypatch.setattr(ForkContext, "Pipe", pipe)
     monkeypatch.setattr(sweep, "_made_ready", lambda: None)
-    deeds = {"slow": lambda: time.sleep(60), "dead": lambda: os._exit(7)}
-    monkeypatch.setattr(sweep, "measure", lambda arch, runs: deeds[arch]())
-    found = {row["arch"]: row["runs"]["fp32"] for row in sweep.sweep(dict.fromkeys(deeds, ("fp32",)), limit=1.0)}
-    assert found["slow"]["why"] == "took more than 1 s" and found["dead"]["why"] == "died with exit code 7"
-    assert {run["state"] for run in found.values()} == {"fails"}
+    monkeypatch.setattr(sweep, "measure", measured)
+    found = list(sweep.sweep(dict.fromkeys(("slow", "dead"), ("fp32", "bf16")), limit=1.5, jobs=2))
+    assert [row["arch"] for row in found] == ["dead", "slow"]  # as they are ready
+    dead, slow = (row["runs"] for row in found)
+    assert dead["fp32"] == slow["fp32"] == {"state": "ok"} and found[0]["class"] == "C"
+    assert dead["bf16"]["why"] == "died with exit code 7" and dead["bf16"]["state"] == "fails"
+    assert slow["bf16"]["why"] == "took more than 2 s" and slow["bf16"]["late"]
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch, before):
+    file = tmp_path / "zoo.json"
+    sweep.write(file, {"versions": {}, "rows": before})
+    held = file.read_text()
+
+    def full(path, text):
+        path.write_bytes(text[:20].encode())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="space"):
+        sweep.write(file, {"versions": {}, "rows": {}})
+    assert file.read_text() == held
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 from sloth.rewriter.match.registry import patterns
 from sloth.zoo.measure import Row, failed, measure
 
+# A child that another thread forks before the pipe's writing end is closed here would hold that open: nobody saw this one die.
+FORKING = threading.Lock()
 Found = dict[str, Any]  # {"versions": package → version, "rows": architecture → row}
 
 
@@ -38,7 +41,9 @@ def write(file: Path, found: Found) -> None:
     """A line for each architecture, so that a diff shows what changed."""
     rows = ",\n".join(f"{json.dumps(arch)}: {json.dumps(found['rows'][arch])}" for arch in sorted(found["rows"]))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f'{{"versions": {json.dumps(found["versions"])},\n"rows": {{\n{rows}\n}}}}\n')
+    part = file.with_name(file.name + ".part")  # so that who ends this process does not leave half a file
+    part.write_text(f'{{"versions": {json.dumps(found["versions"])},\n"rows": {{\n{rows}\n}}}}\n')
+    os.replace(part, file)
 
 
 def versions() -> dict[str, str]:
@@ -46,11 +51,14 @@ def versions() -> dict[str, str]:
 
 
 def sweep(todo: Mapping[str, tuple[str, ...]], limit: float, jobs: int = 1) -> Iterator[Row]:
-    """The row of each architecture, in their order. todo: its runs; limit: seconds for all of them."""
+    """The row of each architecture, as they are ready. todo: its runs; limit: seconds for all of them."""
     _made_ready()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda arch: _in_child(arch, todo[arch], limit), todo)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for row in as_completed([pool.submit(_in_child, arch, runs, limit) for arch, runs in todo.items()]):
+            yield row.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _made_ready() -> None:
@@ -64,24 +72,29 @@ def _made_ready() -> None:
 
 
 def _in_child(arch: str, runs: tuple[str, ...], limit: float) -> Row:
+    """Runs that were not reached are "fails"; "late" are those that another time may be enough for."""
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(False)
-    child = context.Process(target=_child, args=(there, arch, runs), daemon=True)
     start = time.perf_counter()
-    child.start()
-    there.close()
-    why = f"took more than {limit:.0f} s"
-    row: Row | None = None
+    with FORKING:
+        here, there = context.Pipe(False)
+        child = context.Process(target=_child, args=(there, arch, runs), daemon=True)
+        child.start()
+        there.close()
+    row: Row = {"arch": arch, "class": "", "runs": {}}
+    lost = failed(f"took more than {limit:.0f} s") | {"late": True}
     try:
-        row = here.recv() if here.poll(limit) else None
-    except EOFError:
+        while len(row["runs"]) < len(runs) and here.poll(max(0.0, start + limit - time.perf_counter())):
+            one = here.recv()
+            row |= one | {"runs": row["runs"] | one["runs"]}
+    except (EOFError, OSError):
         child.join(5)
-        why = f"died with exit code {child.exitcode}"
-    child.join(2)
+        lost = failed(f"died with exit code {child.exitcode}")
+    child.join(2 if len(row["runs"]) == len(runs) else 0)
     if child.is_alive():
         os.killpg(child.pid, signal.SIGKILL)
-    seconds = round(time.perf_counter() - start, 1)
-    return row or {"arch": arch, "class": "", "runs": {r: failed(why) for r in runs}, "seconds": seconds}
+    here.close()
+    row["runs"] = {r: row["runs"].get(r, lost) for r in runs}
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def _child(pipe: Connection, arch: str, runs: tuple[str, ...]) -> None:
@@ -89,7 +102,8 @@ def _child(pipe: Connection, arch: str, runs: tuple[str, ...]) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1), os.dup2(silent, 2)
     torch.set_num_threads(1)  # more wait for each other, with sizes as small as these
-    pipe.send(measure(arch, runs))
+    for run in runs:
+        pipe.send(measure(arch, (run,)))
 
 
 def summary(row: Row) -> str:
