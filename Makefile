@@ -73,7 +73,7 @@ sweep: $(STAMP)
 	@echo "== sweep"
 	@$(BIN)/python -m pytest -m sweep
 
-# What runs/zoo.json holds is not run again: remove it to begin anew.
+# What runs/zoo.json holds of this code and these versions is not run again.
 zoo: $(STAMP)
 	@echo "== zoo"
 	@$(BIN)/python -m sloth zoo --jobs 2 --out runs/zoo.json --compare benchmarks/results/zoo.json

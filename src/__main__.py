@@ -246,7 +246,7 @@ def zoo(
         typer.Argument(metavar="[ARCH]...", help="model types such as llama; none: every causal LM of transformers"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="write what is found to this file, as JSON; what it holds is not run again")
+        Path | None, typer.Option(help="write what is found to this file, as JSON; what it holds of this code is not run again")
     ] = None,
     compare: Annotated[Path | None, typer.Option(help="an earlier result: print what is worse, better or new")] = None,
     only: Annotated[list[str] | None, typer.Option(help="these of the runs: fp32, 'fp32 LoRA', bf16, 'bf16 LoRA'")] = None,

@@ -218,16 +218,38 @@ def test_bad_input(given, said):
 
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, before):
-    """Only runs that the file lacks."""
+    """Only runs that the file lacks, or has of other code, or that took too long."""
     asked = []
 
     def sweep_(todo, limit, jobs):
         asked.append(dict(todo))
-        yield {"arch": "llama", "class": "", "seconds": 0, "runs": {"bf16": before["llama"]["runs"]["fp32"]}}
+        for arch, runs in todo.items():
+            yield {"arch": arch, "class": "", "seconds": 0, "runs": {run: before["old"]["runs"]["fp32"] for run in runs}}
 
     monkeypatch.setattr("sloth.zoo.command.sweep", sweep_)
     out = tmp_path / "zoo.json"
-    sweep.write(out, {"versions": {}, "rows": before})
-    result = CliRunner().invoke(app, ["zoo", "llama", "--only", "fp32", "--only", "bf16", "--out", str(out)])
-    assert result.exit_code == 0 and asked == [{"llama": ("bf16",)}]
-    assert json.loads(out.read_text())["rows"]["llama"]["runs"].keys() == {"fp32", "bf16"}
+    now = sweep.versions()
+    before["llama"]["runs"]["fp32"]["of"] = sweep.key(now)
+    before["old"]["runs"]["fp32"]["of"] = "other"
+    before["mamba"] = {"arch": "mamba", "class": "", "runs": {"fp32": before["llama"]["runs"]["fp32"] | {"late": True}}}
+    before["opt"] = copy.deepcopy(before["old"])
+    sweep.write(out, {"versions": {"other": {}, "older": {}}, "rows": before})
+    result = CliRunner().invoke(app, ["zoo", "llama", "mamba", "opt", "--only", "fp32", "--only", "bf16", "--out", str(out)])
+    assert result.exit_code == 0 and asked == [{"llama": ("bf16",), "mamba": ("fp32", "bf16"), "opt": ("fp32", "bf16")}]
+    assert "1 runs in" in result.output and "are of other code" in result.output
+    found = json.loads(out.read_text())
+    assert found["versions"] == {sweep.key(now): now, "other": {}}  # a row that nobody asked for says whose it is
+    of = {arch: {run: one["of"] for run, one in row["runs"].items()} for arch, row in found["rows"].items()}
+    assert of.pop("old") == {"fp32": "other"}
+    assert of.keys() == {"llama", "mamba", "opt"}
+    assert all(runs == {"fp32": sweep.key(now), "bf16": sweep.key(now)} for runs in of.values())
+
+
+def test_other_source_is_other_code(tmp_path, monkeypatch):
+    (tmp_path / "zoo").mkdir()
+    monkeypatch.setattr(sweep, "__file__", str(tmp_path / "zoo" / "sweep.py"))
+    (tmp_path / "a.py").write_text("1")
+    first = sweep.key(sweep.versions())
+    assert sweep.key(sweep.versions()) == first
+    (tmp_path / "a.py").write_text("2")
+    assert sweep.key(sweep.versions()) != first

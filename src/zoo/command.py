@@ -16,7 +16,7 @@ from sloth.zoo.measure import RUNS, Row
 from sloth.zoo.models import architectures
 from sloth.zoo.results import WRONG, compared, share, totals, wrong
 from sloth.zoo.sizes import VARIANTS
-from sloth.zoo.sweep import load, summary, sweep, versions, write
+from sloth.zoo.sweep import Found, key, load, summary, sweep, versions, write
 
 
 class ZooError(ValueError):
@@ -36,20 +36,28 @@ def run(
                 raise ZooError(f"{name!r} is not {what} that is known.{did_you_mean(name, all_of_them)}")
     try:
         before = load(compare)["rows"] if compare else None
-        rows: dict[str, Row] = load(out)["rows"] if out and out.exists() else {}
+        held: Found = load(out) if out and out.exists() else {"versions": {}, "rows": {}}
     except (OSError, ValueError) as e:
         raise ZooError(str(e)) from e
     wanted, runs, started = archs or known, only or tuple(RUNS), time.perf_counter()
-    missing = {a: tuple(r for r in runs if r not in rows.get(a, {"runs": ()})["runs"]) for a in wanted}
+    rows: dict[str, Row] = held["rows"]
+    now = versions()
+    code = key(now)
+    there = {a: rows.get(a, {"runs": {}})["runs"] for a in wanted}
+    missing = {a: tuple(r for r in runs if not _stands(there[a].get(r), code)) for a in wanted}
     todo = {a: names for a, names in missing.items() if names}
     console.print(f"{len(wanted)} architectures" + f", {len(wanted) - len(todo)} of them in {out}" * bool(rows))
+    if other := sum(r in there[a] and there[a][r].get("of") != code for a, names in missing.items() for r in names):
+        console.print(f"{other} runs in {out} are of other code or other versions: they are run again", markup=False)
     for i, row in enumerate(sweep(todo, limit, jobs), 1):
-        known_runs = rows.get(row["arch"], {"runs": {}})["runs"] | row["runs"]
+        known_runs = there[row["arch"]] | {r: one | {"of": code} for r, one in row["runs"].items()}
         rows[row["arch"]] = row | {"runs": {r: known_runs[r] for r in RUNS if r in known_runs}}
         left = (time.perf_counter() - started) / i * (len(todo) - i)
         console.print(f"{i:3}/{len(todo)}, {left / 60:2.0f} min left  {summary(row)}", markup=False)
         if out:
-            write(out, {"versions": versions(), "rows": rows})
+            used = {one.get("of") for row in rows.values() for one in row["runs"].values()}
+            known_versions = {k: v for k, v in held["versions"].items() if k in used} | {code: now}
+            write(out, {"versions": known_versions, "rows": rows})
     chosen = {a: rows[a] for a in wanted}
     good = _sums(console, chosen)
     if before is None:
@@ -60,6 +68,11 @@ def run(
         for line in lines:
             console.print(f"  {line}", markup=False)
     return not worse  # what went wrong before, too, is no news
+
+
+def _stands(run: Row | None, code: str) -> bool:
+    """Is this run of this code, and not one that more time might end?"""
+    return run is not None and run.get("of") == code and not run.get("late")
 
 
 def _sums(console: Console, rows: dict[str, Row]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,19 +14,20 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sloth import __version__
 from sloth.rewriter.match.registry import patterns
 from sloth.zoo.measure import Row, failed, measure
 
 # A child that another thread forks before the pipe's writing end is closed here would hold that open: nobody saw this one die.
 FORKING = threading.Lock()
-Found = dict[str, Any]  # {"versions": package → version, "rows": architecture → row}
+Found = dict[str, Any]  # {"versions": what a run is "of" → package → version, "rows": architecture → row}
 
 
 def load(file: Path) -> Found:
@@ -47,7 +49,20 @@ def write(file: Path, found: Found) -> None:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers", "peft")}
+    """What a result is of; "source" is a digest of sloth's files."""
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    found = {"python": platform.python_version(), "sloth": __version__, "source": digest.hexdigest()[:12]}
+    for name in ("torch", "transformers", "peft"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def key(versions: dict[str, str]) -> str:
+    """A short name for them, which each run of a result has under "of"."""
+    return hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def sweep(todo: Mapping[str, tuple[str, ...]], limit: float, jobs: int = 1) -> Iterator[Row]:
