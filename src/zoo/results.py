@@ -100,18 +100,22 @@ def sums_table(rows: Rows, titles: Mapping[str, str]) -> str:
     lines = [
         "| | " + " | ".join(found) + " |",
         "|---|" + "---|" * len(found),
-        "| architectures that train in eager | " + " | ".join(str(f["train"]) for f in found.values()) + " |",
-        "| … that train here, with eager's numbers | " + " | ".join(str(f["ok"]) for f in found.values()) + " |",
-        "| … of these through AOTAutograd | " + " | ".join(str(f["joint"]) for f in found.values()) + " |",
     ]
+    for title, what in (
+        ("architectures that train in eager", "train"),
+        ("… that train here, with eager's numbers", "ok"),
+        ("… of these through AOTAutograd", "joint"),
+    ):
+        lines.append(f"| {title} | " + " | ".join(str(f[what]) if f["train"] else "–" for f in found.values()) + " |")
     for c in known:
-        cells = ["{}/{}".format(*f["constructs"].get(c, (0, 0))) for f in found.values()]
+        cells = ["{}/{}".format(*f["constructs"].get(c, (0, 0))) if f["train"] else "–" for f in found.values()]
         lines.append(f"| {titles[c]} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "| all sites | " + " | ".join(f"{share(f['constructs']):.1%}" for f in found.values()) + " |"])
+    shares = [f"{share(f['constructs']):.1%}" if f["train"] else "–" for f in found.values()]
+    return "\n".join([*lines, "| all sites | " + " | ".join(shares) + " |"])
 
 
 def architectures_table(rows: Rows, titles: Mapping[str, str]) -> str:
-    """One line each: sites in the first run, and what is otherwise in the others."""
+    """One line each: sites in the first run, and what is otherwise in the others, or that they were not run."""
     lines = ["| architecture | sites | graphs | breaks | LoRA, bf16 |", "|---|---|---|---|---|"]
     for arch, row in sorted(rows.items()):
         first = next(iter(row["runs"].values()), None)
@@ -119,6 +123,9 @@ def architectures_table(rows: Rows, titles: Mapping[str, str]) -> str:
             continue
         others = [f"{name}: {_short(run, first, titles)}" for name, run in list(row["runs"].items())[1:]]
         others = [text for text in others if not text.endswith(": ")]
+        if len(row["runs"]) < len(RUNS):
+            lacking = [name for name in RUNS if name not in row["runs"]]
+            others.append(f"not run: {', '.join(lacking)}" if len(row["runs"]) > 1 else "not run")
         cells = (_sites(first, titles), str(first["graphs"]), str(len(first["breaks"])), "; ".join(others) or "the same")
         lines.append(f"| `{arch}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
