@@ -99,6 +99,11 @@ class Report:
         return counts(self.sites, dict.fromkeys(self.titles, 0) | self.expected)
 
     @property
+    def unseen(self) -> Counter[str]:
+        """By construct, sites that the modules called have, and that no code in the graphs looks like."""
+        return Counter({c: n["expected"] for c, n in self.constructs.items()}) - Counter(s.construct for s in self.sites)
+
+    @property
     def seconds(self) -> dict[str, float]:
         total: Counter[str] = Counter()
         for g in self.graphs:
@@ -139,13 +144,9 @@ class Report:
         opaque = sorted({why for g in self.graphs for why in g.opaque.values()}) if self.unread else ()
         for kind, n in self.unread.items():
             yield Text(f"{n} {kind} not looked into: {'; '.join(opaque)}", style="yellow")
-        seen = Counter(s.construct for s in self.sites)
-        for name, count in self.constructs.items():
-            if unseen := count["expected"] - seen[name]:
-                yield Text(
-                    f"{unseen} {self.titles.get(name, name)} of the modules called: no code in these graphs looks like it",
-                    style="yellow",
-                )
+        for name, n in self.unseen.items():
+            what = self.titles.get(name, name)
+            yield Text(f"{n} {what} of the modules called: no code in these graphs looks like it", style="yellow")
         for why in (*(g.untouched for g in self.graphs if g.untouched), *self.breaks):
             yield Text(f"  {why}", style="yellow")
 

@@ -14,7 +14,7 @@ from sloth.rewriter.match.registry import constructs
 from sloth.rewriter.notices import did_you_mean
 from sloth.zoo.measure import RUNS, Row
 from sloth.zoo.models import architectures
-from sloth.zoo.results import WRONG, compared, share, totals, wrong
+from sloth.zoo.results import WRONG, compared, counted, share, totals, wrong
 from sloth.zoo.sizes import VARIANTS
 from sloth.zoo.sweep import Found, key, load, summary, sweep, versions, write
 
@@ -58,7 +58,7 @@ def run(
             used = {one.get("of") for row in rows.values() for one in row["runs"].values()}
             known_versions = {k: v for k, v in held["versions"].items() if k in used} | {code: now}
             write(out, {"versions": known_versions, "rows": rows})
-    chosen = {a: rows[a] for a in wanted}
+    chosen = {a: rows[a] | {"runs": {r: rows[a]["runs"][r] for r in runs}} for a in wanted}
     good = _sums(console, chosen)
     if before is None:
         return good
@@ -81,10 +81,9 @@ def _sums(console: Console, rows: dict[str, Row]) -> bool:
         found = totals(rows, name)
         if found["train"]:
             good = good and found["ok"] == found["train"]
-            sites = ", ".join(f"{m}/{e} {titles.get(c, c)}" for c, (m, e) in found["constructs"].items())
-            console.print(
-                f"{name}: {found['ok']} of {found['train']} train as in eager; {share(found['constructs']):.1%} ({sites})"
-            )
+            sites = counted(found["constructs"], titles)
+            whole = share(found["constructs"])
+            console.print(f"{name}: {found['ok']} of {found['train']} train as in eager; {whole:.1%} ({sites})")
     for arch, row in rows.items():
         for name, one in row["runs"].items():
             if one["state"] in WRONG:

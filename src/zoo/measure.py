@@ -238,7 +238,6 @@ def _told(report: Report) -> Row:
     for s in report.sites:
         if s.status != MATCHED:
             missed[dataclasses.replace(s, file="/".join(s.file.split("/")[-1:]))] += 1
-    unseen = Counter({c: n["expected"] for c, n in report.constructs.items()}) - Counter(s.construct for s in report.sites)
     return {
         "graphs": len(report.graphs),
         "constructs": {c: [n["matched"], n["expected"]] for c, n in report.constructs.items() if n["expected"]},
@@ -248,7 +247,7 @@ def _told(report: Report) -> Row:
         ]
         + [
             {"construct": c, "status": "unseen", "where": "", "reason": "no code looks like it", "sites": n}
-            for c, n in unseen.items()
+            for c, n in report.unseen.items()
         ],
         "untouched": [g.untouched for g in report.graphs if g.untouched],
         "opaque": dict(Counter(why.split("\n")[0][:120] for g in report.graphs for why in g.opaque.values())),

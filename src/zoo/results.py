@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sloth.zoo.measure import AOT, RUNS, Row
@@ -31,6 +32,11 @@ def totals(rows: Rows, run: str) -> dict[str, Any]:
 def share(sites: Mapping[str, Iterable[int]]) -> float:
     matched, expected = map(sum, zip(*sites.values(), strict=True)) if sites else (0, 0)
     return matched / expected if expected else 1.0
+
+
+def counted(sites: Mapping[str, Iterable[int]], titles: Mapping[str, str] = MappingProxyType({})) -> str:
+    """`5/5 RMSNorm, 2/2 RoPE`"""
+    return ", ".join(f"{m}/{e} {titles.get(c, c)}" for c, (m, e) in sites.items())
 
 
 def compared(before: Rows, now: Rows, whole: bool = True) -> tuple[list[str], list[str]]:
@@ -63,7 +69,7 @@ def wrong(run: Row) -> str:
 def _states(row: Row) -> str:
     parts = []
     for run, one in row["runs"].items():
-        counts = ", ".join(f"{m}/{e} {c}" for c, (m, e) in one.get("constructs", {}).items())
+        counts = counted(one.get("constructs", {}))
         parts.append(f"{run} {one['state']}{': ' * bool(counts)}{counts}")
     return "; ".join(parts)
 
@@ -132,7 +138,7 @@ def architectures_table(rows: Rows, titles: Mapping[str, str]) -> str:
 
 
 def _sites(run: Row, titles: Mapping[str, str]) -> str:
-    text = ", ".join(f"{m}/{e} {titles.get(c, c)}" for c, (m, e) in run.get("constructs", {}).items())
+    text = counted(run.get("constructs", {}), titles)
     return text if run["state"] == "ok" else f"**{run['state']}** {_cell(run.get('why', ''))} {text}".strip()
 
 
@@ -142,7 +148,7 @@ def _short(run: Row, first: Row, titles: Mapping[str, str]) -> str:
         return f"not in eager ({_cell(run['why'])})"
     same = {c: n for c, n in first.get("constructs", {}).items() if n[0] != n[1]}
     odd = {c: n for c, n in run.get("constructs", {}).items() if n[0] != n[1] and same.get(c) != n}
-    text = ", ".join(f"{m}/{e} {titles.get(c, c)}" for c, (m, e) in odd.items())
+    text = counted(odd, titles)
     return text if run["state"] == "ok" else f"**{run['state']}** {_cell(run.get('why', ''))} {text}".strip()
 
 

@@ -24,6 +24,7 @@ import torch
 from sloth import __version__
 from sloth.rewriter.match.registry import patterns
 from sloth.zoo.measure import Row, failed, measure
+from sloth.zoo.results import counted
 
 # A child that another thread forks before the pipe's writing end is closed here would hold that open: nobody saw this one die.
 FORKING = threading.Lock()
@@ -125,7 +126,7 @@ def summary(row: Row) -> str:
     """One line for people: the first run whole, of the others what is otherwise."""
     parts, before = [], None
     for name, run in row["runs"].items():
-        counts = ", ".join(f"{m}/{e} {c}" for c, (m, e) in run.get("constructs", {}).items())
+        counts = counted(run.get("constructs", {}))
         shown = counts if counts != before else "the same"
         how = run["state"] if run["state"] == "ok" else f"{run['state'].upper()} {run.get('why') or run.get('worst', '')}"[:100]
         parts.append(f"{name} {how}: {shown}" if run["state"] != "untrained" else f"{name} {how}")
