@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+import torch
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 THIRD = "import sympy\nimport torch"
@@ -60,8 +62,9 @@ def layout(folder: Path, name: str) -> Layout:
 
 
 def write(folder: Path, name: str) -> tuple[list[Path], tuple[str, ...]]:
-    """Write the files of an entry of this name. Returns them, and what is to be done by hand. Raises NewPatternError for a name
-    that is none of Python's or is registered, a folder that is not there, and files that are.
+    """Write the files of an entry of this name, all or none. Returns them, and what is to be done by hand. Raises NewPatternError
+    for a name that is none of Python's or is taken (an entry's, an operator's, a package's), folders that are not there, files
+    that are, and what cannot be written.
     """
     from sloth.rewriter.match.registry import patterns
 
@@ -69,18 +72,27 @@ def write(folder: Path, name: str) -> tuple[list[Path], tuple[str, ...]]:
         raise NewPatternError(f"{name!r} is to name files, functions and an entry: lower-case letters, digits and underscores")
     if name in {p.name for p in patterns()}:
         raise NewPatternError(f"there is an entry named {name} already: see `python -m sloth patterns`")
-    if not folder.is_dir():
-        raise NewPatternError(f"there is no folder {folder}")
     made = layout(folder, name)
+    for op in (name, f"{name}_backward"):
+        if hasattr(getattr(torch.ops, made.namespace), op):
+            raise NewPatternError(f"there is an operator {made.namespace}::{op} already")
     words = {
         "name": name, "title": name.replace("_", " "), "class_name": name.title().replace("_", ""), "namespace": made.namespace,
         "kernel_imports": made.kernel_imports, "imports": made.imports, "torch": made.torch,
     }  # fmt: skip
     files = {t: folder / f for t, f in made.files.items() if t != "conftest" or not (folder / f).exists()}
-    if there := [str(f) for f in files.values() if f.exists()]:
+    if lacking := sorted({str(f.parent) for f in files.values() if not f.parent.is_dir()}):
+        raise NewPatternError(f"there is no folder {', '.join(lacking)}")
+    taken = [p for f in files.values() for p in (f, f.with_suffix(""))]  # of one name, Python imports the folder
+    if there := [str(p) for p in taken if p.exists()]:
         raise NewPatternError(f"{', '.join(there)} is there already: nothing was written")
-    for template, file in files.items():
-        file.write_text(Template((TEMPLATES / f"{template}.txt").read_text()).substitute(words))
+    try:
+        for template, file in files.items():
+            file.write_text(Template((TEMPLATES / f"{template}.txt").read_text()).substitute(words))
+    except OSError as e:
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        raise NewPatternError(f"{e}: nothing was written") from e
     steps = (
         "write the mathematics between the lines that say `formula`: the derivation in the docstring, ATen, Triton, sympy",
         "write the model's code in place of `wide` and `in_dtype`, and what marks a place in `is_site`",
