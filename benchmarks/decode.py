@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +131,7 @@ def measure(contender: str, folder: str, batches: list[int], new: int, profiled:
     print(f"{contender} is loaded", flush=True)
     found = []
     for rows in batches:
+        torch.cuda.reset_peak_memory_stats()
         first = seconds(lambda rows=rows: generate(model, rows, new, **more))
         print(f"{contender}: first tokens of {rows} rows after {first:.1f} s", flush=True)
         generate(model, rows, new, **more)
@@ -168,28 +168,23 @@ def floor_ms(shape: str, layers: int) -> float:
 
 
 def run(contender: str, folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """`measure` in a process of its own, with empty caches."""
-    caches = tempfile.mkdtemp()
-    places = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
-    offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_COMPILE_LOCATION": f"{caches}/unsloth", "TOKENIZERS_PARALLELISM": "false"}
+    """`measure` in a process of its own, with empty caches. What it measured before it failed, and then that it failed."""
     command = [sys.executable, __file__, "--one", contender, folder, args.batches, str(args.new), str(int(args.profile))]
-    how = {"env": os.environ | places | offline, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     told, said = [], []
-    with subprocess.Popen(["timeout", str(SECONDS), *command], **how) as process:
-        for line in process.stdout or ():
-            if line.startswith(MARK):
-                told.append(json.loads(line.removeprefix(MARK)))
-            else:
-                said.append(line)
-                print(line, end="", flush=True)
-    return told or [{"contender": contender, "failed": "".join(said)[-1500:]}]
-
-
-def one(contender: str, folder: str, batches: str, new: str, profiled: str) -> None:
-    try:
-        measure(contender, folder, [int(b) for b in batches.split(",")], int(new), profiled == "1")
-    except Exception:
-        traceback.print_exc()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
+        places = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+        offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_COMPILE_LOCATION": f"{caches}/unsloth", "TOKENIZERS_PARALLELISM": "false"}
+        how = {"env": os.environ | places | offline, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(["timeout", str(SECONDS), *command], **how) as process:
+            for line in process.stdout or ():
+                if line.startswith(MARK):
+                    told.append(json.loads(line.removeprefix(MARK)))
+                else:
+                    said.append(line)
+                    print(line, end="", flush=True)
+    if process.returncode:
+        told.append({"contender": contender, "failed": "".join(said)[-1500:] or f"exit code {process.returncode}"})
+    return told
 
 
 def main(args: argparse.Namespace) -> None:
@@ -215,7 +210,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        one(*sys.argv[2:])
+        contender, folder, batches, new, profiled = sys.argv[2:]
+        measure(contender, folder, [int(b) for b in batches.split(",")], int(new), profiled == "1")
     else:
         made = parser(__doc__)
         made.add_argument("--contenders", default=",".join(CONTENDERS))
