@@ -6,6 +6,8 @@ import inspect
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +16,7 @@ try:
     import typer
 except ModuleNotFoundError as e:
     raise SystemExit(f"python -m sloth needs {e.name}: pip install 'sloth-compile[cli]'") from e
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -95,18 +97,21 @@ def explain(
 
     import sloth
     from sloth.near_misses import near_misses
+    from sloth.tiny_model import check_call
 
-    net = _built("explain", model, checkpointing, lora, four_bit, dtype.torch)
     ids = torch.ones((1, batch * seq) if packed else (batch, seq), dtype=torch.int64)
     call = {"input_ids": ids, "labels": ids}
     if packed:
         call["position_ids"] = torch.arange(seq).repeat(batch)[None]
+    with _bad_input("explain"):
+        net = _built(model, checkpointing, lora, four_bit, dtype.torch)
+        check_call(net, *call)
     with torch.autocast("cpu", dtype=dtype.torch or torch.bfloat16, enabled=four_bit):
         report = sloth.explain(net, call)
     if as_json:
         print(report.to_json())
     else:
-        Console().print(report)
+        Console().print(Group(*report.shown(misses=not near)))
     if near:
         print(near_misses(report, net), file=sys.stderr if as_json else sys.stdout)
 
@@ -126,12 +131,15 @@ def verify(
     import torch
 
     import sloth
+    from sloth.tiny_model import check_call, words
 
-    net = _built("verify", model, checkpointing, dtype=dtype.torch)
-    net.to("cuda" if torch.cuda.is_available() else "cpu")
-    words = net.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, words, (batch, seq), generator=torch.Generator().manual_seed(0)).to(net.device)
-    found = sloth.verify(net, {"input_ids": ids, "labels": ids})
+    with _bad_input("verify"):
+        net = _built(model, checkpointing, dtype=dtype.torch)
+        check_call(net, "input_ids", "labels")
+        known = words(net)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = torch.randint(0, known, (batch, seq), generator=torch.Generator().manual_seed(0)).to(device)
+    found = sloth.verify(net.to(device), {"input_ids": ids, "labels": ids})
     Console().print(found)
     if as_json is not None:
         as_json.write_text(found.to_json())
@@ -139,22 +147,25 @@ def verify(
         raise typer.Exit(1)
 
 
-def _built(command: str, model: str, checkpointing: bool, lora: bool = False, four_bit: bool = False, dtype: Any = None) -> Any:
-    """The model of a command, or exit code 2 and a line that says what to give."""
-    from sloth.options import parse
-    from sloth.tiny_model import as_trained, build
-
+@contextmanager
+def _bad_input(command: str) -> Iterator[None]:
+    """What is raised here ends the command with exit code 2 and a line that says what to give."""
     try:
-        parse(None)  # what the environment says
-        net: Any = as_trained(build(model), lora, four_bit, dtype)
+        yield
     except ValueError as e:  # ModelError is one
         print(f"sloth {command}: {e}", file=sys.stderr)
         raise typer.Exit(2) from e
     except ModuleNotFoundError as e:
         raise _lacks(command, e) from e
-    if checkpointing:
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return net
+
+
+def _built(model: str, checkpointing: bool, lora: bool = False, four_bit: bool = False, dtype: Any = None) -> Any:
+    from sloth.options import parse
+    from sloth.tiny_model import as_trained, build, checkpointed
+
+    parse(None)  # what the environment says
+    net = as_trained(build(model), lora, four_bit, dtype)
+    return checkpointed(net) if checkpointing else net
 
 
 @app.command("new-pattern")

@@ -17,7 +17,7 @@ from sloth.rewriter.report import MATCHED, Report, Site
 SPELLING = (
     "the same mathematics: give the entry a variant, or the normal form a rule. Other mathematics: `python -m sloth new-pattern`"
 )
-TO_DO = {  # by status; docs/patterns.md has the same as a table
+TO_DO = {  # by status; `python docs/tables.py` puts it into docs/patterns.md
     "structure": SPELLING,
     "constant": "any number will do: a keyword-only parameter of the reference. This one alone: a variant",
     "dtype": "a variant with the casts where the model has them: it is other arithmetic",
@@ -43,9 +43,12 @@ TO_DO = {  # by status; docs/patterns.md has the same as a table
 
 def near_misses(report: Report, model: torch.nn.Module | None = None) -> str:
     """A paragraph for each place and kind of miss of a report: construct, how often, where; the model's line; the first
-    difference; the nearest reference with its source; what to do about it. Of the model, the classes in whose code is no site.
+    difference; the nearest reference with its source; what to do about it. Then what is no site, and was not rewritten either:
+    modules that the graphs do not show, layers not looked into, graphs left alone. Of the model, the classes in whose code is no
+    site.
     """
-    return "\n\n".join([*_misses(report), *_unseen(report, model)])
+    missed = [*_misses(report), *_not_shown(report)] or ["no near misses: every site is rewritten"]
+    return "\n\n".join([*missed, *_unseen(report, model)])
 
 
 def _misses(report: Report) -> list[str]:
@@ -53,7 +56,16 @@ def _misses(report: Report) -> list[str]:
     for s in report.sites:
         if s.status != MATCHED:
             missed.setdefault((s.construct, s.status, s.file, s.line), []).append(s)
-    return [_paragraph(sites, report.titles) for sites in missed.values()] or ["no near misses: every site is rewritten"]
+    return [_paragraph(sites, report.titles) for sites in missed.values()]
+
+
+def _not_shown(report: Report) -> list[str]:
+    seen = Counter(s.construct for s in report.sites)
+    lacking = {report.titles.get(c, c): n["expected"] - seen[c] for c, n in report.constructs.items()}
+    lines = [f"{n} {title} of the modules called: no code in the graphs looks like it" for title, n in lacking.items() if n]
+    lines += [f"{n} {kind} not looked into" for kind, n in report.unread.items()]
+    lines += [f"a graph is left as it was: {g.untouched}" for g in report.graphs if g.untouched]
+    return ["\n".join(lines)] if lines else []
 
 
 def _unseen(report: Report, model: torch.nn.Module | None) -> list[str]:
@@ -62,7 +74,8 @@ def _unseen(report: Report, model: torch.nn.Module | None) -> list[str]:
     counts = Counter(type(m) for m in leaves if not type(m).__module__.startswith("torch."))
     found = []
     for kind, times in counts.items():
-        code = inspect.unwrap(kind.forward).__code__
+        if (code := getattr(inspect.unwrap(kind.forward), "__code__", None)) is None:  # a callable object, or not Python's
+            continue
         last = max((line for *_, line in code.co_lines() if line), default=code.co_firstlineno)
         if not any(s.file == code.co_filename and code.co_firstlineno <= s.line <= last for s in report.sites):
             found.append(f"{kind.__name__} ×{times} ({_short(code.co_filename)}:{code.co_firstlineno})")

@@ -5,6 +5,7 @@ to warm caches with, of their real sizes.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -42,7 +43,7 @@ def build(model: str) -> torch.nn.Module:
 
     model: a checkpoint folder or a config.json (all its layers, widths shrunk: what is matched depends on neither widths nor
     weights; a quantized checkpoint is loaded as it is), a model_type (two tiny layers), or FILE.py:NAME, a function of a file of
-    yours that gives the model. That file is run, as `python FILE.py` would.
+    yours that gives the model. The code of that file is run, as an `import` would: `__name__` is its name.
     """
     if ".py:" in model:
         return _made_by(model)
@@ -75,7 +76,7 @@ def _made_by(model: str) -> torch.nn.Module:
     if not Path(file).is_file() or spec is None:
         raise ModelError(f"there is no file {file}")
     module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(file).resolve().parent))  # as for a script: it finds what lies beside it
+    sys.path.insert(0, str(Path(file).resolve().parent))  # it finds what lies beside it
     try:
         loader.exec_module(module)
         if not callable(make := getattr(module, name, None)):
@@ -112,9 +113,38 @@ def as_trained(model: torch.nn.Module, lora: bool, four_bit: bool, dtype: torch.
 
         try:
             model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))  # pyright: ignore
-        except ValueError as e:
+        except (ValueError, AttributeError) as e:  # it asks for methods that causal LMs of transformers have
             raise ModelError(f"PEFT gives {type(model).__name__} no adapters: {e}".split("\n")[0]) from e
     return model.train()
+
+
+def checkpointed(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with gradient checkpointing, as transformers has it. Raises ModelError."""
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ModelError(f"{type(model).__name__} has no gradient_checkpointing_enable, which --checkpointing calls")
+    try:
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as e:
+        raise ModelError(str(e).split("\n")[0]) from e
+    return model
+
+
+def words(model: torch.nn.Module) -> int:
+    """How many token ids the model knows. Raises ModelError."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if (known := getattr(embeddings, "num_embeddings", None)) is None:
+        raise ModelError(f"{type(model).__name__} has no get_input_embeddings that tells how many token ids it knows")
+    return known
+
+
+def check_call(model: torch.nn.Module, *names: str) -> None:
+    """Raises ModelError for a model that does not take keyword arguments of these names."""
+    try:
+        inspect.signature(model.forward).bind(**dict.fromkeys(names))
+    except TypeError as e:
+        given = ", ".join(f"{name}=…" for name in names)
+        raise ModelError(f"{type(model).__name__} cannot be called as model({given}), as causal LMs are: {e}") from e
 
 
 def full(model: str, quantization: Any = None, dtype: torch.dtype | None = None) -> torch.nn.Module:

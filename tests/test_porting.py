@@ -6,6 +6,8 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,8 @@ def test_files_of_a_new_entry_pass_lint(tmp_path: Path) -> None:
         assert len(files) == 3 + (folder is own)
         for file in files:
             compile(file.read_text(), file.name, "exec")
+        kernels = files[0].read_text()  # its operators are in the table of those, and chosen as those are
+        assert kernels.count("= implementations(") == 2 and "use_triton" not in kernels
     lint(own, *RULES)
     lint(checkout)
 
@@ -64,6 +68,31 @@ def test_a_new_entry_overwrites_nothing(tmp_path: Path) -> None:
     with pytest.raises(new_pattern.NewPatternError, match="there already"):
         new_pattern.write(tmp_path, "soft")
     assert (tmp_path / "test_soft.py").read_text() == "mine"
+
+
+def test_a_new_entry_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "src" / "patterns").mkdir(parents=True)
+    (tmp_path / "src" / "patterns" / "__init__.py").touch()
+    (tmp_path / "src" / "kernels" / "linear").mkdir(parents=True)
+    before = {*tmp_path.rglob("*")}
+    with pytest.raises(new_pattern.NewPatternError, match=r"no folder .*tests/kernels"):
+        new_pattern.write(tmp_path, "soft")
+    (tmp_path / "tests" / "kernels").mkdir(parents=True)
+    with pytest.raises(new_pattern.NewPatternError, match="operator sloth::lora_linear already"):
+        new_pattern.write(tmp_path, "lora_linear")
+    with pytest.raises(new_pattern.NewPatternError, match="kernels/linear is there already"):
+        new_pattern.write(tmp_path, "linear")
+    write_text = Path.write_text
+
+    def full_disk(file: Path, text: str) -> int:
+        if "patterns" in file.parts:
+            raise OSError(28, "No space left on device")
+        return write_text(file, text)
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(new_pattern.NewPatternError, match="No space left"):
+        new_pattern.write(tmp_path, "soft")
+    assert {*tmp_path.rglob("*")} - before == {tmp_path / "tests", tmp_path / "tests" / "kernels"}
 
 
 def test_edits_of_the_page_fit_what_is_written(tmp_path: Path) -> None:
@@ -110,6 +139,15 @@ def test_a_miss_is_shown_beside_the_nearest_reference(tmp_path: Path) -> None:
     assert "no near misses" in near_misses(Report([GraphReport(sites[-1:])]))
 
 
+def test_what_is_no_site_is_not_said_to_be_rewritten() -> None:
+    for report, told in [
+        (Report(expected={"rms_norm": 3}, titles={"rms_norm": "RMSNorm"}), "3 RMSNorm of the modules called"),
+        (Report([GraphReport(untouched="it raises")]), "a graph is left as it was: it raises"),
+        (Report([GraphReport(unread=Counter({"a_layer": 2}))]), "2 a_layer not looked into"),
+    ]:
+        assert near_misses(report).startswith(told)
+
+
 def test_classes_that_no_anchor_sees_are_named() -> None:
     class Norm(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,9 +157,12 @@ def test_classes_that_no_anchor_sees_are_named() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * x
 
+    class Partial(Norm):
+        forward = partial(torch.mul, 2)
+
     code = Seen.forward.__code__
     site = Site("rms_norm", "rms_norm[llama]", "matched", code.co_filename, code.co_firstlineno + 1)
-    model = torch.nn.Sequential(Norm(), Norm(), Seen(), torch.nn.Linear(2, 2))
+    model = torch.nn.Sequential(Norm(), Norm(), Seen(), Partial(), torch.nn.Linear(2, 2))
     told = near_misses(Report([GraphReport([site])]), model)
     assert f"code of Norm ×2 (test_porting.py:{Norm.forward.__code__.co_firstlineno})\n" in told
 
@@ -166,3 +207,40 @@ def test_a_model_of_a_file_of_ones_own(tmp_path: Path) -> None:
             build(f"{file}:{name}")
     with pytest.raises(ModelError, match="there is no file"):
         build(f"{tmp_path / 'none.py'}:make")
+
+
+MODELS = """
+import torch
+from transformers import AutoConfig, AutoModel
+
+
+class Takes(torch.nn.Linear):
+    def forward(self, input_ids, labels):
+        return super().forward(input_ids)
+
+
+def layer():
+    return torch.nn.Linear(2, 2)
+
+
+def takes():
+    return Takes(2, 2)
+
+
+def headless():
+    return AutoModel.from_config(AutoConfig.for_model("llama", hidden_size=8, num_attention_heads=1, num_hidden_layers=1))
+"""
+
+
+def test_a_model_that_is_no_causal_lm_is_one_line(tmp_path: Path) -> None:
+    (file := tmp_path / "models.py").write_text(MODELS)
+    for command, told in [
+        ("explain layer", "Linear cannot be called as model(input_ids=…, labels=…)"),
+        ("verify layer", "Linear cannot be called as model(input_ids=…, labels=…)"),
+        ("verify takes", "Takes has no get_input_embeddings"),
+        ("verify takes --checkpointing", "Takes has no gradient_checkpointing_enable"),
+        ("explain headless --lora", "PEFT gives LlamaModel no adapters"),
+    ]:
+        kind, name, *flags = command.split()
+        done = CliRunner().invoke(app, [kind, f"{file}:{name}", *flags])
+        assert done.exit_code == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1, (command, done.output)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 from torch import fx
@@ -134,8 +134,12 @@ class Report:
         return json.dumps(self.to_dict(), indent=1)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.shown()
+
+    def shown(self, misses: bool = True) -> Iterator[RenderableType]:
+        """What is printed of it, with the table of what is not rewritten or without."""
         yield self._counts()
-        if missed := [s for s in self.sites if s.status != MATCHED]:
+        if misses and (missed := [s for s in self.sites if s.status != MATCHED]):
             yield _misses(missed)
         stages = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
         parts, compiled = sum(g.parts for g in self.graphs), sum(g.compiled for g in self.graphs)
