@@ -171,16 +171,6 @@ def of_two_tensors(m, x, labels):
     return q * cos + torch.cat((-b, a), -1) * sin
 
 
-@near_miss("gated_mlp", f"{OPERATOR}: one more activation in `kernels/gated_act.py`")
-def another_activation(m, x, labels):
-    return m.down_proj(F.mish(m.gate_proj(x)) * m.up_proj(x))
-
-
-@near_miss("gated_mlp", f"{OPERATOR}: one more activation in `kernels/gated_act.py`")
-def squared_relu(m, x, labels):
-    return m.down_proj(F.relu(m.gate_proj(x)).square() * m.up_proj(x))
-
-
 @near_miss("gated_mlp", OPERATOR)
 def three_factors(m, x, labels):
     return m.down_proj(torch.tanh(m.gate_proj(x)) * m.up_proj(x) * m.third(x))
