@@ -139,6 +139,15 @@ def test_a_miss_is_shown_beside_the_nearest_reference(tmp_path: Path) -> None:
     assert "no near misses" in near_misses(Report([GraphReport(sites[-1:])]))
 
 
+def test_a_miss_is_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "models.py").write_text(MODELS)
+    missed = Report([GraphReport([Site("rope", "", "constant", str(file), 1, "another")])], breaks=["a break"])
+    monkeypatch.setattr(sloth, "explain", lambda model, batch: missed)
+    for flags in ((), ("--near-misses",)):
+        told = CliRunner().invoke(app, ["explain", f"{file}:takes", *flags]).stdout
+        assert told.count("another") == 1 and "a break" in told
+
+
 def test_what_is_no_site_is_not_said_to_be_rewritten() -> None:
     for report, told in [
         (Report(expected={"rms_norm": 3}, titles={"rms_norm": "RMSNorm"}), "3 RMSNorm of the modules called"),
