@@ -338,5 +338,28 @@ def test_compiled_once_for_all_lengths(graphs: StandIn, monkeypatch: pytest.Monk
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiled_once_for_all_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From training to generating and back, ten times: the step is not compiled again."""
+    from sloth import FastLanguageModel
+    from sloth.models import compiled
+
+    calls = []
+
+    def counting(graph: Any, inputs: Any, **options: Any) -> Any:
+        calls.append(options)
+        return graph
+
+    monkeypatch.setattr(session, "capture_for", lambda device: _never)
+    monkeypatch.setattr(decoder, "ATTEMPTS", 1 << 20)
+    monkeypatch.setattr(compiled, "_backend", lambda: counting)
+    torch._dynamo.reset()
+    model = made(num_hidden_layers=1)
+    for _ in range(10):
+        FastLanguageModel.for_inference(model)
+        tokens(model, IDS[:1], max_new_tokens=3)
+        FastLanguageModel.for_training(model)
+    assert len(calls) == 1
+
+
 def _never(function: Any) -> Any:
     raise RuntimeError("not now")

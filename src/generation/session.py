@@ -57,6 +57,7 @@ def _device(model: Any) -> torch.device:
     return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
 
+@cache  # what was compiled stays so from one `start` to the next
 def _compiled(backend: Callable[..., Any] | str) -> Callable[..., Any]:
     def step(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         return model(**inputs)

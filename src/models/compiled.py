@@ -29,6 +29,7 @@ def _backend() -> Any:
     return sloth
 
 
+@cache  # Dynamo compiles anew for another function
 def steps_backend() -> Any:
     """The backend that steps of generating are compiled with; it is imported when the first of them is."""
 
