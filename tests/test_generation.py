@@ -298,6 +298,20 @@ def test_what_cannot_be_captured(monkeypatch: Any, caplog: pytest.LogCaptureFixt
     assert "cannot be a CUDA graph: RuntimeError: operation not permitted" in caplog.text
 
 
+def test_a_model_that_was_moved(graphs: StandIn, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Between two calls, and unnoticed: a graph of another device than the model's would hold nothing."""
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
+    model = made()
+    expected = both(graphs, model)
+    monkeypatch.setattr(session, "_device", lambda model: torch.device("cuda", 1))
+    replayed = graphs.replayed
+    assert torch.equal(tokens(model), expected) and model not in session._decoders
+    session.start(model, lambda: None)
+    assert session._decoders[model].device == torch.device("cuda", 1)
+    assert torch.equal(tokens(model), expected) and graphs.replayed == replayed
+    assert "its logits are on cpu, and its graph on cuda:1" in caplog.text
+
+
 def test_without_cuda_nothing_changes() -> None:
     model = made()
     assert not session.start(model, lambda: None) and model not in session._decoders

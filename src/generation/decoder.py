@@ -27,10 +27,11 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 class Decoder:
     """Of one model; it holds no reference to it. compiled: `compiled(model, inputs)` gives what `model(**inputs)` does."""
 
-    def __init__(self, model: torch.nn.Module, compiled: Callable[..., Any], capture: Capture):
+    def __init__(self, model: torch.nn.Module, compiled: Callable[..., Any], capture: Capture, device: torch.device):
         self._model = weakref.ref(model)
         self._compiled = compiled
         self._capture = capture
+        self.device = device
         self._kinds: weakref.WeakKeyDictionary[Any, dict[tuple, _Kind]] = weakref.WeakKeyDictionary()
         self._state: int | None = None
         self._failed = False
@@ -68,7 +69,7 @@ class Decoder:
         if kind is None:
             kind = kinds[key] = _Kind(inputs)
         try:
-            return kind(model, self._compiled, self._capture, cache, inputs)
+            return kind(model, self._compiled, self._capture, self.device, cache, inputs)
         except _NotCaptured as why:
             self._failed = True
             self._kinds.clear()
@@ -94,11 +95,14 @@ class _Kind:
         self._made: Any = None  # type of the output, its logits, and the name of the cache in it
         self._counted: list[tuple[int, str, int]] = []  # number of a layer, what it counts, and how much a step
 
-    def __call__(self, model: Any, compiled: Callable[..., Any], capture: Capture, cache: Any, inputs: dict[str, Any]) -> Any:
+    def __call__(
+        self, model: Any, compiled: Callable[..., Any], capture: Capture, device: torch.device, cache: Any,
+        inputs: dict[str, Any],
+    ) -> Any:  # fmt: skip
         for place, (_, given) in zip(self._places, _tensors(inputs), strict=True):
             place.copy_(given)
         if self._replay is None and self._runs:
-            self._try(model, compiled, capture, cache)
+            self._try(model, compiled, capture, device, cache)
         if self._replay is None:
             self._runs += 1
             return compiled(model, self._inputs(cache))
@@ -112,7 +116,7 @@ class _Kind:
     def _inputs(self, cache: Any) -> dict[str, Any]:
         return {**self._buffers, self._cache: cache}
 
-    def _try(self, model: Any, compiled: Callable[..., Any], capture: Capture, cache: Any) -> None:
+    def _try(self, model: Any, compiled: Callable[..., Any], capture: Capture, device: torch.device, cache: Any) -> None:
         """Capture, which computes nothing. What is not compiled yet raises, and is compiled by a run like the first."""
         before = counters(cache)
         try:
@@ -131,9 +135,11 @@ class _Kind:
         held = [name for name, v in fields.items() if is_cache(v)]
         if others := fields.keys() - {"logits", *held}:
             raise _NotCaptured(f"it gives {', '.join(sorted(others))} too")
-        if type(fields["logits"]) is not Tensor:
-            raise _NotCaptured(f"its logits are a {type(fields['logits']).__name__}")
-        self._made = type(output), fields["logits"], held
+        if type(logits := fields["logits"]) is not Tensor:
+            raise _NotCaptured(f"its logits are a {type(logits).__name__}")
+        if logits.device != device:  # the graph is empty: a replay would change nothing
+            raise _NotCaptured(f"its logits are on {logits.device}, and its graph on {device}")
+        self._made = type(output), logits, held
         self._replay = replay
 
 

@@ -34,12 +34,15 @@ def start(model: torch.nn.Module, backend: Callable[..., Any] | str) -> bool:
 
     False, and nothing is changed, where there are no CUDA graphs, or where another version of transformers has other seams.
     """
-    if model in _decoders:
+    device = _device(model)
+    held = _decoders.get(model)
+    if held is not None and held.device == device:
         return True
-    capture = capture_for(_device(model))
+    stop(model)
+    capture = capture_for(device)
     if capture is None or not all(hasattr(model, seam) for seam in SEAMS) or model.config.is_encoder_decoder:
         return False
-    _decoders[model] = Decoder(model, _compiled(backend), capture)
+    _decoders[model] = Decoder(model, _compiled(backend), capture, device)
     return True
 
 
@@ -76,6 +79,10 @@ def session(model: Any, compiled: Any, given: dict[str, Any]) -> Iterator[None]:
     if model not in _decoders and _asks_for_static(model, given) and (compiled is not None or _asks_for_sloth(model, given)):
         start(model, "sloth")
     decoder = _decoders.get(model)
+    if decoder is not None and decoder.device != _device(model):
+        tell_once("generating runs the model's own code: the model was moved. for_inference(model) begins anew")
+        stop(model)
+        decoder = None
     if decoder is None or decoder.busy:
         yield
         return
