@@ -230,6 +230,21 @@ def test_another_model_is_captured_anew(graphs: StandIn) -> None:
     assert torch.equal(tokens(model), found[1]) and not torch.equal(found[0], found[1])
 
 
+def test_another_dtype(graphs: StandIn) -> None:
+    """By autocast, and of the weights: neither graphs nor caches serve it."""
+    model, wide = made(), made().double()
+    expected = tokens(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = tokens(model)
+    session.start(model, lambda: None)
+    for _ in range(2):
+        assert torch.equal(tokens(model), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(tokens(model), narrow)
+    assert graphs.captured == 2
+    assert torch.equal(tokens(model.double()), tokens(wide)) and graphs.captured == 3
+
+
 @pytest.mark.parametrize("how", ["in place", "asked for"])
 def test_the_backend_alone(graphs: StandIn, how: str) -> None:
     """`model.compile(backend="sloth")`, or a CompileConfig, and a static cache; without one nothing is replayed."""
@@ -247,7 +262,7 @@ def test_the_backend_alone(graphs: StandIn, how: str) -> None:
 
 
 def test_caches_are_few() -> None:
-    config, caches = made().config, Caches()
+    config, caches = made().config, Caches("cpu")
     assert [bucket(n) for n in (1, 256, 257, 2049, 2561, 5000)] == [256, 256, 512, 2560, 3072, 5120]
     taken = [caches.take(config, rows, 20) for rows in (1, 2, 3)]
     for cache in taken:

@@ -25,17 +25,23 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def modes(device: str) -> tuple:
+    """What else a step depends on: inference mode, and autocast on such devices."""
+    return torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
 class Caches:
     """Of one model. A cache is made by transformers' own class, and given out to one `generate` at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device  # its type
         self._free: list[tuple[tuple, Any]] = []
 
     def take(self, config: Any, rows: int, length: int) -> Any:
         """A static cache, empty, for so many rows of at least so many tokens."""
         from transformers import StaticCache
 
-        key = rows, bucket(length), torch.is_inference_mode_enabled()
+        key = rows, bucket(length), *modes(self._device)
         for held in self._free:
             if held[0] == key:
                 self._free.remove(held)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth.generation.caches import Caches, counters, full, is_static, prepare, tensors_of, vary
+from sloth.generation.caches import Caches, counters, full, is_static, modes, prepare, tensors_of, vary
 from sloth.rewriter.notices import warn_once
 
 ATTEMPTS = 4  # to capture a kind; Dynamo may need two graphs until it takes a number for one that varies
@@ -35,13 +35,15 @@ class Decoder:
         self._kinds: weakref.WeakKeyDictionary[Any, dict[tuple, _Kind]] = weakref.WeakKeyDictionary()
         self._state: int | None = None
         self._failed = False
-        self.caches = Caches()
+        self.caches = Caches(device.type)
         self.busy = False
 
     def begin(self) -> None:
-        """Forget graphs of a model that has changed since: other adapters, other tensors. Values may be others."""
+        """Forget graphs of a model that has changed since: other adapters, other tensors. Values may be others. Its caches may
+        have another dtype.
+        """
         if (state := state_of(self._model())) != self._state:
-            self._kinds.clear()
+            self.clear()
             self._state = state
 
     def clear(self) -> None:
@@ -62,7 +64,7 @@ class Decoder:
         key = (
             tuple(_form(inputs)),
             full(cache),
-            torch.is_inference_mode_enabled(),
+            modes(self.device.type),
             tuple(t.data_ptr() for t in tensors_of(cache)),
         )
         kind = kinds.get(key)
