@@ -259,6 +259,32 @@ def test_the_backend_alone(graphs: StandIn, how: str) -> None:
     else:
         given["compile_config"] = CompileConfig(backend="sloth")
     assert torch.equal(tokens(model, **given), expected) and graphs.replayed
+    assert model not in session._decoders  # as nobody says when it trains
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_one_at_a_time(graphs: StandIn, beside: bool) -> None:
+    """A call in another thread, or within a call, is transformers' own."""
+    from threading import Thread
+
+    model, found = made(), []
+    expected = both(graphs, model)
+    captured, replayed = graphs.captured, graphs.replayed
+    tokens(model)
+    alone = graphs.replayed - replayed
+
+    class Meanwhile:
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if input_ids.shape[1] == 8:
+                run = Thread(target=lambda: found.append(tokens(model)))
+                run.start() if beside else run.run()
+                if beside:
+                    run.join()
+            return scores
+
+    assert torch.equal(tokens(model, logits_processor=[Meanwhile()]), expected) and torch.equal(found[0], expected)
+    assert (graphs.captured, graphs.replayed - replayed) == (captured, 2 * alone)
+    assert torch.equal(tokens(model), expected) and graphs.replayed - replayed == 3 * alone
 
 
 def test_caches_are_few() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from threading import Lock
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Decoder:
         self._state: int | None = None
         self._failed = False
         self.caches = Caches(device.type)
-        self.busy = False
+        self.busy = Lock()  # for one `generate` at a time
+        self.owner: int | None = None  # the thread whose it is
 
     def begin(self) -> None:
         """Forget graphs of a model that has changed since: other adapters, other tensors. Values may be others. Its caches may

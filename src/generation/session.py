@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from inspect import signature
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -76,35 +77,66 @@ def session(model: Any, compiled: Any, given: dict[str, Any]) -> Iterator[None]:
     Without `for_inference`, `cache_implementation="static"` of a model that is compiled for sloth asks for the same; so does
     `compile_config=CompileConfig(backend="sloth")` beside it.
     """
-    if model not in _decoders and _asks_for_static(model, given) and (compiled is not None or _asks_for_sloth(model, given)):
-        start(model, "sloth")
+    asks = _asks_for_static(model, given) and (compiled is not None or _asks_for_sloth(model, given))
+    started = asks and model not in _decoders and start(model, "sloth")
     decoder = _decoders.get(model)
     if decoder is not None and decoder.device != _device(model):
         tell_once("generating runs the model's own code: the model was moved. for_inference(model) begins anew")
         stop(model)
         decoder = None
-    if decoder is None or decoder.busy:
-        yield
-        return
+    with ExitStack() as ends:
+        if started:  # the model may train next, which nobody says
+            ends.callback(stop, model)
+        if decoder is None:
+            yield
+        elif decoder.busy.acquire(blocking=False):
+            ends.callback(decoder.busy.release)
+            with _answering(model, decoder):
+                yield
+        else:
+            with _left_alone(decoder):
+                yield
+
+
+@contextmanager
+def _answering(model: Any, decoder: Decoder) -> Iterator[None]:
+    """The model answers for itself, to the thread that is in here."""
     decoder.begin()
     lent: list[Any] = []
     fit: list[bool] = []
-    theirs = type(model)
-    answers = {
+    theirs = {seam: partial(getattr(type(model), seam), model) for seam in SEAMS}
+    ours = {
         "_prepare_cache_for_generation": partial(_prepare_cache, model, decoder, lent, fit),
-        "_valid_auto_compile_criteria": lambda *of: bool(fit) or theirs._valid_auto_compile_criteria(model, *of),
-        "get_compiled_call": lambda config: decoder if fit else theirs.get_compiled_call(model, config),
+        "_valid_auto_compile_criteria": lambda *of: True if fit else theirs["_valid_auto_compile_criteria"](*of),
+        "get_compiled_call": lambda config: decoder if fit else theirs["get_compiled_call"](config),
     }
-    decoder.busy = True
-    vars(model).update(answers)
+
+    def answer(seam: str, *of: Any) -> Any:
+        return (ours if decoder.owner == get_ident() else theirs)[seam](*of)
+
+    decoder.owner = get_ident()
+    vars(model).update({seam: partial(answer, seam) for seam in SEAMS})
     try:
         yield
         for held in lent:
             decoder.caches.give_back(held)
     finally:
-        decoder.busy = False
-        for seam in answers:
+        decoder.owner = None
+        for seam in SEAMS:
             vars(model).pop(seam, None)
+
+
+@contextmanager
+def _left_alone(decoder: Decoder) -> Iterator[None]:
+    """A `generate` beside another one of the model, in a thread of its own, or within it."""
+    within = decoder.owner == get_ident()
+    if within:
+        decoder.owner = None
+    try:
+        yield
+    finally:
+        if within:
+            decoder.owner = get_ident()
 
 
 generation.SESSIONS.append(session)
