@@ -324,6 +324,14 @@ def test_left_to_transformers(graphs: StandIn, left: str, caplog: pytest.LogCapt
     assert not graphs.captured
 
 
+def test_layers_without_a_static_cache(graphs: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    expected = tokens(model)
+    session.start(model, lambda: None)
+    monkeypatch.setattr("transformers.cache_utils.STATIC_LAYER_TYPE_MAPPING", {})
+    assert torch.equal(tokens(model), expected) and not graphs.captured
+
+
 def test_what_cannot_be_captured(monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
     def fails(function: Any) -> Any:
         StandIn()(function)

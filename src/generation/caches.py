@@ -72,7 +72,10 @@ def has_plain_layers(config: Any) -> bool:
     """Does a static cache of such a model hold nothing but keys and values?"""
     from transformers import StaticCache
 
-    return _are_plain(StaticCache(config=config, max_cache_len=SMALLEST))
+    try:
+        return _are_plain(StaticCache(config=config, max_cache_len=SMALLEST))
+    except (KeyError, AttributeError):  # it has no static cache
+        return False
 
 
 def _are_plain(cache: Any) -> bool:

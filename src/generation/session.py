@@ -161,7 +161,7 @@ def _prepare_cache(
     length: int,
 ) -> None:  # fmt: skip
     """In place of a cache that grows, a static one, where steps over it can be replayed."""
-    why = _unfit(model, config, kwargs, mode)
+    why = next(_unfit(model, config, kwargs, mode), None)
     if why:
         tell_once(f"generating runs the model's own code: {why}")
     else:
@@ -176,21 +176,29 @@ def _prepare_cache(
         lent.append(taken)
 
 
-def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> str | None:
-    """Why steps of this `generate` are not replayed, or are without a cache of ours."""
-    given = kwargs.get(_name_of_cache(model))
-    unfit = {
-        "the model is in training mode": model.training,
-        f"generation mode is {mode.value}": mode.value not in MODES or config.is_assistant,
-        "no cache is used": not config.use_cache,
-        f"cache_implementation={config.cache_implementation!r}": config.cache_implementation not in STATIC,
-        f"the cache given is a {type(given).__name__}": given is not None and not is_static(given),
-        "the prompt is read in chunks": config.prefill_chunk_size is not None,
-        f"attention is {_text(model)._attn_implementation!r}": _text(model)._attn_implementation not in ATTENTION,
-        "transformers cannot compile its forward pass whole": not getattr(model, "_can_compile_fullgraph", False),
-        "its layers keep more than keys and values": not has_plain_layers(_text(model)),
-    }
-    return next((why for why, is_so in unfit.items() if is_so), None)
+def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> Iterator[str]:
+    """Why steps of this `generate` are not replayed, or are without a cache of ours. What comes later may hold only where nothing
+    came before.
+    """
+    given, text = kwargs.get(_name_of_cache(model)), _text(model)
+    if model.training:
+        yield "the model is in training mode"
+    if mode.value not in MODES or config.is_assistant:
+        yield f"generation mode is {mode.value}"
+    if not config.use_cache:
+        yield "no cache is used"
+    if config.cache_implementation not in STATIC:
+        yield f"cache_implementation={config.cache_implementation!r}"
+    if given is not None and not is_static(given):
+        yield f"the cache given is a {type(given).__name__}"
+    if config.prefill_chunk_size is not None:
+        yield "the prompt is read in chunks"
+    if text._attn_implementation not in ATTENTION:
+        yield f"attention is {text._attn_implementation!r}"
+    if not getattr(model, "_can_compile_fullgraph", False):
+        yield "transformers cannot compile its forward pass whole"
+    if not has_plain_layers(text):
+        yield "its layers keep more than keys and values"
 
 
 def _text(model: Any) -> Any:
