@@ -159,6 +159,16 @@ def test_outputs_are_the_callers(graphs: StandIn) -> None:
     assert graphs.replayed > replayed
 
 
+def test_a_fresh_cache_that_is_given(graphs: StandIn) -> None:
+    from transformers import StaticCache
+
+    model = made()
+    expected = tokens(model)
+    session.start(model, lambda: None)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    assert torch.equal(tokens(model, past_key_values=cache), expected) and graphs.replayed
+
+
 def test_what_was_given_out_is_freed(graphs: StandIn) -> None:
     """A cache ends with the last who holds it, and its graph with it."""
     model = made("mistral")

@@ -60,12 +60,17 @@ class Caches:
 
 
 def is_static(cache: Any) -> bool:
-    """Is it one that a graph can hold: its memory made, and nothing but keys and values in it?"""
+    """Is it one that a graph can hold, once its memory is made: with nothing but keys and values in it?"""
     from transformers import StaticCache
 
     if type(cache) is not StaticCache or getattr(cache, "offloading", False):
         return False
-    return _are_plain(cache) and all(layer.is_initialized for layer in cache.layers)
+    return _are_plain(cache)
+
+
+def is_made(cache: Any) -> bool:
+    """Does it have its memory? The prompt makes it."""
+    return all(layer.is_initialized for layer in cache.layers)
 
 
 def has_plain_layers(config: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth.generation.caches import Caches, counters, full, is_static, modes, prepare, tensors_of, vary
+from sloth.generation.caches import Caches, counters, full, is_made, is_static, modes, prepare, tensors_of, vary
 from sloth.rewriter.notices import warn_once
 
 ATTEMPTS = 4  # to capture a kind; Dynamo may need two graphs until it takes a number for one that varies
@@ -159,7 +159,7 @@ def _is_one_step(inputs: dict[str, Any]) -> bool:
     if ids is None or ids.shape[1] != 1 or any(inputs.get(name) for name in UNCAPTURED):
         return False
     held = [v for v in inputs.values() if is_cache(v)]
-    return len(held) == 1 and is_static(held[0]) and None not in _form(inputs)
+    return len(held) == 1 and is_static(held[0]) and is_made(held[0]) and None not in _form(inputs)
 
 
 def _form(inputs: dict[str, Any], prefix: str = "") -> Iterator[Any]:
