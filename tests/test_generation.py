@@ -357,6 +357,23 @@ def test_what_cannot_be_captured(monkeypatch: Any, caplog: pytest.LogCaptureFixt
     assert "cannot be a CUDA graph: RuntimeError: operation not permitted" in caplog.text
 
 
+def test_too_little_memory(graphs: StandIn, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """leaves one `generate` to transformers, not the next."""
+
+    def fails(function: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
+    model = made("mistral")
+    expected = tokens(model)
+    session.start(model, lambda: None)
+    held = session._decoders[model]
+    monkeypatch.setattr(held, "_capture", fails)
+    assert torch.equal(tokens(model), expected) and "the rest of a `generate` runs" in caplog.text
+    monkeypatch.setattr(held, "_capture", graphs)
+    assert torch.equal(tokens(model), expected) and graphs.replayed
+
+
 def test_a_model_that_was_moved(graphs: StandIn, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Between two calls, and unnoticed: a graph of another device than the model's would hold nothing."""
     monkeypatch.setattr("sloth.rewriter.notices._said", set())

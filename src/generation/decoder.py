@@ -36,6 +36,7 @@ class Decoder:
         self._kinds: weakref.WeakKeyDictionary[Any, dict[tuple, _Kind]] = weakref.WeakKeyDictionary()
         self._state: int | None = None
         self._failed = False
+        self._short = False  # of memory, in this `generate`
         self.caches = Caches(device.type)
         self.busy = Lock()  # for one `generate` at a time
         self.owner: int | None = None  # the thread whose it is
@@ -44,6 +45,7 @@ class Decoder:
         """Forget graphs of a model that has changed since: other adapters, other tensors. Values may be others. Its caches may
         have another dtype.
         """
+        self._short = False
         if (state := state_of(self._model())) != self._state:
             self.clear()
             self._state = state
@@ -56,7 +58,7 @@ class Decoder:
     def __call__(self, **inputs: Any) -> Any:
         """What `model(**inputs)` gives; logits are overwritten by the next call."""
         model = self._model()
-        if self._failed or not _is_one_step(inputs):
+        if self._failed or self._short or not _is_one_step(inputs):
             return model(**inputs)
         cache = next(v for v in inputs.values() if is_cache(v))
         kinds = self._kinds.get(cache)
@@ -75,14 +77,20 @@ class Decoder:
         try:
             return kind(model, self._compiled, self._capture, self.device, cache, inputs)
         except _NotCaptured as why:
-            self._failed = True
-            self._kinds.clear()
-            warn_once(f"generating runs the model's own code, since a step of it cannot be a CUDA graph: {why}")
+            self._short = why.of_memory
+            self._failed = not why.of_memory
+            self.clear()
+            rest = "the rest of a `generate` runs" if self._short else "generating runs"
+            warn_once(f"{rest} the model's own code, since a step of it cannot be a CUDA graph: {why}")
             return model(**inputs)
 
 
 class _NotCaptured(Exception):
-    """Nothing was computed of this step."""
+    """Nothing was computed of this step. of_memory: there was too little, which may be otherwise next time."""
+
+    def __init__(self, why: str, of_memory: bool = False):
+        super().__init__(why)
+        self.of_memory = of_memory
 
 
 class _Kind:
@@ -127,9 +135,11 @@ class _Kind:
             with torch.compiler.set_stance("fail_on_recompile"):
                 replay, output = capture(lambda: compiled(model, self._inputs(cache)))
         except Exception as e:
-            if self._runs < ATTEMPTS:
+            # A capture that is broken off may raise an error of its own on top.
+            of_memory = any(isinstance(error, torch.OutOfMemoryError) for error in (e, e.__context__))
+            if self._runs < ATTEMPTS and not of_memory:
                 return
-            raise _NotCaptured(f"{type(e).__name__}: {e}".split("\n")[0]) from e
+            raise _NotCaptured(f"{type(e).__name__}: {e}".split("\n")[0], of_memory) from e
         finally:
             after = counters(cache)
             for i, name, n in before:
