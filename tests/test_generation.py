@@ -374,6 +374,21 @@ def test_too_little_memory(graphs: StandIn, monkeypatch: Any, caplog: pytest.Log
     assert torch.equal(tokens(model), expected) and graphs.replayed
 
 
+def test_steps_that_are_all_different(graphs: StandIn, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """They are no graphs, and keep no memory."""
+    from transformers import StaticCache
+
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
+    model = made()
+    session.start(model, lambda: None)
+    step, cache = session._decoders[model], StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        for n in range(decoder.KINDS + 3):
+            step(input_ids=IDS[:, :1], past_key_values=cache, logits_to_keep=n)
+    assert len(step._kinds[cache]) == decoder.KINDS and "another form at each" in caplog.text
+
+
 def test_a_model_that_was_moved(graphs: StandIn, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Between two calls, and unnoticed: a graph of another device than the model's would hold nothing."""
     monkeypatch.setattr("sloth.rewriter.notices._said", set())

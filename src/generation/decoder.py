@@ -20,6 +20,7 @@ from sloth.generation.caches import Caches, counters, full, is_made, is_static, 
 from sloth.rewriter.notices import warn_once
 
 ATTEMPTS = 4  # to capture a kind; Dynamo may need two graphs until it takes a number for one that varies
+KINDS = 8  # of one cache: windows that fill, masks or none; each has a graph
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
 UNCAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
@@ -58,21 +59,20 @@ class Decoder:
     def __call__(self, **inputs: Any) -> Any:
         """What `model(**inputs)` gives; logits are overwritten by the next call."""
         model = self._model()
-        if self._failed or self._short or not _is_one_step(inputs):
+        cache = None if self._failed or self._short else _cache_of_step(inputs)
+        form = () if cache is None else tuple(_form(inputs))
+        if cache is None or None in form:
             return model(**inputs)
-        cache = next(v for v in inputs.values() if is_cache(v))
         kinds = self._kinds.get(cache)
         if kinds is None:
             prepare(cache)
             kinds = self._kinds[cache] = {}
-        key = (
-            tuple(_form(inputs)),
-            full(cache),
-            modes(self.device.type),
-            tuple(t.data_ptr() for t in tensors_of(cache)),
-        )
+        key = form, full(cache), modes(self.device.type), tuple(t.data_ptr() for t in tensors_of(cache))
         kind = kinds.get(key)
         if kind is None:
+            if len(kinds) == KINDS:
+                warn_once("steps of generating run the model's own code, since its inputs have another form at each of them")
+                return model(**inputs)
             kind = kinds[key] = _Kind(inputs)
         try:
             return kind(model, self._compiled, self._capture, self.device, cache, inputs)
@@ -163,17 +163,17 @@ def is_cache(value: Any) -> bool:
     return isinstance(value, Cache)
 
 
-def _is_one_step(inputs: dict[str, Any]) -> bool:
-    """One token a row, a static cache, and nothing that only Python understands."""
+def _cache_of_step(inputs: dict[str, Any]) -> Any:
+    """The cache of a step that may be captured: one token a row, a static cache that has its memory; else None."""
     ids = inputs.get("input_ids")
     if ids is None or ids.shape[1] != 1 or any(inputs.get(name) for name in UNCAPTURED):
-        return False
+        return None
     held = [v for v in inputs.values() if is_cache(v)]
-    return len(held) == 1 and is_static(held[0]) and is_made(held[0]) and None not in _form(inputs)
+    return held[0] if len(held) == 1 and is_static(held[0]) and is_made(held[0]) else None
 
 
 def _form(inputs: dict[str, Any], prefix: str = "") -> Iterator[Any]:
-    """What of inputs is not the values of their tensors; None for what cannot be told."""
+    """What of inputs is not the values of their tensors; None for what only Python understands."""
     for name, v in inputs.items():
         at = prefix + name
         if isinstance(v, Tensor):
