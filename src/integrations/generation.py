@@ -1,8 +1,9 @@
-"""Generating is not compiled: its cache grows by a token a call, and each kind of call would be a graph.
+"""Generating is not compiled as training is: its cache grows by a token a call, and each kind of call would be a graph.
 
 `model.compile(backend="sloth")` makes every call of the model a compiled one, those of `model.generate(…)` too: six graphs
 (prompt, first and later tokens, each at new sizes) of the eight that Dynamo allows a function, spent between two training
-steps. Meanwhile the model is called as it is. A static cache, which transformers compiles by itself, stays as it was.
+steps. Meanwhile the model is called as it is. Steps over a static cache may be compiled and replayed by a session, which is
+entered around `generate` (sloth.generation.session); where there is none, transformers compiles them by itself.
 """
 
 from __future__ import annotations

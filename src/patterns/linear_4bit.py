@@ -1,8 +1,11 @@
-"""Linear layers over weights that bitsandbytes keeps in 4 bits: how they are written, and those without an adapter.
+"""Linear layers over weights that bitsandbytes keeps in 4 bits: how they are written, those without an adapter, and those of few
+rows.
 
 bitsandbytes writes the layer as one `gemm_4bit` where its input needs no gradient, and as an autograd function where it does; up
 to 0.49 as a dequantisation and a matmul. All reach  linear(x, weight_4bit(…), bias)  in normal form, and `weight_4bit` is written
-by `dequantize_4bit`, whose result is not kept for the backward pass.
+by `dequantize_4bit`, whose result is not kept for the backward pass. Without gradients, up to 16 rows of x are multiplied with
+the packed weight (linear_4bit_rows), their adapters with them; what its kernels are not made for, up to 32 rows, is left to
+bitsandbytes.
 """
 
 from math import prod
@@ -22,7 +25,7 @@ from sloth.kernels.linear.dequantize_4bit import (
     dequantize_4bit_together,
     together,
 )
-from sloth.kernels.linear.linear_4bit_rows import ROWS_DTYPES, compute_linear_4bit_rows, linear_4bit_rows
+from sloth.kernels.linear.linear_4bit_rows import MOST, compute_linear_4bit_rows, linear_4bit_rows, takes
 from sloth.kernels.linear.lora import lora_linear
 from sloth.patterns.lora import DIMS, LORA, fused, fused_bias
 from sloth.rewriter.compile.direct_calls import called_directly
@@ -39,7 +42,7 @@ from sloth.rewriter.plan.narrow import rounds_once
 from sloth.rewriter.verify.run import exact
 
 OLDEST = (0, 46)
-FEW_ROWS = 32  # without gradients products of packed weights are faster up to here
+FEW_ROWS = 32  # without gradients bitsandbytes' products of packed weights are faster up to here
 
 emit("weight_4bit", dequantize_4bit)
 called_together(dequantize_4bit, dequantize_4bit_together, 3, together)
@@ -142,8 +145,8 @@ def linear_rows_bias(x, weight, bias):
 @linear_rows.check
 def few_rows_of_packed_weights(match):
     match.require(is_packed(match), "its weight is not in 4 bits")
-    match.require(kernels_take(match.x.meta), "no kernel is made for its device or dtype")
-    match.require(has_few_rows(match), "it has many rows, or gradients")
+    match.require(kernels_take(match.x.meta, match.weight), "no kernel is made for its device, dtype, sizes or blocks of 4 bits")
+    match.require(has_few_rows(match, MOST), "it has many rows, or gradients")
     bias = match.tensors.get("bias", match.x)
     match.require(match.x.meta.dtype == match.weight.meta.dtype == bias.meta.dtype, "input, weight and bias differ in dtype")
     own = match.tensors.get("lora_input", match.x)
@@ -151,25 +154,27 @@ def few_rows_of_packed_weights(match):
     match.require(own is match.x or uncast(own) is match.x and wide, "its adapter reads something else")
 
 
-def has_few_rows(match) -> bool:
-    """No gradient, and few rows: known to be, or one token a sequence, where the kernels take such. (Of so many sequences that
-    they are not few, the operator dequantises the weights.)
+def has_few_rows(match, most: int) -> bool:
+    """No gradient, and few rows: at most so many, or one token of a number of sequences that is not known, where the kernels take
+    such. (Of so many sequences that they are not few, the operator dequantises the weights.)
     """
     shape = match.x.meta.shape
-    one = kernels_take(match.x.meta) and len(shape) == 3 and statically_known_true(shape[1] == 1)
-    few = one or statically_known_true(prod(shape[:-1]) <= FEW_ROWS)
+    rows = prod(shape[:-1])
+    one = len(shape) == 3 and statically_known_true(shape[1] == 1) and kernels_take(match.x.meta, match.weight)
+    few = one and not statically_known_true(rows > MOST) or statically_known_true(rows <= most)
     return few and not any(r.meta.requires_grad for r in match.roots)
 
 
-def kernels_take(meta) -> bool:
-    return meta.dtype in ROWS_DTYPES and device_of(meta.device).triton
+def kernels_take(meta, weight: Value) -> bool:
+    """Of x, and of a packed weight, but for the number of rows."""
+    return takes(meta.dtype, weight.meta.shape[1], weight.args[5]) and device_of(meta.device).triton
 
 
 @cost(lora_linear)
 def few_rows(match):
     """A few rows without gradients, as in generation, are better multiplied with the packed weights, here or by bitsandbytes."""
     x, weight = (match.tensors.get(name) for name in ("x", "weight"))
-    if x is None or weight is None or weight.op != "weight_4bit" or not has_few_rows(match):
+    if x is None or weight is None or weight.op != "weight_4bit" or not has_few_rows(match, FEW_ROWS):
         return None
     return f"{prod(x.meta.shape[:-1])} rows without gradients"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,7 +161,7 @@ def test_evaluation(rows, matched):
 @pytest.fixture
 def kernels(monkeypatch):
     """As on a GPU; what is chosen then computes by ATen here."""
-    monkeypatch.setattr(linear_4bit, "kernels_take", lambda meta: meta.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(linear_4bit, "device_of", lambda device: SimpleNamespace(triton=True))
 
 
 @pytest.mark.parametrize("adapters, bias", [(None, True), ("bf16", True), ("fp32", False)])
@@ -189,3 +191,19 @@ def test_one_token_of_any_number_of_sequences(kernels):
             other = Compiled(model)
             other(x)
         assert sum(other.calls(lora_linear)) == 4 and not other.calls(linear_4bit_rows)
+
+
+@pytest.mark.parametrize(
+    "rows, tokens, dtype, blocksize, left",
+    [(3, 8, BF16, 64, True), (20, 1, BF16, 64, True), (2, 1, FP32, 64, True), (2, 1, BF16, 512, True), (16, 1, BF16, 128, False)],
+)
+def test_what_the_kernels_do_not_take_is_left_to_bitsandbytes(kernels, rows, tokens, dtype, blocksize, left):
+    """More than 16 rows of 32, fp32, larger blocks than they hold."""
+    layer = bnb.nn.Linear4bit(1024, 8, compute_dtype=dtype, quant_type="nf4").to(dtype)
+    layer.weight.blocksize = blocksize
+    layer.to(DEVICE)
+    x = torch.randn(rows, tokens, 1024, dtype=dtype, device=DEVICE)
+    with torch.no_grad():
+        compiled = Compiled(layer, dynamic=False)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=2e-2, atol=2e-2)
+    assert not compiled.calls(lora_linear) and bool(compiled.calls(linear_4bit_rows)) != left

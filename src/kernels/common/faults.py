@@ -15,7 +15,7 @@ import torch
 
 from sloth.kernels.common.device import compiled_for
 
-ENTRIES: dict[str, str] = {}  # by operator, the entry or construct that `sloth.disable` names
+ENTRIES: dict[str, str] = {}  # by operator, the entries or construct that `sloth.disable` names, comma-separated
 _lost: set[str] = set()  # operators whose kernels are not used any more
 _inside = threading.local()  # operator: the one that this thread runs
 

@@ -22,7 +22,7 @@ from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
 from sloth.kernels.common.launch import launch_cached, no_derivative
-from sloth.kernels.linear.dequantize_4bit import CODES, NESTED_BLOCK, _table, compute_dequantize_4bit
+from sloth.kernels.linear.dequantize_4bit import CODES, NESTED_BLOCK, _operands, _table, compute_dequantize_4bit
 from sloth.kernels.linear.lora import lora_linear
 
 MOST = 16  # rows of x that the kernels take
@@ -207,12 +207,10 @@ def _triton(x: Tensor, weights: list[tuple], bias, a, b, scale, blocksize: int, 
     adapted = [i for i, of in enumerate(a) if of is not None]
     t = _down(x, [a[i].contiguous() for i in adapted], [scale[i] for i in adapted]) if adapted else x
     operands, ranks, out = [x, t], [0 if of is None else of.shape[0] for of in a], []
-    for (packed, absmax, absmax_8bit, code8, offset, n), bi, up in zip(weights, bias, b, strict=True):
-        if packed.dtype is not torch.uint8 or not packed.is_contiguous():
-            packed = packed.contiguous().view(torch.uint8)
-        out.append(x.new_empty(M, n, dtype=dtype))
-        scales = (absmax, absmax, absmax) if absmax_8bit is None else (absmax_8bit, code8, offset)
-        operands += [packed, absmax, *scales, x if bi is None else bi.contiguous(), x if up is None else up.contiguous(), out[-1]]
+    for (*tensors, n), bi, up in zip(weights, bias, b, strict=True):
+        *tensors, y = _operands(*tensors, x.new_empty(M, n, dtype=dtype))
+        operands += [*tensors, x if bi is None else bi.contiguous(), x if up is None else up.contiguous(), y]
+        out.append(y)
     operands += operands[-8:] * (TOGETHER - len(weights))
     nested, biased = weights[0][2] is not None, tuple(of is not None for of in bias)
     constants = _constants(M, tuple(ranks), biased, blocksize, nested, quant_type)
@@ -226,9 +224,14 @@ def _triton(x: Tensor, weights: list[tuple], bias, a, b, scale, blocksize: int, 
     return out
 
 
+def takes(dtype: torch.dtype, columns: int, blocksize: int) -> bool:
+    """Are the kernels made for x of such a dtype, with so many columns, if its rows are few?"""
+    return dtype in ROWS_DTYPES and columns % blocksize == 0 and blocksize <= 256
+
+
 def serves(x: Tensor, blocksize: int) -> bool:
     """Are the kernels made for these operands?"""
-    return x.shape[0] <= MOST and x.shape[1] % blocksize == 0 and blocksize <= 256 and x.dtype in ROWS_DTYPES
+    return x.shape[0] <= MOST and takes(x.dtype, x.shape[1], blocksize)
 
 
 # ---------------------------------------------------------------- the operator
@@ -241,7 +244,7 @@ torch.library.define(
 )
 
 
-@falls_back("sloth::linear_4bit_rows", "lora_rows")
+@falls_back("sloth::linear_4bit_rows", "lora_rows,linear_4bit_rows")
 def compute_linear_4bit_rows(
     x, packed, absmax, absmax_8bit, code8, offset, bias, a, b, scale, rows, blocksize, quant_type, dtype=None
 ) -> list[Tensor]:
