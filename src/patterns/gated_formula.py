@@ -14,7 +14,7 @@ import torch
 
 from sloth.kernels.formula import FormulaError, formula
 from sloth.kernels.gated_formula import gated_formula
-from sloth.patterns.gated_mlp import GATED_MLP
+from sloth.patterns.gated_mlp import GATED_MLP, is_layer, is_read_by_layer
 from sloth.rewriter.graph.canonical import VIEWS
 from sloth.rewriter.graph.value import Value, ValueGraph, same_literal
 from sloth.rewriter.match.domain import FLOATS, domain
@@ -148,23 +148,6 @@ class _Reader:
         return text, frozenset().union(*leaves), affine and v.op != "div" or affine and not isinstance(v.args[1], Value)
 
 
-def is_layer(v: Value) -> bool:
-    """The result of a linear layer, or of one and its adapters, rounded where these are wider: views of it, not other casts."""
-    while v.op in VIEWS and v.op != "cast":
-        v = v.args[0]
-    if v.op == "cast" and v.args[0].op == "add" and v.meta.dtype.itemsize < v.args[0].meta.dtype.itemsize:
-        v = v.args[0]
-    if v.op == "add":
-        return all(isinstance(a, Value) and is_layer(_unscaled(a)) for a in v.args)
-    return v.op == "linear" or v.op == "cat" and all(map(is_layer, v.inputs))
-
-
-def _unscaled(v: Value) -> Value:
-    while v.op == "cast" or v.op == "mul" and not isinstance(v.args[1], Value):
-        v = v.args[0]
-    return v
-
-
 def _factors(v: Value) -> list[Value]:
     """Of a product, through casts and scales."""
     if is_layer(v) or v.op not in ("cast", "mul", "div"):
@@ -174,15 +157,11 @@ def _factors(v: Value) -> list[Value]:
 
 def _results(product: Value) -> Iterator[Value]:
     """The product, and what it is cast to, where a layer reads it."""
-    if any(map(_is_read, product.users)):
+    if is_read_by_layer(product):
         yield product
     for u in product.users:
         if u.op == "cast":
             yield from _results(u)
-
-
-def _is_read(u: Value) -> bool:
-    return u.op == "linear" or u.op in VIEWS and any(map(_is_read, u.users))
 
 
 def _reading(root: Value, taken: Set[Value]) -> Reading | None:

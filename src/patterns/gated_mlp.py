@@ -40,17 +40,28 @@ EVERYWHERE = ("relu", "sigmoid")  # what gates in other places too
 def of_layers(product: Value) -> bool:
     """Is it a product of two layers' results, one activated, that a layer reads?"""
     operands = [uncast(a) for a in product.args]
-    return all(_is_layer(a.args[0] if a.op in EVERYWHERE else a) for a in operands) and _is_read_by_layer(product)
+    return all(is_layer(uncast(a.args[0] if a.op in EVERYWHERE else a)) for a in operands) and is_read_by_layer(product)
 
 
-def _is_layer(v: Value) -> bool:
-    while v.op in VIEWS:
+def is_layer(v: Value) -> bool:
+    """The result of a linear layer, or of one and its adapters, rounded where these are wider: views of it, not other casts."""
+    while v.op in VIEWS and v.op != "cast":
         v = v.args[0]
-    return v.op == "linear" or v.op == "cat" and all(map(_is_layer, v.inputs))
+    if v.op == "cast" and v.args[0].op == "add" and v.meta.dtype.itemsize < v.args[0].meta.dtype.itemsize:
+        v = v.args[0]
+    if v.op == "add":
+        return all(isinstance(a, Value) and is_layer(_unscaled(a)) for a in v.args)
+    return v.op == "linear" or v.op == "cat" and all(map(is_layer, v.inputs))
 
 
-def _is_read_by_layer(v: Value) -> bool:
-    return any(u.op == "linear" or u.op in VIEWS and _is_read_by_layer(u) for u in v.users)
+def _unscaled(v: Value) -> Value:
+    while v.op == "cast" or v.op == "mul" and not isinstance(v.args[1], Value):
+        v = v.args[0]
+    return v
+
+
+def is_read_by_layer(v: Value) -> bool:
+    return any(u.op == "linear" or u.op in VIEWS and is_read_by_layer(u) for u in v.users)
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:

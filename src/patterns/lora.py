@@ -37,9 +37,10 @@ def is_up_projection(v: Value) -> bool:
     """
     if v.op != "linear" or (inner := uncast(v.args[0])).op != "linear" or inner.args[2] is not None:
         return False
-    rank, width = inner.args[1].meta.shape
-    thin = isinstance(rank, int) and rank < width and rank < v.args[1].meta.shape[0]
-    return thin and uncast(inner.args[0]).op != "eye" and _is_added(v)
+    thin, wide = mathematics.weight_sizes(inner), mathematics.weight_sizes(v)
+    if thin is None or wide is None or thin[0] >= min(thin[1], wide[0]):
+        return False
+    return uncast(inner.args[0]).op != "eye" and _is_added(v)
 
 
 def _is_added(v: Value) -> bool:

@@ -15,15 +15,15 @@ Values = frozenset[Value]
 NONE: Values = frozenset()
 PRODUCTS = {"matmul", "matmul_transposed", "baddbmm", "bmm", "einsum"}
 SHAPES = VIEWS | {"detach", "clone", "contiguous", "dropout"}
-# Functions of each number alone, of one tensor or with a number beside it.
+# Functions of each number alone, of one tensor or with a number beside it: all that gated_formula.TERMS has, and more.
 EACH = {
     "add", "sub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "tanh", "rsqrt", "sqrt", "exp", "relu", "pow", "clamp",
     "clamp_min", "clamp_max", "maximum", "minimum", "softplus", "mish", "hardswish", "hardsigmoid", "hardtanh", "elu",
     "selu", "leaky_relu", "celu", "abs", "log", "log1p", "expm1", "reciprocal", "square", "erf", "sin", "cos",
-    "log_sigmoid_forward", "threshold",
+    "log_sigmoid", "relu6", "threshold", "where",
 }  # fmt: skip
 ROOT = {"rsqrt", "sqrt", "reciprocal", "pow", "add", "div", "mul", "clamp", "clamp_min", "maximum", "cast", "view", "expand"}
-SCORES = SHAPES | EACH | {"where", "masked_fill", "cat"}
+SCORES = SHAPES | EACH | {"masked_fill", "cat"}
 DEEP = 24  # operations that lie between the ends of a construct, at most
 
 
@@ -219,14 +219,22 @@ def rotation(v: Value) -> Values:
 # ---------------------------------------------------------------- layers
 
 
-def _is_layer(v: Value) -> bool:
+def _is_linear(v: Value) -> bool:
     return v.op == "linear"
+
+
+def weight_sizes(layer: Value) -> tuple[int, int] | None:
+    """Outputs and inputs of a linear layer; None where its weight is a vector, or one of them a symbol."""
+    meta = layer.args[1].meta
+    if meta is None or len(meta.shape) != 2 or not all(isinstance(n, int) for n in meta.shape):
+        return None
+    return meta.shape
 
 
 def _of_layers(v: Value) -> Values:
     """The layers that a tensor is computed of number by number, if of nothing else that is as large."""
     through = EACH | SHAPES
-    found = [frozenset({v})] if _is_layer(v) else list(ways(v, _is_layer, through)) if v.op in through else []
+    found = [frozenset({v})] if _is_linear(v) else list(ways(v, _is_linear, through)) if v.op in through else []
     return frozenset().union(*found)
 
 
@@ -241,11 +249,20 @@ def gated_mlp(v: Value) -> Values:
         if not same_literal(a.meta.shape, b.meta.shape):
             continue
         one, other = _of_layers(a), _of_layers(b)
-        ends = [x for x in one | other if _is_layer(x)]
-        bent = any(x.op in EACH and x.op not in ("add", "sub", "mul", "div", "neg") for x in one | other)
-        if one and other and bent and len({base(x.args[0]) for x in ends}) == 1:
-            return frozenset({product}) | {x for x in one | other if not _is_layer(x)}
+        ends = [x for x in one | other if _is_linear(x)]
+        if one and other and any(map(_is_bent, one | other)) and len({base(x.args[0]) for x in ends}) == 1:
+            return frozenset({product}) | {x for x in one | other if not _is_linear(x)}
     return NONE
+
+
+def _is_bent(v: Value) -> bool:
+    """Is it no straight line of its operand? A branch is none where the layer decides, and not a mask."""
+    if v.op == "where":
+        condition = v.args[0]
+        while condition.op in ("bitwise_not", "logical_not"):
+            condition = condition.args[0]
+        return condition.op in ("gt", "ge", "lt", "le") and bool(_of_layers(condition.args[0]))
+    return v.op in EACH and v.op not in ("add", "sub", "mul", "div", "neg")
 
 
 def lora(v: Value) -> Values:
@@ -253,27 +270,28 @@ def lora(v: Value) -> Values:
     if v.op != "add" or not all(isinstance(a, Value) for a in v.args[:2]):
         return NONE
     for whole, delta in (v.args[:2], v.args[1::-1]):
-        if not _is_layer(whole := base(whole)):
+        if not _is_linear(whole := base(whole)):
             continue
         for wide in _ends(delta):
             for down in _ends(wide.args[0]):
-                rank, width = down.args[1].meta.shape
-                thin = isinstance(rank, int) and rank < width and rank < wide.args[1].meta.shape[0]
-                if thin and wide.args[1].meta.shape[-1] == rank and base(down.args[0]) is base(whole.args[0]):
+                a, b = weight_sizes(down), weight_sizes(wide)
+                if a is None or b is None or b[1] != a[0] or a[0] >= min(a[1], b[0]):  # it is thin between them
+                    continue
+                if base(down.args[0]) is base(whole.args[0]):
                     return frozenset({wide, down})
     return NONE
 
 
 def _ends(v: Value) -> Iterable[Value]:
-    if _is_layer(base(v)):
+    if _is_linear(base(v)):
         return [base(v)]
-    return [x for found in ways(v, _is_layer, EACH | SHAPES) for x in found if _is_layer(x)] if v.op in EACH | SHAPES else []
+    return [x for found in ways(v, _is_linear, EACH | SHAPES) for x in found if _is_linear(x)] if v.op in EACH | SHAPES else []
 
 
 # ---------------------------------------------------------------- losses
 
 BEFORE_LOSS = SHAPES | {"mul", "div", "add", "sub", "tanh", "where"}
-BEHIND_LOSS = EACH | SHAPES | {"gather", "sum", "mean", "where", "index", "nll_loss_nd", "nll_loss", "logsumexp", "ne", "nansum"}
+BEHIND_LOSS = EACH | SHAPES | {"gather", "sum", "mean", "index", "nll_loss_nd", "nll_loss", "logsumexp", "ne", "nansum"}
 LOG = {"log_softmax", "logsumexp", "softmax", "exp"}
 
 
@@ -281,10 +299,9 @@ def loss(v: Value) -> Values:
     """One number made of the softmax of a layer that widens its input: of logits."""
     if v.op not in LOG or v.meta is None:
         return NONE
-    for found in ways(v, _is_layer, BEFORE_LOSS):
-        layer = next(x for x in found if _is_layer(x))
-        classes, width = layer.args[1].meta.shape
-        wide = isinstance(classes, int) and isinstance(width, int) and classes > width
-        if wide and same_literal(v.args[0].meta.shape[-1], classes):
+    for found in ways(v, _is_linear, BEFORE_LOSS):
+        layer = next(x for x in found if _is_linear(x))
+        sizes = weight_sizes(layer)  # classes, and the width that they are computed from
+        if sizes and sizes[0] > sizes[1] and same_literal(v.args[0].meta.shape[-1], sizes[0]):
             return way(v, lambda x: not x.meta.shape, BEHIND_LOSS, users=True)
     return NONE

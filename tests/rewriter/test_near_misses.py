@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests import near_misses
-from tests.near_misses import CASES, Block
+from tests.near_misses import CASES, Block, S
 
 import sloth
 
@@ -71,6 +71,37 @@ def test_adapters_of_another_input_are_no_miss_of_mathematics():
     """The anchor counts them, once."""
     torch._dynamo.reset()
     assert len(sloth.explain(Block(two_layers), batch()).sites) == 1
+
+
+def branch(m, x, labels):
+    g = m.gate_proj(x)
+    return m.down_proj(torch.where(g < 0, 0.0, g) * m.up_proj(x) * m.third(x))
+
+
+def masked(m, x, labels):
+    return m.down_proj(torch.where(x[..., :1] > 0, m.gate_proj(x), 0.0) * m.up_proj(x) * m.third(x))
+
+
+def test_a_branch_is_a_gate_where_the_layer_decides():
+    from sloth.patterns.gated_formula import CONDITIONS, TERMS
+    from sloth.patterns.mathematics import EACH
+
+    assert TERMS.keys() - CONDITIONS <= EACH, "what a formula may hold, a gate may"
+    for forward, expected in [(branch, 1), (masked, 0)]:
+        torch._dynamo.reset()
+        assert sloth.explain(Block(forward), batch()).constructs["gated_mlp"]["expected"] == expected
+
+
+def vector(m, x, labels):
+    """A layer of one output, whose weight is a vector: given out, and where an adapter is thin."""
+    thin = F.linear(x, m.weight)
+    return thin, F.linear(thin, m.third.weight[:, :S]) + 1, m.q_proj(x) + F.linear(thin[..., None], m.bias[:, None])
+
+
+def test_a_layer_whose_weight_is_a_vector(caplog):
+    torch._dynamo.reset()
+    report = sloth.explain(Block(vector), batch())
+    assert not report.sites and not report.graphs[0].untouched and "raises" not in caplog.text
 
 
 def test_a_bug_in_mathematics_costs_its_count(monkeypatch, caplog):

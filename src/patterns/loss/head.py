@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sloth.lazy import rows as lazy_rows
 from sloth.lazy.functions import lazy
+from sloth.patterns.mathematics import weight_sizes
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.cost import cost
 from sloth.rewriter.match.pattern import Construct
@@ -24,8 +25,8 @@ VOCABULARY, WIDER = 30_000, 4
 @deferral(HEAD, make=lazy)
 def head(layer: Value) -> bool:
     """Logits of a vocabulary."""
-    V, H = layer.args[1].meta.shape
-    return isinstance(V, int) and isinstance(H, int) and V >= VOCABULARY and V > WIDER * H
+    sizes = weight_sizes(layer)
+    return sizes is not None and sizes[0] >= VOCABULARY and sizes[0] > WIDER * sizes[1]
 
 
 @cost(head)
