@@ -4,7 +4,7 @@
 
 The model is that of benchmarks/qlora.py: random weights in NF4 (double-quantised), rank 16 on all seven projections. Prompts have
 128 tokens. eager: `generate` as it is; static: with cache_implementation="static" (transformers does not compile quantised
-models); sloth: FastLanguageModel.for_inference; unsloth: its own, where it is installed. Each in a process of its own.
+models); sloth: for_inference with replay_steps; unsloth: its own, where it is installed. Each in a process of its own.
 
 tok_s: new tokens of all rows over the time of a whole `generate`, the best of three; ms_token likewise; first_s: the first
 `generate`, with everything that is compiled in it; step_ms: one step alone on the device, without transformers' loop; floor_ms:
@@ -57,8 +57,10 @@ def model_of(contender: str, folder: str) -> Any:
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=generator, device="cuda") * 0.01)
-    if contender in ("sloth", "unsloth"):
+    if contender == "unsloth":
         FastLanguageModel.for_inference(model)
+    if contender == "sloth":
+        FastLanguageModel.for_inference(model, replay_steps=True)
     return model.eval()
 
 
@@ -86,7 +88,7 @@ def compared(model: Any, rows: int) -> dict[str, Any]:
     model.eval()
     model.config.use_cache = True
     theirs = generate(model, rows, COMPARED, **told)
-    FastLanguageModel.for_inference(model)
+    FastLanguageModel.for_inference(model, replay_steps=True)
     same = ours.sequences[:, PROMPT:] == theirs.sequences[:, PROMPT:]
     agree = same.int().cumprod(1).bool()
     until = torch.cat([torch.ones_like(agree[:, :1]), agree[:, :-1]], 1)  # logits of the first other token are still comparable

@@ -123,7 +123,7 @@ def steps(layers: int) -> None:
     say("model made")
     told = {"return_dict_in_generate": True, "output_logits": True}
     theirs = generate(model, 1, 16, **told)
-    FastLanguageModel.for_inference(model)
+    FastLanguageModel.for_inference(model, replay_steps=True)
     with listening() as reports:
         ours = generate(model, 1, 16, **told)
     for r in reports:

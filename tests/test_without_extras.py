@@ -26,7 +26,7 @@ import importlib, pkgutil, torch
 import sloth
 
 for module in pkgutil.walk_packages(sloth.__path__, "sloth."):
-    if module.name != "sloth.__main__":
+    if not module.name.startswith(("sloth.__main__", "sloth.zoo.")):
         importlib.import_module(module.name)
 
 class Block(torch.nn.Module):

@@ -71,13 +71,12 @@ def _compiled(backend: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 @contextmanager
-def session(model: Any, compiled: Any, given: dict[str, Any]) -> Iterator[None]:
-    """Around one call of `generate` with these keyword arguments. compiled: what `model.compile(backend="sloth")` made.
+def session(model: Any, given: dict[str, Any]) -> Iterator[None]:
+    """Around one call of `generate` with these keyword arguments.
 
-    Without `for_inference`, `cache_implementation="static"` of a model that is compiled for sloth asks for the same; so does
-    `compile_config=CompileConfig(backend="sloth")` beside it.
+    Without `for_inference`, `cache_implementation="static"` and `compile_config=CompileConfig(backend="sloth")` ask for the same.
     """
-    asks = _asks_for_static(model, given) and (compiled is not None or _asks_for_sloth(model, given))
+    asks = _asks_for_static(model, given) and _asks_for_sloth(model, given)
     started = asks and model not in _decoders and start(model, "sloth")
     decoder = _decoders.get(model)
     if decoder is not None and decoder.device != _device(model):

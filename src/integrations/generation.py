@@ -18,7 +18,7 @@ from sloth.compat.dynamo import innermost_backend
 from sloth.integrations.integration import integration
 
 Session = Callable[[Any, Any, dict[str, Any]], AbstractContextManager[None]]
-SESSIONS: list[Session] = []  # entered around `generate`, with the model, its compiled call if it is sloth's, keyword arguments
+SESSIONS: list[Session] = []  # entered around `generate`, with the model and the keyword arguments
 
 
 def backend_of(call: Any) -> Any:
@@ -45,7 +45,7 @@ def _leave_alone(generation: ModuleType) -> None:
         ours = is_compiled_for_sloth(compiled)
         with ExitStack() as sessions:
             for session in SESSIONS:
-                sessions.enter_context(session(self, compiled if ours else None, kwargs))
+                sessions.enter_context(session(self, kwargs))
             if not ours:
                 return generate(self, *args, **kwargs)
             self._compiled_call_impl = None

@@ -57,16 +57,16 @@ def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
     return model
 
 
-def for_inference(model: Any) -> Any:
+def for_inference(model: Any, replay_steps: bool = False) -> Any:
     """Evaluation mode: dropout is off, keys and values are kept for `generate`. Returns the model.
 
-    On a GPU with CUDA graphs `generate` replays the forward pass of a token from then on (docs/guides/generation.md): with the
-    same weights, which are not copied, and until `for_training`, which gives its memory back.
+    replay_steps: on a GPU with CUDA graphs `generate` replays the forward pass of a token from then on
+    (docs/guides/generation.md), with the same weights, which are not copied, until `for_training`. It has not been measured yet.
     """
     model.eval()
     base_of(model).config.use_cache = True
-    with suppress(ImportError):  # doctor lists it as off
-        from sloth.generation.session import start
+    if replay_steps:
+        from sloth.generation.session import start  # not before: Dynamo takes a second to import
 
         start(base_of(model), steps_backend())
     return model

@@ -71,7 +71,10 @@ def is_fault(e: BaseException) -> bool:
 def first_line(e: BaseException) -> str:
     """Of the exception that began it, at most a line."""
     *_, first = causes(e)
-    return f"{type(first).__name__}: {first}".strip().split("\n")[0][:300]
+    begins, *others = f"{type(first).__name__}: {first}".strip().split("\n")
+    if others and begins.endswith(":"):  # of a process that compiles: what it raised stands last
+        begins = f"{begins} {others[-1].strip()}"
+    return begins[:300]
 
 
 def forget() -> None:

@@ -172,7 +172,7 @@ def error(ours: Gradients, truth: Gradients) -> float:
 
 def compiled(model: torch.nn.Module, batch: Batch, eager: Step, backend: str, **how: Any) -> Row:
     """The compiled model's step against eager's."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     function = torch.compile(model, backend=backend, **how)
     wide = any(p.dtype == torch.bfloat16 for p in model.parameters())
