@@ -113,6 +113,16 @@ def _() -> None:
     assert dispatch.opdef_of(torch.ops.aten.add.Tensor) is None
 
 
+@uses("dispatch.clear_workspaces")
+def _() -> None:
+    if not torch.cuda.is_available():
+        return dispatch.clear_workspaces()
+    torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")
+    held = torch.cuda.memory_allocated()
+    dispatch.clear_workspaces()
+    assert torch.cuda.memory_allocated() < held
+
+
 @uses("dispatch.has_kernel")
 def _() -> None:
     assert dispatch.has_kernel("aten::mm", "Autograd") and dispatch.has_kernel("aten::mm", "AutocastCPU")

@@ -16,6 +16,7 @@ from generating import StandIn
 
 from sloth.generation import decoder, session
 from sloth.generation.caches import Caches, bucket
+from sloth.generation.capture import CudaCapture
 from sloth.generation.decoder import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -463,3 +464,52 @@ def test_compiled_once_for_all_switches(monkeypatch: pytest.MonkeyPatch) -> None
 
 def _never(function: Any) -> Any:
     raise RuntimeError("not now")
+
+
+# ---------------------------------------------------------------- CUDA graphs themselves
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captures_on_a_gpu() -> None:
+    """One after the other, after the last graph of a pool is gone while a result of it lives, and after one that failed."""
+    capture = CudaCapture(torch.device("cuda", 0))
+    x, w = torch.ones(4, 64, device="cuda:0"), torch.ones(64, 64, device="cuda:0")
+    x @ w
+    before = torch.cuda.current_stream()
+    replay, held = capture(lambda: x @ w)
+    replay()
+    assert held.unique().tolist() == [64.0]
+    del replay
+    gc.collect()
+    first, one = capture(lambda: x @ w)
+    second, two = capture(lambda: (x + 1) @ w)
+    with pytest.raises(RuntimeError):
+        capture(lambda: (x @ w).sum().item())
+    assert torch.cuda.current_stream() == before
+    third, three = capture(lambda: (x + 2) @ w)
+    x.fill_(2.0)
+    for run, result, expected in ((first, one, 128.0), (second, two, 192.0), (third, three, 256.0), (first, one, 128.0)):
+        run()
+        assert result.unique().tolist() == [expected]
+    assert held.unique().tolist() == [64.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_on_a_gpu() -> None:
+    """Compiled and captured; moved away and back; without for_inference."""
+    from sloth import FastLanguageModel
+
+    model, ids = made().cuda(), IDS.cuda()
+    expected = tokens(model, ids)
+    for _ in range(2):
+        FastLanguageModel.for_inference(model)
+        assert torch.equal(tokens(model, ids), expected) and torch.equal(tokens(model, ids), expected)
+        kinds = [kind for held in session._decoders[model]._kinds.values() for kind in held.values()]
+        assert kinds and all(kind._replay is not None for kind in kinds)
+        assert torch.equal(tokens(model.cpu()).cuda(), expected) and model not in session._decoders
+        model.cuda()
+    model.compile(backend="sloth")
+    for _ in range(3):
+        assert torch.equal(tokens(model, ids, cache_implementation="static"), expected)

@@ -19,6 +19,14 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch._dispatch.python import enable_python_dispatcher  # symbolic sizes in decompositions
 
+try:
+    from torch._C import _cuda_clearCublasWorkspaces as clear_workspaces  # kept by stream; builds for CPUs have none
+except ImportError:
+
+    def clear_workspaces() -> None:
+        """There are none."""
+
+
 # ---------------------------------------------------------------- fake tensors and symbols
 
 with suppress(ImportError):

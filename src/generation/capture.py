@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+
+from sloth.compat.dispatch import clear_workspaces
 
 
 class CudaCapture:
@@ -14,7 +17,6 @@ class CudaCapture:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # torch's own is one for the process, on the device of the first capture
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -26,10 +28,23 @@ class CudaCapture:
         # The stream is set to what it is: a capture that fails does not set it back.
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                results = function()
+            clear_workspaces()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=_stream(self.device), capture_error_mode="thread_local"):
+                    results = function()
+            except BaseException:
+                self._graphs.clear()  # the allocator may still record for that pool: the next capture has another
+                raise
+            finally:
+                clear_workspaces()  # those of the capture lie in the pool, and would outlive its graphs
         self._graphs.add(graph)
         return graph.replay, results
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """For captures: torch's own is one for the process, on the device of the first."""
+    return torch.cuda.Stream(device)
 
 
 def capture_for(device: torch.device) -> CudaCapture | None:
