@@ -113,7 +113,7 @@ def _() -> None:
     assert dispatch.opdef_of(torch.ops.aten.add.Tensor) is None
 
 
-@uses("dispatch.clear_workspaces")
+@uses("dispatch._cuda_clearCublasWorkspaces")
 def _() -> None:
     if not torch.cuda.is_available():
         return dispatch.clear_workspaces()

@@ -19,12 +19,14 @@ with suppress(ImportError):
 with suppress(ImportError):
     from torch._dispatch.python import enable_python_dispatcher  # symbolic sizes in decompositions
 
-try:
-    from torch._C import _cuda_clearCublasWorkspaces as clear_workspaces  # kept by stream; builds for CPUs have none
-except ImportError:
+with suppress(ImportError):
+    from torch._C import _cuda_clearCublasWorkspaces  # kept by stream; builds for CPUs have none
 
-    def clear_workspaces() -> None:
-        """There are none."""
+
+def clear_workspaces() -> None:
+    """Of cuBLAS, where this torch has that."""
+    if (clear := globals().get("_cuda_clearCublasWorkspaces")) is not None:
+        clear()
 
 
 # ---------------------------------------------------------------- fake tensors and symbols
