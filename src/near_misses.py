@@ -11,6 +11,7 @@ from textwrap import dedent, indent, wrap
 
 import torch
 
+from sloth.rewriter.match.pattern import Variant
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.report import MATCHED, Report, Site
 
@@ -56,13 +57,13 @@ def _misses(report: Report) -> list[str]:
     for s in report.sites:
         if s.status != MATCHED:
             missed.setdefault((s.construct, s.status, s.file, s.line), []).append(s)
-    return [_paragraph(sites, report.titles) for sites in missed.values()]
+    variants = {str(v): v for p in patterns() for v in p.variants}
+    return [_paragraph(sites, report.titles, variants) for sites in missed.values()]
 
 
 def _not_shown(report: Report) -> list[str]:
-    seen = Counter(s.construct for s in report.sites)
-    lacking = {report.titles.get(c, c): n["expected"] - seen[c] for c, n in report.constructs.items()}
-    lines = [f"{n} {title} of the modules called: no code in the graphs looks like it" for title, n in lacking.items() if n]
+    told = "of the modules called: no code in the graphs looks like it"
+    lines = [f"{n} {report.titles.get(c, c)} {told}" for c, n in report.unseen.items()]
     lines += [f"{n} {kind} not looked into" for kind, n in report.unread.items()]
     lines += [f"a graph is left as it was: {g.untouched}" for g in report.graphs if g.untouched]
     return ["\n".join(lines)] if lines else []
@@ -88,7 +89,7 @@ def _unseen(report: Report, model: torch.nn.Module | None) -> list[str]:
     return ["\n".join([*lines, "docs/patterns.md (when it does not match), or `python -m sloth new-pattern`"])]
 
 
-def _paragraph(sites: list[Site], titles: dict[str, str]) -> str:
+def _paragraph(sites: list[Site], titles: dict[str, str], variants: dict[str, Variant]) -> str:
     """Of one line of the model. Of the references that came nearest, the one that did so most often, the first of equals."""
     nearest = Counter(s.variant for s in sites).most_common(1)[0][0]
     site = next(s for s in sites if s.variant == nearest)
@@ -96,7 +97,6 @@ def _paragraph(sites: list[Site], titles: dict[str, str]) -> str:
     if site.file and (line := linecache.getline(site.file, site.line).strip()):
         lines.append(f"  the model has     {line}")
     lines.append(f"  first difference  {site.reason}")
-    variants = {str(v): v for p in patterns() for v in p.variants}
     if nearest in variants:
         reference = variants[nearest].reference
         code = reference.__code__

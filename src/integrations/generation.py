@@ -17,7 +17,7 @@ from typing import Any
 from sloth.compat.dynamo import innermost_backend
 from sloth.integrations.integration import integration
 
-Session = Callable[[Any, Any, dict[str, Any]], AbstractContextManager[None]]
+Session = Callable[[Any, dict[str, Any]], AbstractContextManager[None]]
 SESSIONS: list[Session] = []  # entered around `generate`, with the model and the keyword arguments
 
 

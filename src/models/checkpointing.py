@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import sys
 from typing import Any
 
 import torch
@@ -50,10 +50,8 @@ def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
         set_offloading(model, offload)
     model.train()
     base_of(model).config.use_cache = False
-    with suppress(ImportError):  # of a torch that lacks names of Dynamo: nothing was started
-        from sloth.generation.session import stop  # not before: Dynamo takes a second to import
-
-        stop(base_of(model))
+    if (session := sys.modules.get("sloth.generation.session")) is not None:  # else nothing was started
+        session.stop(base_of(model))
     return model
 
 

@@ -97,14 +97,18 @@ LINEAR_4BIT = Construct("linear_4bit", "4-bit linear", anchor=is_linear_4bit)
 NO_ADAPTER = {"a": None, "b": None, "lora_input": None, "scale": 1.0, "dtype": lambda match: match.x.meta.dtype}
 
 
-@pattern(LINEAR_4BIT, op=lora_linear, dims=DIMS, no_grad=("weight",), name="linear_4bit", variant="linear", **NO_ADAPTER)
-def linear_4bit(x, weight):
+def linear(x, weight):
     return F.linear(x, weight)
 
 
-@linear_4bit.variant("linear_bias", **NO_ADAPTER)
-def linear_4bit_bias(x, weight, bias):
+def linear_bias(x, weight, bias):
     return F.linear(x, weight, bias)
+
+
+linear_4bit = pattern(
+    LINEAR_4BIT, op=lora_linear, dims=DIMS, no_grad=("weight",), name="linear_4bit", variant="linear", **NO_ADAPTER
+)(linear)
+linear_4bit.variant("linear_bias", **NO_ADAPTER)(linear_bias)
 
 
 @linear_4bit.check
@@ -131,14 +135,8 @@ lora_rows.variant("linear_bias", **OF_WEIGHT)(fused_bias)
 ALONE = OF_WEIGHT | {name: value for name, value in NO_ADAPTER.items() if name != "lora_input"}
 
 
-@pattern(LINEAR_4BIT, op=linear_4bit_rows, dims=DIMS, name="linear_4bit_rows", variant="linear", **ALONE)
-def linear_rows(x, weight):
-    return F.linear(x, weight)
-
-
-@linear_rows.variant("linear_bias", **ALONE)
-def linear_rows_bias(x, weight, bias):
-    return F.linear(x, weight, bias)
+linear_rows = pattern(LINEAR_4BIT, op=linear_4bit_rows, dims=DIMS, name="linear_4bit_rows", variant="linear", **ALONE)(linear)
+linear_rows.variant("linear_bias", **ALONE)(linear_bias)
 
 
 @lora_rows.check

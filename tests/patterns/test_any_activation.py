@@ -3,19 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_gated_mlp import Mlp
 
 from sloth.patterns.gated_formula import TERMS
 from sloth.rewriter.backend import listening
-
-
-class Mlp(torch.nn.Module):
-    def __init__(self, spelled):
-        super().__init__()
-        self.gate, self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)
-        self.spelled = spelled
-
-    def forward(self, x):
-        return self.down(self.spelled(self.gate(x), self.up(x)))
 
 
 def ran(spelled, dtype=torch.float32, dynamic=False):

@@ -14,7 +14,7 @@ The operator has no derivative: it is what forward passes are made of.
 import torch
 
 from sloth.kernels.common.launch import no_derivative
-from sloth.kernels.linear.gemm import compute_sum_of_products
+from sloth.kernels.linear.gemm import add_product, compute_sum_of_products
 
 torch.library.define(
     "sloth::products_in_columns",
@@ -51,7 +51,7 @@ def compute_products_in_columns(t, u, x, w, alpha) -> torch.Tensor:
         return compute_sum_of_products([t, x], [u, joined], [alpha, 1.0])
     y, at = compute_sum_of_products([t], [u], [alpha]), 0
     for wi in w:
-        y.narrow(1, at, wi.shape[1]).addmm_(x, wi)
+        add_product(x, wi, y.narrow(1, at, wi.shape[1]))
         at += wi.shape[1]
     return y
 
