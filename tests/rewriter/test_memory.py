@@ -174,6 +174,21 @@ def test_a_norm_of_memory_that_is_written_again(fn: Callable[[Any, Tensor], Tens
     assert "written in place" in report.sites[0].reason
 
 
+@pytest.mark.parametrize("write", ["mul_", "copy_"])
+def test_what_is_computed_and_an_operand_too(write: str) -> None:
+    """A rotation of one tensor, found as one of two: q in half precision, and k that is q in fp32, which is written between."""
+
+    def rotated(m: Any, x: Tensor) -> Tensor:
+        t = x.float()
+        t.mul_(2) if write == "mul_" else t.copy_(t.flip(0))
+        a, b = t.chunk(2, -1)
+        angle = torch.arange(x.shape[-2]).float()[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+        return (torch.cat((-b, a), -1) * angle.sin()[None, None] + t * angle.cos()[None, None]).to(x.dtype)
+
+    report = checked(Call(rotated), x_like(2, 3, 5, 4, dtype=torch.float16), options={"sloth.inner_backend": "eager"})
+    assert [(s.construct, s.status) for s in report.sites] == [("rope", MATCHED)], report.to_json()
+
+
 def gate_first(m: Any, x: Tensor) -> Tensor:
     """A sigmoid that is written, for some rows, makes no SiLU."""
     gate, up = x.detach(), x * 3

@@ -323,8 +323,9 @@ class Matcher:
             states = [s for state in states for s in islice(unifier.unify(p, g, state), 1)]
         if not states:
             return None, unifier.best._replace(depth=depth)
-        leaves = set(tensors.values())
-        values = set(states[0].values()) - leaves
+        leaves, given = set(tensors.values()), set(again.inputs.values())
+        # What is computed may be an operand, too: q in fp32 as k. It counts where it is written and would be computed anew.
+        values = {v for p, v in states[0].items() if p not in given and (v not in leaves or v.mutated_storage)}
         todo = [*values]
         while todo:  # what a rule put these in place of is computed by the match too
             new = set(todo.pop().replaces) - values - leaves
