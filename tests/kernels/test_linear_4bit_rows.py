@@ -1,5 +1,7 @@
 """sloth.kernels.linear.linear_4bit_rows against bitsandbytes' weights, multiplied as PEFT's layers do."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,13 @@ from sloth.kernels.linear.linear_4bit_rows import linear_4bit_rows
 bnb = pytest.importorskip("bitsandbytes.functional")
 
 
+def copy(state, dtype):
+    """A state of bitsandbytes, of a weight of another dtype."""
+    found = deepcopy(state)
+    found.dtype = dtype
+    return found
+
+
 class Layer:
     """A weight in 4 bits, and what PEFT puts beside it."""
 
@@ -22,6 +31,7 @@ class Layer:
         w = make((n, k), dtype, seed=seed, scale=k**-0.5)
         packed, state = bnb.quantize_4bit(w, blocksize=blocksize, compress_statistics=double, quant_type=quant_type)
         self.dense = bnb.dequantize_4bit(packed, state)
+        self.exact = bnb.dequantize_4bit(packed, copy(state, torch.float32))  # which eager rounds to x's dtype
         scales = (state.absmax, None, None, None)
         if state.nested:
             scales = (state.state2.absmax, state.absmax, state.state2.code, state.offset)
@@ -34,7 +44,7 @@ class Layer:
     def eager(self, x, scale, wide=None):
         """In x's dtypes, or all of it in a wider one."""
         of = lambda t: t if t is None or wide is None else t.to(wide)  # noqa: E731
-        y = F.linear(of(x), of(self.dense), of(self.bias))
+        y = F.linear(of(x), self.dense if wide is None else self.exact.to(wide), of(self.bias))
         if self.a is None:
             return y
         return y + (F.linear(F.linear(of(x).to(of(self.a).dtype), of(self.a)), of(self.b)) * scale).to(y.dtype)
@@ -91,6 +101,15 @@ def test_three_at_once(path, m):
     ]
     x, scale = make((m, 1088), torch.bfloat16, seed=5), [2.0, 0.25, 1.0]
     judged(path(x, layers, scale), x, layers, scale)
+
+
+def test_operands_that_begin_anywhere():
+    """Eight bytes are read at once."""
+    layer, x = Layer(24, 128, torch.bfloat16), make((1, 129), torch.bfloat16)[:, 1:]
+    packed, *rest = layer.weight
+    moved = torch.cat([packed.new_zeros(1), packed.flatten()])[1:]
+    (found,) = module._in_launches(x, [(moved, *rest)], [None], [None], [None], [1.0], *layer.format, x.dtype)
+    judged([found], x, [layer], [1.0])
 
 
 def test_what_the_kernels_do_not_take():

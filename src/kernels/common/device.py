@@ -17,18 +17,19 @@ from sloth.kernels.common.language import THERE
 
 @dataclass(frozen=True)
 class Device:
-    """triton: kernels run there. shared_memory: bytes that one program may take, None where that is no limit. hopper: it has
-    wgmma and TMA. roomy: it is worth more memory to have larger products.
+    """triton: kernels run there. ptx: they may hold some. shared_memory: bytes that one program may take, None where that is no
+    limit. hopper: it has wgmma and TMA. roomy: it is worth more memory to have larger products.
     """
 
     triton: bool = False
+    ptx: bool = False
     multiprocessors: int = 2  # of Triton's interpreter on a CPU: a small number
     shared_memory: int | None = None
     hopper: bool = False
     roomy: bool = False
 
 
-H100 = Device(triton=True, multiprocessors=132, shared_memory=232_448, hopper=True, roomy=True)
+H100 = Device(triton=True, ptx=True, multiprocessors=132, shared_memory=232_448, hopper=True, roomy=True)
 _pretended: dict[str, Device] = {}  # by type
 _ahead = threading.local()  # device: for which this thread compiles kernels with tensors of "meta"
 
@@ -75,6 +76,7 @@ def _found(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     return Device(
         triton=THERE,
+        ptx=THERE and torch.version.hip is None,
         multiprocessors=properties.multi_processor_count,
         shared_memory=getattr(properties, "shared_memory_per_block_optin", 0),
         hopper=THERE and torch.version.hip is None and properties.major == 9,
