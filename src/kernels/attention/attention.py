@@ -19,6 +19,7 @@ By       torch's kernels (flash, cuDNN, …) where the mask is causal or nothing
          and for widths that are no multiple of 8 (torch has no fused kernel for these either, and is then more exact) by torch's
          kernels with a mask made of the intervals, or where scores are not plain by ATen's matrix products; so is what is
          `spelled` in fp32: fused kernels compute exp(score − L), which is off by an ulp of L where a softmax gives 1.
+         One query a row, without gradients, that is told what is `visible` is `decode_attention`'s.
          Of `visible`, the first and last key of each query and so on are measured, on the device: two passes over it in a step,
          no wait. What lies beyond them is not computed. It stays in memory, and is read where it has holes between them.
 Backward is that of those. A query that sees nothing gives 0, or, where `uniform`, the mean of all values: with the gradient of a
@@ -34,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sloth.kernels.attention.decode_attention import decode_attention
 from sloth.kernels.attention.interval_attention import interval_attention
 from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
@@ -127,10 +129,11 @@ def measured(mask: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tenso
 
     def ends(dim: int) -> tuple[Tensor, Tensor, Tensor]:
         n = mask.shape[dim]
-        at = torch.arange(n, dtype=torch.int32, device=mask.device)
+        at = torch.arange(n, device=mask.device)  # int64, as n is for Inductor, whose loops over both do not compile
         at = at if dim == -1 else at[:, None]
         least, most = torch.where(mask, at, n).amin(dim), torch.where(mask, at, -1).amax(dim)
-        return least, most, (least <= most) & (mask.sum(dim) != most - least + 1)
+        holes = (least <= most) & (mask.sum(dim) != most - least + 1)
+        return least.int(), most.int(), holes
 
     (lo, hi, holes), (first, last, gaps) = ends(-1), ends(-2)
     return (lo, hi, first, last), holes, gaps
@@ -155,8 +158,8 @@ def spelled(q, k, v, mask, scale, softcap, sinks, bias, uniform) -> Tensor:
 
 def with_fully_masked(lo: Tensor, hi: Tensor, at: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
     """Intervals of queries that see nothing marked as the kernels want them, and the first and the last of these [B or 1, 2]."""
-    S, none = at.shape[-1], lo > hi
-    fully_masked = torch.stack((torch.where(none, at, S).amin(-1), torch.where(none, at, -1).amax(-1)), -1)
+    S, none, at = at.shape[-1], lo > hi, at.long()  # as in `measured`
+    fully_masked = torch.stack((torch.where(none, at, S).amin(-1), torch.where(none, at, -1).amax(-1)), -1).int()
     return torch.where(none, -1, lo), torch.where(none, T - 1, hi), fully_masked
 
 
@@ -233,6 +236,9 @@ def attention_composite(
     scale = query.shape[3] ** -0.5 if scale is None else scale
     if low is not None:  # as it does for torch's own
         query, key, value = (t if t.dtype == torch.float64 else t.to(low) for t in (query, key, value))
+    alone = isinstance(S, int) and S == 1 and visible is not None and bounds is sinks is bias is None
+    if alone and dropout_p == 0 and not (exactly or nan or written) and not _needs_gradient(query, key, value):
+        return decode_attention(query, key, value, visible.reshape(-1, T), scale, softcap, uniform)
     if bounds is not None:
         (*seen, fully_masked) = bounds if uniform else (*bounds, None)
         of = Bounds(*seen, fully_masked=fully_masked)
@@ -247,6 +253,10 @@ def attention_composite(
         lost = value.sum(2, keepdim=True) * torch.where(sees.all(2, keepdim=True), 0.0, math.nan).to(value.dtype)
         return torch.where(sees, out, lost.repeat_interleave(query.shape[1] // key.shape[1], 1))
     return out * torch.where(sees, 1.0, math.nan).to(out.dtype) if nan else out
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:
