@@ -98,9 +98,10 @@ def compared(model: Any, rows: int) -> dict[str, Any]:
 
 
 def step_ms(model: Any, rows: int) -> float | None:
-    """A replay by itself; None where there is none."""
+    """A replay by itself; None where there is none. It writes on in the cache of a prompt that has just been read."""
     from sloth.generation import session
 
+    generate(model, rows, 4)
     decoder = session._decoders.get(model.get_base_model())
     kinds = [] if decoder is None else [k for of in decoder._kinds.values() for k in of.values() if k._replay is not None]
     kinds = [k for k in kinds if k._places[0].shape[0] == rows]

@@ -64,18 +64,19 @@ def kernels(tiles: bool) -> None:
         how = module.ELEMENT if m <= module.BY_ELEMENT else module.TENSOR
         others = [dict(how)]
         if tiles:
-            few, many = [(4, 8, 4, 2), (8, 8, 4, 1), (16, 8, 4, 3), (8, 4, 2, 3)], [(16, 4, 4, 3), (16, 8, 4, 3), (32, 4, 8, 2)]
+            few = [(8, 32, 8, 3), (8, 16, 4, 2), (8, 16, 4, 4), (16, 16, 8, 2), (4, 32, 4, 3), (4, 64, 8, 2)]
+            many = [(16, 8, 4, 3), (64, 4, 8, 2), (32, 4, 4, 2), (16, 4, 4, 4)]
             others += [dict(zip(("BN", "BLOCKS", "num_warps", "num_stages"), t, strict=True)) for t in (few if m == 1 else many)]
         for tile in others:
             how.update(tile)
             module._constants.cache_clear()
             try:
                 found = []
-                for name in shapes:
+                for name in shapes if tile is others[0] else ("qkv", "gate_up", "down"):
                     size = sum(n * shapes[name][0] * (0.5 + 1 / 64) for n in shapes[name][1])
-                    alone, whole = (device_us(run(name, m, adapted)[0], flush, 9) for adapted in (False, True))
-                    found.append(f"{name} {alone:.1f}/{whole:.1f} us {size / alone / 1e3:.0f} gb_s")
-                say("rows", m, list(tile.values()), "alone/with adapters:", "; ".join(found), "|", check("o", m))
+                    whole = device_us(run(name, m, True)[0], flush, 9)
+                    found.append(f"{name} {whole:.1f} us {size / whole / 1e3:.0f} gb_s")
+                say("rows", m, list(tile.values()), "with adapters:", "; ".join(found), "|", check("o", m))
             except Exception as e:
                 say("rows", m, list(tile.values()), type(e).__name__, str(e).split("\n")[0][:300])
         how.update(others[0])

@@ -504,7 +504,7 @@ def test_a_model_on_a_gpu() -> None:
     model, ids = made().cuda(), IDS.cuda()
     expected = tokens(model, ids)
     for _ in range(2):
-        FastLanguageModel.for_inference(model)
+        FastLanguageModel.for_inference(model, replay_steps=True)
         assert torch.equal(tokens(model, ids), expected) and torch.equal(tokens(model, ids), expected)
         kinds = [kind for held in session._decoders[model]._kinds.values() for kind in held.values()]
         assert kinds and all(kind._replay is not None for kind in kinds)

@@ -67,7 +67,7 @@ def _compiled(backend: Callable[..., Any] | str) -> Callable[..., Any]:
         return model(**inputs)
 
     # Logits that are computed when they are read would be computed once, of what the graph writes anew in each step.
-    return torch.compile(step, backend=backend, options={"sloth.disable": "head"})
+    return torch.compile(step, backend=backend, options={"sloth.disable": "head", "sloth.inner_backend": "eager"})
 
 
 @contextmanager

@@ -55,3 +55,25 @@ def _leave_alone(generation: ModuleType) -> None:
                 self._compiled_call_impl = compiled
 
     generation.GenerationMixin.generate = as_it_is
+
+
+@integration(
+    "transformers.generation.utils",
+    touches="DeferredStopCheck.is_supported",
+    why="the host queues a step while another is replayed",
+)
+def _stop_a_step_late(generation: ModuleType) -> None:
+    """transformers asks in every step whether all rows have ended, and waits for the answer; on Apple's devices it takes that of
+    the step before. So it may where steps are replayed, over a cache that nobody sees afterwards.
+    """
+    check = getattr(generation, "DeferredStopCheck", None)
+    if check is None:
+        return
+    is_supported = check.is_supported
+
+    @wraps(is_supported)
+    def also_for_replays(device: Any, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:
+        ours = device.type == "cuda" and hasattr(cache, "sloth_key") and not (cache_is_returned or is_assistant)
+        return ours or is_supported(device, cache, cache_is_returned, is_assistant)
+
+    check.is_supported = staticmethod(also_for_replays)
