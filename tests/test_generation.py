@@ -93,6 +93,21 @@ def test_256_tokens(graphs: StandIn, kind: str) -> None:
     both(graphs, made(kind), max_new_tokens=256)
 
 
+def test_few_tokens_are_not_worth_it(graphs: StandIn) -> None:
+    """The model's own code, until enough were asked for; or at once, where that is said later."""
+    model = made()
+    expected = tokens(model)
+    for after in (3, 1):
+        session.start(model, lambda: None, 20)
+        for calls in range(1, 4):
+            if calls == after:
+                session.start(model, lambda: None)
+            assert torch.equal(tokens(model), expected)
+            assert (model in session._decoders) and bool(graphs.captured) == (calls >= min(after, 3))
+        session.stop(model)
+        graphs.captured = 0
+
+
 class Banned:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores.index_fill(1, input_ids[0, -1:], -float("inf"))

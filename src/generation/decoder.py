@@ -29,11 +29,14 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 class Decoder:
     """Of one model; it holds no reference to it. compiled: `compiled(model, inputs)` gives what `model(**inputs)` does."""
 
-    def __init__(self, model: torch.nn.Module, compiled: Callable[..., Any], capture: Capture, device: torch.device):
+    def __init__(
+        self, model: torch.nn.Module, compiled: Callable[..., Any], capture: Capture, device: torch.device, after: int = 0
+    ):
         self._model = weakref.ref(model)
         self._compiled = compiled
         self._capture = capture
         self.device = device
+        self.asked, self.after = 0, after  # steps so far, and from how many on they are replayed
         self._kinds: weakref.WeakKeyDictionary[Any, dict[tuple, _Kind]] = weakref.WeakKeyDictionary()
         self._state: int | None = None
         self._failed = False

@@ -55,16 +55,17 @@ def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
     return model
 
 
-def for_inference(model: Any, replay_steps: bool = False) -> Any:
+def for_inference(model: Any, replay_steps: bool | None = None) -> Any:
     """Evaluation mode: dropout is off, keys and values are kept for `generate`. Returns the model.
 
-    replay_steps: on a GPU with CUDA graphs `generate` replays the forward pass of a token from then on
-    (docs/guides/generation.md), with the same weights, which are not copied, until `for_training`. It has not been measured yet.
+    replay_steps: on a GPU with CUDA graphs, does `generate` replay the forward pass of a token (docs/guides/generation.md), with
+    the same weights, which are not copied, until `for_training`? The first time takes some 30 s for 32 layers. None: once so many
+    tokens were asked for that it pays.
     """
     model.eval()
     base_of(model).config.use_cache = True
-    if replay_steps:
-        from sloth.generation.session import start  # not before: Dynamo takes a second to import
+    if replay_steps or replay_steps is None and any(p.is_cuda for p in model.parameters()):
+        from sloth.generation.session import PAYS_AFTER, start  # not before: Dynamo takes a second to import
 
-        start(base_of(model), steps_backend())
+        start(base_of(model), steps_backend(), 0 if replay_steps else PAYS_AFTER)
     return model
