@@ -103,7 +103,7 @@ def in_fp32(model: Any) -> Any:
 
 @torch.no_grad()
 def compared(model: Any, rows: int) -> dict[str, Any]:
-    """sloth's tokens beside transformers' own, and the error of its logits beside that of the model's own code, for its tokens."""
+    """sloth's tokens beside transformers' own, and the error of its logits over that of the model's own code, for its tokens."""
     from sloth import FastLanguageModel
 
     told = {"return_dict_in_generate": True, "output_logits": True}

@@ -34,7 +34,7 @@ def test_over_a_cache(path, B, heads, T, widths, one_mask, softcap, uniform, dty
     q = make((B, 1, H, D), dtype, seed=seed).transpose(1, 2)
     k, v = make((B, G, T + 5, D), dtype, seed=seed + 1)[:, :, 5:], make((B, T, G, E), dtype, seed=seed + 2).transpose(1, 2)
     draw = torch.Generator().manual_seed(seed)
-    seen = torch.rand(1 if one_mask else B, T, generator=draw) < 0.7
+    seen = torch.rand(1 if one_mask else B, T, generator=draw).to(q.device) < 0.7
     seen[:, T * 2 // 3 :] = False
     given = seen, D**-0.5, softcap, uniform
     eager, exact = spelled(q, k, v, *given), spelled(*(t.double() for t in (q, k, v)), *given)
@@ -49,7 +49,7 @@ def test_a_cache_of_many_parts(monkeypatch):
         make((2, 2, 700, 32), torch.float32, seed=1),
         make((2, 2, 700, 32), torch.float32),
     )
-    seen = torch.arange(700)[None] < torch.tensor([[600], [90]])
+    seen = torch.arange(700, device=q.device)[None] < torch.tensor([[600], [90]], device=q.device)
     given = seen, 0.2, None, False
     exact = spelled(*(t.double() for t in (q, k, v)), *given)
     assert_no_worse(module._triton(q, k, v, *given), spelled(q, k, v, *given), exact, few=1000)
@@ -62,7 +62,8 @@ def test_the_operator_of_attention_takes_it(monkeypatch):
         "sloth.kernels.attention.attention.decode_attention", lambda *of: taken.append(of) or decode_attention(*of)
     )
     q, k, v = make((2, 4, 1, 16), torch.float32), *(make((2, 2, 9, 16), torch.float32, seed=s) for s in (1, 2))
-    mask = torch.ones(2, 1, 1, 9).bool().index_fill(3, torch.tensor([0, 8]), False)
+    mask = torch.ones(2, 1, 1, 9, device=q.device).bool()
+    mask[..., [0, 8]] = False
     expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     assert torch.allclose(attention(q, k, v, [], [], visible=mask), expected, atol=1e-6) and len(taken) == 1
     learned = q.clone().requires_grad_()
@@ -77,7 +78,7 @@ def test_the_operator_of_attention_takes_it(monkeypatch):
 
 def test_bad_operands_are_refused():
     q, k, v = make((1, 4, 1, 16), torch.float32), *(make((1, 2, 9, 16), torch.float32) for _ in "kv")
-    seen = torch.ones(1, 9).bool()
+    seen = torch.ones(1, 9, device=q.device).bool()
     for bad in ((q.expand(1, 4, 2, 16), k, v, seen), (q, k, v, seen.int())):
         with pytest.raises(RuntimeError, match="decode_attention: query"):
             decode_attention(*bad, 0.25)
@@ -90,4 +91,4 @@ def test_bad_operands_are_refused():
 
 def test_operator_is_well_formed():
     q, k, v = make((2, 4, 1, 16), torch.float32), *(make((2, 2, 9, 16), torch.float32, seed=s) for s in (1, 2))
-    torch.library.opcheck(decode_attention, (q, k, v, torch.ones(2, 9).bool(), 0.25, 20.0, True))
+    torch.library.opcheck(decode_attention, (q, k, v, torch.ones(2, 9, device=q.device).bool(), 0.25, 20.0, True))
