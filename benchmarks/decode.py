@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def compared(model: Any, rows: int) -> dict[str, Any]:
     theirs = generate(model, rows, COMPARED)
     same = ours.sequences[:, PROMPT:] == theirs[:, PROMPT:]
     of = slice(PROMPT, PROMPT + COMPARED - 1)  # the first of the logits are the prompt's
-    eager = model(input_ids=ours.sequences).logits[:, of].float()
+    with torch.compiler.set_stance("force_eager"):
+        eager = model(input_ids=ours.sequences).logits[:, of].float()
     exact = in_fp32(model)(input_ids=ours.sequences).logits[:, of]
     errors = [(x - exact).norm(dim=-1).mean().item() for x in (torch.stack(ours.logits[1:], 1).float(), eager)]
     FastLanguageModel.for_inference(model, replay_steps=True)
@@ -195,10 +197,10 @@ def floor_ms(shape: str, layers: int) -> float:
 # ---------------------------------------------------------------- all of them
 
 
-def run(contender: str, folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """`measure` in a process of its own, with empty caches. What it measured before it failed, and then that it failed."""
+def run(contender: str, folder: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """`measure` in a process of its own, with empty caches. What it measures, when it has; and that it failed, if it did."""
     command = [sys.executable, __file__, "--one", contender, folder, args.batches, str(args.new), str(int(args.profile))]
-    told, said = [], []
+    said = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
         places = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
         offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_COMPILE_LOCATION": f"{caches}/unsloth", "TOKENIZERS_PARALLELISM": "false"}
@@ -206,13 +208,12 @@ def run(contender: str, folder: str, args: argparse.Namespace) -> list[dict[str,
         with subprocess.Popen(["timeout", str(SECONDS), *command], **how) as process:
             for line in process.stdout or ():
                 if line.startswith(MARK):
-                    told.append(json.loads(line.removeprefix(MARK)))
+                    yield json.loads(line.removeprefix(MARK))
                 else:
                     said.append(line)
                     print(line, end="", flush=True)
     if process.returncode:
-        told.append({"contender": contender, "failed": "".join(said)[-1500:] or f"exit code {process.returncode}"})
-    return told
+        yield {"contender": contender, "failed": "".join(said)[-1500:] or f"exit code {process.returncode}"}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -233,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
             for row in run(contender, folder, args):
                 results["runs"].append(row)
                 print(row, flush=True)
-            write(results, args.out)
+                write(results, args.out)
 
 
 if __name__ == "__main__":
