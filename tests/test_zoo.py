@@ -88,12 +88,12 @@ def test_what_was_never_compared_is_worse_where_it_does_not_train(before):
 
 
 @pytest.mark.parametrize(
-    ("where", "state"), [("tiny_model", "untrained"), ("step", "untrained"), ("sites_called", None), ("listening", "fails")]
+    ("where", "state"), [("tiny_model", "untrained"), ("step", "untrained"), ("sites_called", None), ("_told", "fails")]
 )
 def test_what_raises_behind_the_eager_step_is_ours(where, state, monkeypatch):
     import sloth.zoo.measure as zoo
 
-    monkeypatch.setattr(zoo, "compiled", lambda *args, **how: {"state": "ok", "breaks": []})
+    monkeypatch.setattr(zoo, "compiled", lambda *args, **how: ({"state": "ok", "breaks": []}, []))
     monkeypatch.setattr(zoo, where, lambda *args, **how: 1 / 0)
     run = zoo.measure("llama", ("fp32",))["runs"]["fp32"]
     assert run["state"] == (state or "ok") and "ZeroDivisionError" in run["why" if state else "uncounted"]
@@ -147,7 +147,7 @@ def test_an_expert_without_tokens_is_chance_unless_it_never_has_any(times, state
     model, left = Routed().bfloat16(), [True] * times
     monkeypatch.setattr(zoo.torch, "compile", lambda model, **how: lambda **batch: model(**batch, both=not (left and left.pop())))
     batch = {"input_ids": torch.arange(8).view(2, 4) % 4}
-    found = zoo.compiled(model, batch, step(model, model, batch), "any")
+    found, _ = zoo.compiled(model, batch, step(model, model, batch), "any")
     assert found["state"] == state, found
 
 

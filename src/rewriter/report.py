@@ -64,6 +64,7 @@ class GraphReport:
     verified: list[Any] = field(default_factory=list)  # by `sloth.verify`: a line for each distinct rewrite
     parts: int = 1  # into which it was cut, and how many of them had to be compiled: equal ones are compiled once
     compiled: int = 1
+    runs: int = 0  # while it was listened to
 
     def line(self, titles: dict[str, str]) -> str:
         """`129/129 RMSNorm, 32/32 RoPE, 0.8 s`"""
@@ -82,7 +83,7 @@ def counts(sites: list[Site], expected: dict[str, int]) -> dict[str, dict[str, i
 
 @dataclass
 class Report:
-    """All graphs of one model. `expected` may know of more sites than the graphs show (code that was never traced)."""
+    """All graphs of one call of a model. `expected` may know of more sites than the graphs show (code that was never traced)."""
 
     graphs: list[GraphReport] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
@@ -91,7 +92,8 @@ class Report:
 
     @property
     def sites(self) -> list[Site]:
-        return [s for g in self.graphs for s in g.sites]
+        """Those of each graph, as often as it ran: what is compiled for one layer may run for others."""
+        return [s for g in self.graphs for s in g.sites * max(g.runs, 1)]
 
     @property
     def constructs(self) -> dict[str, dict[str, int]]:

@@ -20,7 +20,7 @@ from sloth.compat.dynamo import counters
 from sloth.rewriter.backend import listening
 from sloth.rewriter.explain import sites_called, unchanged
 from sloth.rewriter.match.registry import constructs
-from sloth.rewriter.report import MATCHED, Report
+from sloth.rewriter.report import MATCHED, GraphReport, Report
 from sloth.zoo.models import Batch, tiny_batch, tiny_model
 
 Row = dict[str, Any]
@@ -109,11 +109,11 @@ def _measured(arch: str, run: Run, row: Row) -> Row:
             expected = sites_called(model, batch, constructs())
     except Exception as e:
         expected, found["uncounted"] = {}, first_line(e)
-    with listening() as graphs:
-        found |= compiled(model, batch, eager, "sloth", options={"sloth.inner_backend": run.inner})
+    compared, graphs = compiled(model, batch, eager, "sloth", options={"sloth.inner_backend": run.inner})
+    found |= compared
     found |= _told(Report(graphs, expected=expected, titles={c.name: c.title for c in constructs()}))
     if found["state"] != "ok":
-        plain = compiled(model, batch, eager, AOT)
+        plain, _ = compiled(model, batch, eager, AOT)
         found["torch"] = plain["state"] if plain["state"] == "ok" else f"{plain['state']}: {plain.get('why', '')}"
     return found
 
@@ -170,15 +170,16 @@ def error(ours: Gradients, truth: Gradients) -> float:
     return (of / (sum(b.double().norm().item() ** 2 for b in truth.values()) + 1e-24)) ** 0.5
 
 
-def compiled(model: torch.nn.Module, batch: Batch, eager: Step, backend: str, **how: Any) -> Row:
-    """The compiled model's step against eager's."""
+def compiled(model: torch.nn.Module, batch: Batch, eager: Step, backend: str, **how: Any) -> tuple[Row, list[GraphReport]]:
+    """The compiled model's step against eager's, and sloth's reports of its graphs."""
     torch.compiler.reset()
     counters.clear()
     function = torch.compile(model, backend=backend, **how)
     wide = any(p.dtype == torch.bfloat16 for p in model.parameters())
     row: Row = {}
     try:
-        loss, grads = step(function, model, batch)
+        with listening() as graphs:
+            loss, grads = step(function, model, batch)
         difference, name = gradient_difference(grads, eager[1])
         row = {"loss": _short(abs(loss - eager[0]).item() / (abs(eager[0]).item() + 1e-6)), "gradient": _short(difference)}
         row |= {"worst": name}
@@ -194,7 +195,7 @@ def compiled(model: torch.nn.Module, batch: Batch, eager: Step, backend: str, **
     except Exception as e:
         row |= {"state": "fails", "why": first_line(e)}
     row["breaks"] = [reason.strip().split("\n")[0][:160] for reason in counters["graph_break"]]
-    return row
+    return row, graphs
 
 
 def _short(number: float) -> float:

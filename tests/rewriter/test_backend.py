@@ -256,7 +256,7 @@ def test_dynamic_shapes_serve_every_length() -> None:
         for length in (7, 11):
             torch.testing.assert_close(run(x_like(2, length, 8)), model(x_like(2, length, 8)), rtol=1e-4, atol=1e-4)
     assert len(graphs) == compiled_so_far
-    assert counts(Report(graphs[-1:])) == {"rms_norm": "1/1", "gated_mlp": "1/1"}
+    assert [(s.construct, s.status) for s in graphs[-1].sites] == [("rms_norm", MATCHED), ("gated_mlp", MATCHED)]
 
 
 def test_a_recompilation_is_rewritten_too() -> None:

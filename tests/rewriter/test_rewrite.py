@@ -265,6 +265,24 @@ def test_graph_breaks_make_several_graphs() -> None:
     assert counts(report) == {"rms_norm": "4/4", "rope": "2/2", "gated_mlp": "2/2"}
 
 
+def test_a_graph_that_serves_several_layers_counts_for_each() -> None:
+    """A break in a loop: Dynamo skips its frame, and compiles what is called there by itself, once for equal layers."""
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Call(lambda m, x: llama_norm(x, m.w)) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x) + 1
+                torch._dynamo.graph_break()
+            return x
+
+    report = checked(Loop(), x_like(2, 4, 8))
+    assert len(report.graphs) == 1 and counts(report) == {"rms_norm": "3/3"}
+
+
 @pytest.mark.parametrize("optimiser", [torch.optim.AdamW, torch.optim.SGD])
 def test_five_steps_of_training_equal_eager(optimiser: type[torch.optim.Optimizer]) -> None:
     torch.manual_seed(0)
