@@ -74,7 +74,7 @@ LAYERS = {
     **dict.fromkeys(("gate_proj", "up_proj", "third"), (96, H * D)),
     "down_proj": (H * D, 96), "lm_head": (WORDS, H * D), "lora_A": (4, H * D), "lora_B": (H * D, 4),
 }  # fmt: skip
-VARIANT, OPERATOR, RULE = "a variant, if the operator can do it", "another operator", "a rule of the normal form"
+OPERATOR, RULE = "another operator", "a rule of the normal form"
 SAME = "it is the same mathematics: " + RULE
 
 
@@ -91,11 +91,6 @@ def over_positions(m, x, labels):
 @near_miss("rms_norm", f"{OPERATOR}, or add eps in the model in place of the clamp")
 def clamped_variance(m, x, labels):
     return m.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=1e-6)))
-
-
-@near_miss("rms_norm", f"{VARIANT}: a sum is the mean times the width")
-def sum_of_squares(m, x, labels):
-    return m.weight * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6))
 
 
 @near_miss("rms_norm", "give the value out as a result of the operator, or compute it a second time in the model")

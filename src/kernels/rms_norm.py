@@ -5,8 +5,9 @@ Shapes   x, residual, h, y [..., D]; weight [D] or none. With s = offset + weigh
     rms_norm        y = x · r · s,   r = (mean(x²) + eps)^(−½)  over the last dimension
     add_rms_norm    h = x + residual, rounded to promote_types(x, residual);   y = rms_norm(h)
 
-in fp32, rounded once. y is in `dtype`; by default in that of its input, or promote_types(input, weight) where `promote` is set:
-Llama's `weight * h.to(x.dtype)` promotes, Gemma's `(…).type_as(x)` and OLMo2's `(weight * h).to(x.dtype)` do not.
+in fp32, rounded once. Where `summed` is set, all means are sums: x̂ has length 1 (nGPT). y is in `dtype`; by default in that of
+its input, or promote_types(input, weight) where `promote` is set: Llama's `weight * h.to(x.dtype)` promotes, Gemma's
+`(…).type_as(x)` and OLMo2's `(weight * h).to(x.dtype)` do not.
 
 Backward, one row, from g = ∂L/∂y. Let x̂ = x·r and m = g·s = ∂L/∂x̂.
     r depends on x:      ∂r/∂x_j = −½ (mean(x²) + eps)^(−3/2) · 2x_j/D = −r³·x_j/D
@@ -44,10 +45,10 @@ BACKWARD_DW = Tuning(tile=2048, per_warp=512, programs=2, stages=3)  # with dwei
 @triton.jit
 def _forward_kernel(
     x_ptr, res_ptr, w_ptr, h_ptr, y_ptr, rstd_ptr, x_stride, res_stride, N,
-    D: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr,
+    D: tl.constexpr, OVER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_RES: tl.constexpr, HAS_W: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows. Pointers of absent tensors are never read."""
+    """ROWS rows; OVER: what sums are divided by. Pointers of absent tensors are never read."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < N) & (col < D)
@@ -60,7 +61,7 @@ def _forward_kernel(
         h = (x + tl.load(res_ptr + row * res_stride + col, mask, 0.0).to(tl.float32)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + row * D + col, h, mask)
         x = h.to(tl.float32)  # the norm is that of the rounded sum
-    rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
+    rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / OVER + EPS)
     y = x * rstd
     if HAS_W:
         y *= scale
@@ -71,7 +72,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dy_ptr, dh_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, part_ptr, dy_stride, dh_stride, x_stride, N,
-    D: tl.constexpr, OFFSET: tl.constexpr, HAS_DH: tl.constexpr, HAS_W: tl.constexpr, NEED_DX: tl.constexpr,
+    D: tl.constexpr, OVER: tl.constexpr, OFFSET: tl.constexpr, HAS_DH: tl.constexpr, HAS_W: tl.constexpr, NEED_DX: tl.constexpr,
     NEED_DW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs-th tile of ROWS rows; its share of dweight goes to row program_id of part [P, D]."""
@@ -92,7 +93,7 @@ def _backward_kernel(
         if NEED_DX:
             if HAS_W:
                 dy *= scale
-            dx = rstd * (dy - x * (tl.sum(dy * x, 1, keep_dims=True) / D))
+            dx = rstd * (dy - x * (tl.sum(dy * x, 1, keep_dims=True) / OVER))
             if HAS_DH:
                 dx += tl.load(dh_ptr + row * dh_stride + col, mask, 0.0).to(tl.float32)
             tl.store(dx_ptr + row * D + col, dx.to(dx_ptr.dtype.element_ty), mask)
@@ -101,7 +102,7 @@ def _backward_kernel(
         tl.store(part, tl.sum(dw, 0)[None, :], col < D)
 
 
-def forward_triton(x, residual, weight, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None):
+def forward_triton(x, residual, weight, eps: float, offset: float, promote: bool, dtype=None, summed: bool = False):
     """(h or None, y, rstd [..., 1]) by Triton."""
     D = x.shape[-1]
     order = row_order(x) if residual is None else row_order(x, residual)
@@ -116,13 +117,13 @@ def forward_triton(x, residual, weight, eps: float, offset: float, promote: bool
     launch(_forward_kernel)[(FORWARD.grid(N, D, x.device),)](
         x_ND, res_ND, x_ND if weight is None else weight.contiguous(), h_ND, y_ND, rstd_N,
         x_ND.stride(0), res_ND.stride(0), N,
-        D, eps, offset, residual is not None, weight is not None, rows, block, num_warps=warps,
+        D, 1 if summed else D, eps, offset, residual is not None, weight is not None, rows, block, num_warps=warps,
     )  # fmt: skip
     h = None if residual is None else from_rows(h_ND, x.shape, order)
     return h, from_rows(y_ND, x.shape, order), from_rows(rstd_N, x.shape[:-1], order).unsqueeze(-1)
 
 
-def backward_triton(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_dw: bool):
+def backward_triton(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_dw: bool, summed: bool = False):
     """(dx or None, dweight or None) by Triton."""
     D = x.shape[-1]
     order = row_order(x)
@@ -140,7 +141,7 @@ def backward_triton(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_
     launch(_backward_kernel)[(programs,)](
         dy_ND, dh_ND, x_ND, rstd_N if weight is None else weight.contiguous(), rstd_N, dx_ND, part_PD,
         dy_ND.stride(0), dh_ND.stride(0), x_ND.stride(0), N,
-        D, offset, dh is not None, weight is not None, need_dx, need_dw, rows, block, stages, num_warps=warps,
+        D, 1 if summed else D, offset, dh is not None, weight is not None, need_dx, need_dw, rows, block, stages, num_warps=warps,
     )  # fmt: skip
     dx = from_rows(dx_ND, x.shape, order) if need_dx else None
     return dx, sum_partials(part_PD, weight.dtype) if need_dw else None
@@ -157,27 +158,29 @@ def _scale(weight: Tensor, dtype: torch.dtype, offset: float) -> Tensor:
     return weight.to(dtype) + offset if offset else weight.to(dtype)
 
 
-def forward_aten(x, residual, weight, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None):
+def forward_aten(x, residual, weight, eps: float, offset: float, promote: bool, dtype=None, summed: bool = False):
     """As forward_triton."""
     wide = compute_dtype(*(t for t in (x, residual, weight) if t is not None))
     h = None if residual is None else x + residual
     source = x if h is None else h
     x_ = source.to(wide)
-    rstd = torch.rsqrt((x_ * x_).mean(-1, keepdim=True) + eps)
+    square = x_ * x_
+    rstd = torch.rsqrt((square.sum(-1, keepdim=True) if summed else square.mean(-1, keepdim=True)) + eps)
     y = x_ * rstd
     if weight is not None:
         y = y * _scale(weight, wide, offset)
     return h, y.to(dtype or _out_dtype(source.dtype, weight, promote)), rstd
 
 
-def backward_aten(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_dw: bool):
+def backward_aten(dy, dh, x, weight, rstd, offset: float, need_dx: bool, need_dw: bool, summed: bool = False):
     """As backward_triton."""
     dtype = rstd.dtype
     g, x_ = dy.to(dtype), x.to(dtype)
     dx = dw = None
     if need_dx:
         m = g if weight is None else g * _scale(weight, dtype, offset)
-        c = (m * x_).sum(-1, keepdim=True) * rstd * (1 / x.shape[-1]) * rstd  # mean(m·x̂)·r; no r², which may underflow
+        over = 1 if summed else x.shape[-1]
+        c = (m * x_).sum(-1, keepdim=True) * rstd * (1 / over) * rstd  # mean(m·x̂)·r; no r², which may underflow
         dx = rstd * (m - x_ * c)
         dx = (dx if dh is None else dx + dh.to(dtype)).to(x.dtype)
     if need_dw:
@@ -194,31 +197,34 @@ backward_for = implementations("sloth::rms_norm_backward", triton=backward_trito
 
 @triton_op("sloth::rms_norm_forward", "rms_norm")
 def _rms_norm_forward(
-    x: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None,
+    summed: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, rstd)"""
     check_vectors("rms_norm", x, weight=weight)
-    _, y, rstd = forward_for(x, weight)(x, None, weight, eps, offset, promote, dtype)
+    _, y, rstd = forward_for(x, weight)(x, None, weight, eps, offset, promote, dtype, summed)
     return y, rstd
 
 
 @triton_op("sloth::add_rms_norm_forward", "rms_norm")
 def _add_rms_norm_forward(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, promote: bool,
+    dtype: torch.dtype | None = None, summed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h, y, rstd)"""
     check_vectors("add_rms_norm", x, weight=weight)
     torch._check(x.shape == residual.shape, lambda: f"add_rms_norm: shapes {x.shape} and {residual.shape} differ")
-    return forward_for(x, residual, weight)(x, residual, weight, eps, offset, promote, dtype)
+    return forward_for(x, residual, weight)(x, residual, weight, eps, offset, promote, dtype, summed)
 
 
 @triton_op("sloth::rms_norm_backward", "rms_norm")
 def _rms_norm_backward(
-    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, need_dx: bool, need_dw: bool
-) -> list[Tensor]:
+    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, need_dx: bool, need_dw: bool,
+    summed: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """[dx, dweight], without what is not needed."""
     backward = backward_for(dy, dh, x, weight)
-    return [t for t in backward(dy, dh, x, weight, rstd, offset, need_dx, need_dw) if t is not None]
+    return [t for t in backward(dy, dh, x, weight, rstd, offset, need_dx, need_dw, summed) if t is not None]
 
 
 def _gradients(ctx, dy, dh, need_dx: bool, need_dw: bool):
@@ -226,12 +232,12 @@ def _gradients(ctx, dy, dh, need_dx: bool, need_dw: bool):
     x, weight, rstd = ctx.saved_tensors
     if dy is None or not (need_dx or need_dw):
         return (dh if need_dx else None), None
-    found = iter(torch.ops.sloth.rms_norm_backward(dy, dh, x, weight, rstd, ctx.offset, need_dx, need_dw))
+    found = iter(torch.ops.sloth.rms_norm_backward(dy, dh, x, weight, rstd, ctx.offset, need_dx, need_dw, ctx.summed))
     return next(found) if need_dx else None, next(found) if need_dw else None
 
 
 def _rms_norm_setup(ctx, inputs, output):
-    x, weight, _, ctx.offset, *_ = inputs
+    x, weight, _, ctx.offset, _, _, ctx.summed = inputs
     _, rstd = output
     ctx.save_for_backward(x, weight, rstd)
     ctx.mark_non_differentiable(rstd)
@@ -240,11 +246,11 @@ def _rms_norm_setup(ctx, inputs, output):
 
 def _rms_norm_vjp(ctx, dy, _):
     dx, dw = _gradients(ctx, dy, None, *ctx.needs_input_grad[:2])
-    return dx, dw, *[None] * 4
+    return dx, dw, *[None] * 5
 
 
 def _add_rms_norm_setup(ctx, inputs, output):
-    x, residual, weight, _, ctx.offset, *_ = inputs
+    x, residual, weight, _, ctx.offset, _, _, ctx.summed = inputs
     h, _, rstd = output
     ctx.dtypes = x.dtype, residual.dtype
     ctx.save_for_backward(h, weight, rstd)
@@ -256,7 +262,7 @@ def _add_rms_norm_vjp(ctx, dh, dy, _):
     need_x, need_residual, need_dw = ctx.needs_input_grad[:3]
     d, dw = _gradients(ctx, dy, dh, need_x or need_residual, need_dw)
     dx, dresidual = (d.to(t) if d is not None and n else None for t, n in zip(ctx.dtypes, (need_x, need_residual), strict=True))
-    return dx, dresidual, dw, *[None] * 4
+    return dx, dresidual, dw, *[None] * 5
 
 
 torch.library.register_autograd("sloth::rms_norm_forward", _rms_norm_vjp, setup_context=_rms_norm_setup)
@@ -265,29 +271,28 @@ torch.library.register_autograd("sloth::rms_norm_backward", raise_on_double_back
 
 # What models call: the operators above without rstd, which only the backward pass wants.
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_SCHEMA = "(Tensor x, Tensor? weight, float eps, float offset=0.0, bool promote=False, ScalarType? dtype=None) -> Tensor"
-_ADD_SCHEMA = (
-    "(Tensor x, Tensor residual, Tensor? weight, float eps, float offset=0.0, bool promote=False, ScalarType? dtype=None)"
-    " -> (Tensor h, Tensor y)"
-)
+_NUMBERS = "Tensor? weight, float eps, float offset=0.0, bool promote=False, ScalarType? dtype=None, bool summed=False"
+_SCHEMA = f"(Tensor x, {_NUMBERS}) -> Tensor"
+_ADD_SCHEMA = f"(Tensor x, Tensor residual, {_NUMBERS}) -> (Tensor h, Tensor y)"
 torch.library.define("sloth::rms_norm", _SCHEMA, tags=_TAGS)
 torch.library.define("sloth::add_rms_norm", _ADD_SCHEMA, tags=_TAGS)
 
 
 @torch.library.impl("sloth::rms_norm", "CompositeImplicitAutograd")
-def rms_norm_composite(x, weight, eps, offset=0.0, promote=False, dtype=None):
-    return torch.ops.sloth.rms_norm_forward(x, weight, eps, offset, promote, dtype)[0]
+def rms_norm_composite(x, weight, eps, offset=0.0, promote=False, dtype=None, summed=False):
+    return torch.ops.sloth.rms_norm_forward(x, weight, eps, offset, promote, dtype, summed)[0]
 
 
 @torch.library.impl("sloth::add_rms_norm", "CompositeImplicitAutograd")
-def add_rms_norm_composite(x, residual, weight, eps, offset=0.0, promote=False, dtype=None):
-    return torch.ops.sloth.add_rms_norm_forward(x, residual, weight, eps, offset, promote, dtype)[:2]
+def add_rms_norm_composite(x, residual, weight, eps, offset=0.0, promote=False, dtype=None, summed=False):
+    return torch.ops.sloth.add_rms_norm_forward(x, residual, weight, eps, offset, promote, dtype, summed)[:2]
 
 
 rms_norm = torch.ops.sloth.rms_norm.default
-"""rms_norm(x [..., D], weight [D] or None, eps, offset=0.0, promote=False, dtype=None) -> y [..., D]"""
+"""rms_norm(x [..., D], weight [D] or None, eps, offset=0.0, promote=False, dtype=None, summed=False) -> y [..., D]"""
 add_rms_norm = torch.ops.sloth.add_rms_norm.default
-"""add_rms_norm(x, residual [..., D], weight [D] or None, eps, offset=0.0, promote=False, dtype=None) -> (h, y) [..., D]"""
+"""add_rms_norm(x, residual [..., D], weight [D] or None, eps, offset=0.0, promote=False, dtype=None, summed=False)
+-> (h, y) [..., D]"""
 
 
 # ---------------------------------------------------------------- for compilation without a GPU (tests)
@@ -298,7 +303,7 @@ _FORWARD_ARGS = dict.fromkeys(("x_ptr", "res_ptr", "w_ptr", "h_ptr", "y_ptr"), "
 _BACKWARD_ARGS = dict.fromkeys(("dy_ptr", "dh_ptr", "x_ptr", "w_ptr", "dx_ptr"), "*bf16") | {
     "rstd_ptr": "*fp32", "part_ptr": "*fp32", "dy_stride": "i32", "dh_stride": "i32", "x_stride": "i32", "N": "i32",
 }  # fmt: skip
-_WIDE, _NARROW = {"D": 4096, "ROWS": 1, "BLOCK": 4096}, {"D": 100, "ROWS": 16, "BLOCK": 128}
+_WIDE, _NARROW = {"D": 4096, "OVER": 4096, "ROWS": 1, "BLOCK": 4096}, {"D": 100, "OVER": 1, "ROWS": 16, "BLOCK": 128}
 _DX = {"OFFSET": 1.0, "HAS_DH": False, "HAS_W": True, "NEED_DX": True, "NEED_DW": False, "STAGES": 1}
 COMPILE = [
     (_forward_kernel, _FORWARD_ARGS, _WIDE | {"EPS": 1e-6, "OFFSET": 0.0, "HAS_RES": True, "HAS_W": True}),

@@ -19,11 +19,11 @@ from sloth.rewriter.plan.narrow import adds, rounds_once
 
 
 def is_norm(v: Value) -> bool:
-    """rsqrt(mean(x · x) + eps), or PyTorch's own operator."""
+    """rsqrt(mean(x · x) + eps), or of the sum, or PyTorch's own operator."""
     if v.op == "rms_norm":
         return True
     mean = v.args[0].args[0] if v.op == "rsqrt" and v.args[0].op == "add" else None
-    square = mean.args[0] if isinstance(mean, Value) and mean.op == "mean" else None
+    square = mean.args[0] if isinstance(mean, Value) and mean.op in ("mean", "sum") else None
     return square is not None and square.op == "mul" and square.args[0] is square.args[1] and not is_centred(square.args[0])
 
 
@@ -110,6 +110,21 @@ def promoted_no_weight(x, *, eps: float):
     return (x * root(x, eps)).to(x.dtype)
 
 
+def unit(x, *, eps: float):
+    """Of length 1: the sum in place of the mean (dory)."""
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def unit_in_dtype(x, *, eps: float):
+    """… (queries and keys of the gated delta rule)."""
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + eps)
+
+
+def unit_weighted(x, weight, *, eps: float):
+    return weight * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + eps))
+
+
 def torch_rms_norm(x, weight, *, eps: float):
     """torch.nn.RMSNorm."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -133,6 +148,9 @@ FORMS = {
     "promoted": (promoted, {}),
     "promoted_olmo2": (promoted_olmo2, {}),
     "promoted_no_weight": (promoted_no_weight, {}),
+    "unit": (unit, {"summed": True}),
+    "unit_in_dtype": (unit_in_dtype, {"summed": True}),
+    "unit_weighted": (unit_weighted, {"summed": True}),
     "torch": (torch_rms_norm, {}),
     "torch_no_weight": (torch_no_weight, {}),
 }

@@ -35,11 +35,17 @@ def bare(x, weight):
     return normed(x).to(x.dtype)
 
 
-VARIANTS = {  # eager code, (offset, promote)
+def unit(x, weight):
+    x_ = wide(x)
+    return weight * (x_ * torch.rsqrt(x_.pow(2).sum(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+VARIANTS = {  # eager code, (offset, promote, …)
     "llama": (llama, (0.0, True)),
     "gemma": (gemma, (1.0, False)),
     "olmo2": (olmo2, (0.0, False)),
     "bare": (bare, (0.0, False)),
+    "unit": (unit, (0.0, True, None, True)),
 }
 variants = st.sampled_from(sorted(VARIANTS))
 
@@ -77,7 +83,7 @@ def triton_op(options):
             x, weight, rstd = ctx.saved_tensors
             dh, dy = grads if len(grads) == 2 else (None, *grads)
             need = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-            dx, dw = module.backward_triton(dy, dh, x, weight, rstd, options[0], *need)
+            dx, dw = module.backward_triton(dy, dh, x, weight, rstd, options[0], *need, *options[3:])
             dr = dx.to(ctx.dtypes[1]) if dx is not None and ctx.dtypes[1] else None
             return dx if dx is None else dx.to(ctx.dtypes[0]), dr, dw
 
@@ -154,7 +160,7 @@ def test_nothing_is_computed_that_is_not_needed(monkeypatch):
     backward = of[here]
 
     def spy(*args):
-        seen.append(args[-2:])
+        seen.append(args[-3:-1])
         return backward(*args)
 
     monkeypatch.setitem(of, here, spy)
@@ -232,15 +238,16 @@ def test_deterministic():
 # ---------------------------------------------------------------- calculus, registration, compiler
 
 
-def test_closed_form_is_the_derivative():
-    """The module's dx and dweight, symbolically, for one row of two."""
+@pytest.mark.parametrize("over", [1, 2])
+def test_closed_form_is_the_derivative(over):
+    """The module's dx and dweight, symbolically, for one row of two; over 1 where means are sums."""
     x, s, g = (sympy.symbols(f"{name}:2", real=True) for name in "xsg")
     eps = sympy.Symbol("eps", positive=True)
-    r = (sum(v**2 for v in x) / 2 + eps) ** sympy.Rational(-1, 2)
+    r = (sum(v**2 for v in x) / over + eps) ** sympy.Rational(-1, 2)
     loss = sum(g[i] * x[i] * r * s[i] for i in range(2))
     m = [g[i] * s[i] for i in range(2)]
     hat = [v * r for v in x]
-    mean = sum(a * b for a, b in zip(m, hat, strict=True)) / 2
+    mean = sum(a * b for a, b in zip(m, hat, strict=True)) / over
     for i in range(2):
         assert sympy.simplify(sympy.diff(loss, x[i]) - r * (m[i] - hat[i] * mean)) == 0
         assert sympy.simplify(sympy.diff(loss, s[i]) - g[i] * hat[i]) == 0
@@ -251,6 +258,7 @@ def test_gradcheck(offset):
     x, r, w = (make(s, torch.float64, seed=i).requires_grad_() for i, s in enumerate([(2, 3, 5), (2, 3, 5), (5,)]))
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS, offset), (x, w))
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, None, EPS), (x,))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS, offset, summed=True), (x, w))
     assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, EPS, offset), (x, r, w))
     assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, EPS, offset)[1], (x, r, w))
 
@@ -260,7 +268,7 @@ def test_opcheck(layout):
     x, r = (make((2, 3, 8), torch.float32, layout, i).requires_grad_() for i in range(2))
     w = make((8,), torch.float32, seed=2).requires_grad_()
     torch.library.opcheck(torch.ops.sloth.rms_norm_forward, (x, w, EPS, 0.0, True))
-    torch.library.opcheck(torch.ops.sloth.rms_norm_forward, (x, None, EPS, 0.0, True))
+    torch.library.opcheck(torch.ops.sloth.rms_norm_forward, (x, None, EPS, 0.0, True, None, True))
     torch.library.opcheck(torch.ops.sloth.add_rms_norm_forward, (x, r, w, EPS, 1.0, False))
     rstd = torch.ops.sloth.rms_norm_forward(x, w, EPS, 0.0, True)[1].detach()
     args = [t.detach() for t in (r, x, x, w)]

@@ -70,8 +70,19 @@ def layer_norm(centre, root):
     return spelled
 
 
+def unit(root, weigh):
+    """Of length 1, as Dory keeps its hidden states, and the gated delta rule its queries and keys."""
+
+    def spelled(m, x):
+        h = x.float()
+        return WEIGHTS[weigh](ROOTS[root](h, h.pow(2).sum(-1, keepdim=True) + EPS).type_as(x), m.weight)
+
+    return spelled
+
+
 SPELLED = {name: rms(*name) for i, name in enumerate(itertools.product(MEANS, ROOTS, CASTS, WEIGHTS)) if i % 23 == 0}
 SPELLED |= {name: layer_norm(*name) for i, name in enumerate(itertools.product(LAYER_NORMS, ROOTS)) if i % 5 == 0}
+SPELLED |= {("unit", *name): unit(*name) for name in (("rsqrt", "left"), ("divided", "of one"))}
 
 
 def trained(model, run, x):
