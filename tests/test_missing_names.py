@@ -73,7 +73,8 @@ off = sorted(i.module for i in integrations() if i.state.startswith("off: Import
 assert off and len(off) == len(told) == len(set(told)), (off, told)
 print(*off)
 """)
-    dynamo = [f"sloth.rewriter.dynamo.{name}" for name in ("collector", "module_floats", "repeated_layers", "varying_sizes")]
+    taught = ("collector", "module_floats", "repeated_layers", "varying_sizes", "widths")
+    dynamo = [f"sloth.rewriter.dynamo.{name}" for name in taught]
     alone = ["sloth.integrations.generation", "sloth.integrations.llamafactory", *dynamo, "torch._dynamo.variables.misc"]
     assert told.split() == ["sloth.generation.session", *alone]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ from sloth.rewriter.plan.plan import Plan
 from sloth.rewriter.report import GraphReport
 
 load(*(f"sloth.integrations.{name}" for name in ("generation", "llamafactory", "peft", "trainer", "trl")))  # met as they are
-TAUGHT = ("collector", "graph_breaks", "module_floats", "repeated_layers", "varying_sizes")
+TAUGHT = ("collector", "graph_breaks", "module_floats", "repeated_layers", "varying_sizes", "widths")
 load(*(f"sloth.rewriter.dynamo.{name}" for name in TAUGHT))
 load("sloth.generation.session")
 patterns()  # now, before anything is traced: they may tell Dynamo how to trace what it does not know
@@ -167,8 +168,10 @@ def _check_of(example_inputs: Sequence[Any]) -> Callable[[Plan], list[Any]]:
 
 
 def _reset() -> None:
-    """torch.compiler.reset() calls this: forget which rewrites failed, and CUDA graphs (mode="reduce-overhead")."""
+    """torch.compiler.reset() calls this: forget which rewrites failed, widths, and CUDA graphs (mode="reduce-overhead")."""
     forget()
+    if (widths := sys.modules.get("sloth.rewriter.dynamo.widths")) is not None:
+        widths.forget()
     if torch.cuda.is_available():
         from sloth.compat.inductor import reset_cudagraph_trees
 

@@ -1,0 +1,59 @@
+"""A width stays a number where a function is called with tensors of other numbers of dimensions.
+
+Dynamo makes a size a symbol when it differs from that of the call before. Of tensors with another number of dimensions it
+compares none: all sizes become symbols. So in a function that is compiled by itself, because the model breaks around it, and
+that rotates queries [B, S, H, D] and then keys [N, D], D becomes one, and nothing can prove any more that it is even. Here the
+last dimension, which is a width of the model wherever it has always been the same, stays what it is; a tensor with another one is
+traced with a symbol, as without sloth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from types import CodeType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from sloth.compat.dynamo import config, is_ours
+from sloth.integrations.integration import integration
+
+_seen: WeakKeyDictionary[CodeType, dict[str, set[tuple[int, int]]]] = WeakKeyDictionary()  # dimensions and width, by source
+
+
+def _keeping(context: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo's choice of which sizes of an input are symbols."""
+
+    @wraps(context)
+    def automatic_dynamic(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        made = context(e, tx, source, *args, **kwargs)
+        if not is_ours(tx) or not isinstance(e, torch.Tensor) or not e.is_floating_point() or e.dim() == 0:
+            return made
+        seen = _seen.setdefault(tx.f_code, {}).setdefault(source.name, set())
+        seen.add((e.dim(), e.shape[-1]))
+        widths, ranks = {width for _, width in seen}, {rank for rank, _ in seen}
+        marked = any(name.startswith("_dynamo") for name in vars(e))
+        left_to_dynamo = config.assume_static_by_default and config.automatic_dynamic_shapes
+        if len(widths) > 1 or len(ranks) == 1 or marked or not left_to_dynamo:
+            return made
+        sizes, asked = [*made.dynamic_sizes[:-1], DimDynamic.STATIC], [*made.constraint_sizes[:-1], None]
+        return replace(made, dynamic_sizes=sizes, constraint_sizes=asked)
+
+    return automatic_dynamic
+
+
+def forget() -> None:
+    _seen.clear()
+
+
+@integration(
+    "torch._dynamo.variables.builder",
+    touches="_automatic_dynamic (widths)",
+    why="a width is a number, whatever the number of dimensions",
+)
+def _keep_widths(module: ModuleType) -> None:
+    module._automatic_dynamic = _keeping(module._automatic_dynamic)
