@@ -14,7 +14,7 @@ import torch
 
 from sloth.kernels.formula import FormulaError, formula
 from sloth.kernels.gated_formula import gated_formula
-from sloth.patterns.gated_mlp import GATED_MLP, is_layer, is_read_by_layer
+from sloth.patterns.gated_mlp import GATED_MLP, is_layer, is_of_norm, is_read_by_layer
 from sloth.rewriter.graph.canonical import VIEWS
 from sloth.rewriter.graph.value import Value, ValueGraph, same_literal
 from sloth.rewriter.match.domain import FLOATS, domain
@@ -198,7 +198,7 @@ def _reading(root: Value, taken: Set[Value]) -> Reading | None:
 def formulas(shadow: ValueGraph, taken: Set[Value]) -> Iterator[Reading]:
     """Products of functions of two layers' results that a layer reads."""
     for v in shadow.values:
-        if v.op in ("mul", "div") and not any(u.op in TERMS for u in v.users):
+        if v.op in ("mul", "div") and not any(u.op in TERMS and not is_of_norm(u, v) for u in v.users):
             for root in _results(v):
                 if (found := _reading(root, taken)) is not None:
                     yield found

@@ -15,6 +15,7 @@ from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import computes_wide
 
+LAYERS = ("linear", "_grouped_mm", "transformers::grouped_mm_fallback")  # the others: of experts
 QUICK = 1.702  # in place of what makes GELU of it
 
 
@@ -51,7 +52,7 @@ def is_layer(v: Value) -> bool:
         v = v.args[0]
     if v.op == "add":
         return all(isinstance(a, Value) and is_layer(_unscaled(a)) for a in v.args)
-    return v.op == "linear" or v.op == "cat" and all(map(is_layer, v.inputs))
+    return v.op in LAYERS or v.op == "cat" and all(map(is_layer, v.inputs))
 
 
 def _unscaled(v: Value) -> Value:
@@ -61,7 +62,18 @@ def _unscaled(v: Value) -> Value:
 
 
 def is_read_by_layer(v: Value) -> bool:
-    return any(u.op == "linear" or u.op in VIEWS and is_read_by_layer(u) for u in v.users)
+    """Does a layer read it, or its norm (BitNet)?"""
+    return any(u.op in LAYERS or (u.op in VIEWS or is_of_norm(u, v)) and is_read_by_layer(u) for u in v.users)
+
+
+def is_of_norm(u: Value, v: Value) -> bool:
+    """Is u part of v's RMSNorm: v², v over its root, or that times a weight?"""
+    others = [a for a in u.inputs if a is not v]
+    if u.op != "mul" or len(others) > 1:
+        return False
+    if not others:
+        return all(x.op == "mean" for x in u.users)
+    return bool(mathematics.rms_norm(u)) or len(others[0].meta.shape) == 1 and bool(mathematics.rms_norm(uncast(v)))
 
 
 def _calls(module: torch.nn.Module, arguments: dict) -> int:

@@ -127,6 +127,38 @@ def test_layers_with_adapters_in_fp32():
     assert ("gated_formula[read]", "matched") in [(s.variant, s.status) for r in reports for s in r.sites]
 
 
+def normed(y, weight):
+    h = y.float()
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)).to(y.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_in_front_of_the_last_layer(dtype):
+    """BitNet's."""
+    found, ours, eager = ran(lambda g, u: normed(F.relu(g) ** 2 * u, torch.linspace(0.5, 1.5, g.shape[-1]).to(g)), dtype)
+    assert {f[:2] for f in found} == {("gated_mlp", "gated_formula[read]"), ("rms_norm", "rms_norm[llama]")}
+    assert all((a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.05) * b.norm() for a, b in zip(ours, eager, strict=True))
+
+
+def test_experts():
+    """Inkling 2's, whose layers are one product of groups of rows."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up, self.down = (torch.nn.Parameter(torch.randn(2, *sizes).bfloat16()) for sizes in ((8, 32), (16, 8)))
+
+        def forward(self, x, ends):
+            g, u = torch._grouped_mm(x, self.gate_up, offs=ends).chunk(2, -1)
+            return torch._grouped_mm((30 * torch.tanh(g / 30) * torch.sigmoid(g) * u), self.down, offs=ends)
+
+    torch._dynamo.reset()
+    with listening() as reports:
+        run = torch.compile(Experts(), backend="sloth", options={"sloth.inner_backend": "eager"})
+        run(torch.randn(6, 8).bfloat16(), torch.tensor([2, 6], dtype=torch.int32))
+    assert [(s.variant, s.status) for r in reports for s in r.sites] == [("gated_formula[read]", "matched")]
+
+
 def test_an_entry_that_matches_the_whole_is_asked_first():
     assert ran(lambda g, u: F.silu(g) * u)[0] == [("gated_mlp", "gated_mlp[silu]", "matched")]
     assert ran(lambda g, u: F.relu(g) * u)[0] == [("gated_mlp", "gated_layers[relu]", "matched")]
