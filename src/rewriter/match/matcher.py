@@ -64,6 +64,7 @@ class Match:
     numbers: dict[str, Any]
     roots: tuple[Value, ...]
     values: frozenset[Value]
+    smaller: tuple[Match, ...] = ()  # of the same entry, for the same result, the largest first: where this one is refused
 
     @property
     def pattern(self) -> Pattern:
@@ -229,12 +230,15 @@ class Matcher:
     def matches(self, values: list[Value]) -> Iterator[Match]:
         """The largest match of each entry at each value."""
         for g in values:
-            found: dict[Pattern, Match] = {}
+            found: dict[Pattern, list[Match]] = {}
             for variant, graph in self.by_root.get(g.op, ()):
-                m, best = self.at(variant, graph, g), found.get(variant.pattern)
-                if m is not None and (best is None or m.size > best.size):
-                    found[variant.pattern] = m
-            yield from found.values()
+                if (m := self.at(variant, graph, g)) is not None:
+                    found.setdefault(variant.pattern, []).append(m)
+            for alike in found.values():
+                largest = max(alike, key=lambda m: m.size)
+                others = (m for m in alike if m.size < largest.size)
+                largest.smaller = tuple(sorted(others, key=lambda m: m.size, reverse=True))
+                yield largest
 
     def readings(self, shadow: ValueGraph, legal: Sequence[Match]) -> Iterator[Match]:
         """What entries find that read a graph themselves, but for what others of their construct compute."""

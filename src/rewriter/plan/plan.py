@@ -149,15 +149,20 @@ def plan(
 
 
 def _legal(graph: GraphPlan, matches: Iterable[Match], context: legality.LegalityContext, costs: Costs) -> Iterator[Match]:
-    """The matches that may be made and pay; the others are noted as refused."""
+    """The matches that may be made and pay, or smaller ones in their place; the others are noted as refused."""
     for match in matches:
-        try:
-            legality.check(match, context)
-            graph.costs[match] = costs.of(match)
-        except Refused as why:
-            graph.refused.append((match, why))
+        refused: list[tuple[Match, Refused]] = []
+        for m in (match, *match.smaller):
+            try:
+                legality.check(m, context)
+                graph.costs[m] = costs.of(m)
+            except Refused as why:
+                refused.append((m, why))
+            else:
+                yield m
+                break
         else:
-            yield match
+            graph.refused.append(refused[0])
 
 
 def _shown(graph: GraphPlan, placement: Placement) -> str:
