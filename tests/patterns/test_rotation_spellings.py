@@ -309,6 +309,15 @@ def test_a_part_that_is_read_elsewhere_is_computed_all_the_same():
     compare(rewritten(fn, []), fn, tensors, [True, False, False])
 
 
+@pytest.mark.parametrize(("rows", "status"), [(1, MATCHED), (2, "check")])
+def test_a_table_without_positions_is_of_a_single_row(rows, status):
+    """Qwen4's keys of one block. Elsewhere it is a scaling of channels."""
+    fn = lambda x, c, s: x * c + torch.cat((-parts(x)[1], parts(x)[0]), -1) * s  # noqa: E731
+    tensors, sites = [of_seed(rows, 1, D, seed=1), *(of_seed(1, 1, D, seed=seed) for seed in (2, 3))], []
+    compare(rewritten(fn, sites), fn, tensors, [True, False, False])
+    assert [site.status for site in sites] == [status]
+
+
 def test_what_the_other_entries_match_is_theirs():
     """Of two entries that compute the same, the one whose tables the model has at hand."""
     sites = []

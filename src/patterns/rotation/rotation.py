@@ -196,9 +196,11 @@ class _Proof:
         return None
 
     def positions(self, coefficients: Coefficients) -> tuple[bool, int]:
-        """Which dimensions tables have: that of positions, and perhaps the batch's."""
+        """Which dimensions tables have: that of positions, and perhaps the batch's; of a single row, any."""
         leaves = {atom[0] for _, atoms in coefficients for atom in atoms}
         rows = sorted({a for i in leaves for a in self.reader.leaves[i].axes if a >= 0})
+        if all(map(is_one, self.rows)):
+            return False, 0
         _require(len(rows) == 1 or len(rows) == 2 and rows[0] == 0, "tables that differ from head to head")
         return len(rows) == 2, rows[-1]
 
@@ -217,7 +219,7 @@ class _Proof:
                 found = n.add("mul", (found, other), found.meta._replace(shape=shape, dtype=dtype))
             found = found if number == 1 else n.add("mul", (found, number), found.meta)
         *rows, pairs = shape_of(found)
-        _require(not is_one(rows[-1]), "a table without positions")
+        _require(not is_one(rows[-1]) or all(map(is_one, self.rows)), "a table without positions")
         return found if same_literal(pairs, len(coefficients)) else n.expand(found, (*rows, len(coefficients)))
 
     def part(self, atoms: tuple) -> Value:
