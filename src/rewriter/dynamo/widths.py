@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
+from sloth.compat.dispatch import is_traceable_wrapper_subclass
 from sloth.compat.dynamo import config, is_ours
 from sloth.integrations.integration import integration
 
@@ -31,7 +32,7 @@ def _keeping(context: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(context)
     def automatic_dynamic(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         made = context(e, tx, source, *args, **kwargs)
-        if not is_ours(tx) or not isinstance(e, torch.Tensor) or not e.is_floating_point() or e.dim() == 0:
+        if not is_ours(tx) or not _has_width(e):
             return made
         seen = _seen.setdefault(tx.f_code, {}).setdefault(source.name, set())
         seen.add((e.dim(), e.shape[-1]))
@@ -46,7 +47,12 @@ def _keeping(context: Callable[..., Any]) -> Callable[..., Any]:
     return automatic_dynamic
 
 
+def _has_width(e: Any) -> bool:
+    return isinstance(e, torch.Tensor) and e.is_floating_point() and e.dim() > 0 and not is_traceable_wrapper_subclass(e)
+
+
 def forget() -> None:
+    """Of widths that were seen: for torch.compiler.reset()."""
     _seen.clear()
 
 
