@@ -1,4 +1,4 @@
-"""The tables of figures in README.md and performance.md, of benchmarks/results. docs/tables.py writes them."""
+"""The tables of figures in README.md, performance.md and generation.md, of benchmarks/results. docs/tables.py writes them."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -152,8 +152,34 @@ def operators() -> str:
     return table(head, (row(told, name, file) for told, (name, file) in OPERATORS.items()))
 
 
+# ---------------------------------------------------------------- fine-tuning to the end, and generating
+
+
+def accuracy() -> str:
+    """How far losses are from eager's with the same seed, beside how far eager's seeds are from each other."""
+    of = json.loads((RESULTS / "accuracy.json").read_text())["summary"]
+    rows = (
+        ("seeds of eager", of["spread"]),
+        ("sloth, Trainer", of["sloth"]["apart"]),
+        ("`FastLanguageModel`", of["fast"]["apart"]),
+    )
+    head = ("", "training, means of 50 steps", "held out, at the end")
+    return table(head, ((name, f"{apart['curve']:.4f}", f"{apart['held_out']:.4f}") for name, apart in rows))
+
+
+def decode() -> str:
+    of = (found("decode", contender="sloth", batch=1), found("decode_8_rows", contender="sloth", batch=8))
+    head = ("rows", "tokens/s of `generate`", "a step alone", "first `generate`", "peak memory")
+    row = (
+        (str(r["batch"]), f"{r['tok_s']:.0f}", f"{r['step_ms']:.1f} ms", f"{r['first_s']:.0f} s", f"{r['peak_gib']} GiB")
+        for r in of
+    )
+    return table(head, row)
+
+
 README: dict[str, Callable[[], str]] = {"recipes": recipes}
 PERFORMANCE: dict[str, Callable[[], str]] = {
     "qlora": qlora, "attention": attention, "attention-short": attention_short, "attention-scores": attention_scores,
-    "loss": loss, "operators": operators,
+    "loss": loss, "operators": operators, "accuracy": accuracy,
 }  # fmt: skip
+GENERATION: dict[str, Callable[[], str]] = {"decode": decode}

@@ -94,6 +94,7 @@ TABLES = {
         "zoo_misses": zoo(results.misses_table, TITLES),
         "architectures": zoo(results.architectures_table, TITLES),
     },
+    "guides/generation.md": figures.GENERATION,
     "../README.md": figures.README,
 }
 
