@@ -366,3 +366,19 @@ def test_as_input_of_a_module():
     torch.manual_seed(0)
     layer = nn.Linear(V, 3)
     same_gradients(layer(x), layer(real), leaves)
+
+
+def test_a_slice_that_is_all_of_a_layer():
+    """[:1] of one row is the layer's result, not its call: the graph is rewritten all the same."""
+    from sloth.rewriter.backend import listening
+
+    x, (w, v) = torch.randn(1, 5, 8), torch.randn(2, 4, 8)
+
+    def model(x):
+        return F.linear(F.rms_norm(x @ w.mT @ w, (8,)), v)[:1]
+
+    torch._dynamo.reset()
+    with listening() as reports:
+        found = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "eager"})(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+    assert [report.untouched for report in reports] == [""]

@@ -291,7 +291,8 @@ def _is_layer(node: fx.Node, view: LoweredGraph) -> bool:
     v = view.env.get(node)
     if not isinstance(v, Value) or v.op != "linear" or not 2 <= len(node.args) + len(node.kwargs) <= 3:
         return False
-    given = [view.env.get(a) for a in (*node.args, *node.kwargs.values())[1:] if a is not None]
+    others = (*node.args, *node.kwargs.values())[1:]
+    given = [view.env.get(a) if isinstance(a, fx.Node) else a for a in others if a is not None]
     weights = [uncast(w) for w in v.args[1:] if w is not None]
     return [isinstance(w, Value) and uncast(w) for w in given] == weights
 
