@@ -108,6 +108,37 @@ def test_few_tokens_are_not_worth_it(graphs: StandIn) -> None:
         graphs.captured = 0
 
 
+def test_who_asks_for_it_gets_it_at_once(graphs: StandIn) -> None:
+    """By arguments of `generate`, or not at all by for_inference."""
+    from transformers import CompileConfig
+
+    from sloth import FastLanguageModel
+
+    model = made()
+    expected = tokens(model)
+    session.start(model, lambda: None, 1000)
+    assert torch.equal(tokens(model), expected) and not graphs.captured
+    asked = {"cache_implementation": "static", "compile_config": CompileConfig(backend="sloth")}
+    assert torch.equal(tokens(model, **asked), expected) and graphs.captured
+    FastLanguageModel.for_inference(model, replay_steps=False)
+    assert model not in session._decoders
+
+
+def test_who_may_stop_a_step_late(graphs: StandIn) -> None:
+    """Where nobody sees the token too many: nothing is drawn, and nothing of the caller's runs in each step."""
+    from transformers import LogitsProcessorList
+
+    model, flags = made(), []
+    session.start(model, lambda: None)
+    session._decoders[model].caches.give_back = lambda held: flags.append(held.sloth_stops_late)
+    mine = LogitsProcessorList([Banned()])
+    tokens(model)
+    tokens(model, do_sample=True)
+    tokens(model, logits_processor=mine)
+    model.generate(IDS, model.generation_config, mine, max_new_tokens=3)
+    assert flags == [True, False, False, False]
+
+
 class Banned:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores.index_fill(1, input_ids[0, -1:], -float("inf"))

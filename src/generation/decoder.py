@@ -36,7 +36,7 @@ class Decoder:
         self._compiled = compiled
         self._capture = capture
         self.device = device
-        self.asked, self.after = 0, after  # steps so far, and from how many on they are replayed
+        self.tokens_requested, self.replay_after = 0, after  # of a row, in all calls; from how many on steps are replayed
         self._kinds: weakref.WeakKeyDictionary[Any, dict[tuple, _Kind]] = weakref.WeakKeyDictionary()
         self._state: int | None = None
         self._failed = False

@@ -27,7 +27,8 @@ SEAMS = ("_prepare_cache_for_generation", "_valid_auto_compile_criteria", "get_c
 STATIC = (None, "static")
 MODES = ("greedy_search", "sample")
 ATTENTION = ("sdpa", "eager")
-PAYS_AFTER = 512  # tokens of a row: 30 s to rewrite 32 layers, 5 ms a token in place of 70 (H200)
+PAYS_AFTER = 640  # tokens of a row: 30 to 45 s to rewrite 32 layers, 5 ms a token in place of 70 (H200)
+CUSTOM = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")  # what may count how often it is called
 _decoders: weakref.WeakKeyDictionary[torch.nn.Module, Decoder] = weakref.WeakKeyDictionary()
 
 
@@ -39,7 +40,7 @@ def start(model: torch.nn.Module, backend: Callable[..., Any] | str, after: int 
     device = _device(model)
     held = _decoders.get(model)
     if held is not None and held.device == device:
-        held.after = min(held.after, after)
+        held.replay_after = min(held.replay_after, after)
         return True
     stop(model)
     capture = capture_for(device)
@@ -81,6 +82,8 @@ def session(model: Any, given: dict[str, Any]) -> Iterator[None]:
     asks = _asks_for_static(model, given) and _asks_for_sloth(model, given)
     started = asks and model not in _decoders and start(model, "sloth")
     decoder = _decoders.get(model)
+    if asks and decoder is not None:
+        decoder.replay_after = 0
     if decoder is not None and decoder.device != _device(model):
         tell_once("generating runs the model's own code: the model was moved. for_inference(model) begins anew")
         stop(model)
@@ -92,7 +95,7 @@ def session(model: Any, given: dict[str, Any]) -> Iterator[None]:
             yield
         elif decoder.busy.acquire(blocking=False):
             ends.callback(decoder.busy.release)
-            with _answering(model, decoder):
+            with _answering(model, decoder, any(given.get(name) for name in CUSTOM)):
                 yield
         else:
             with _left_alone(decoder):
@@ -100,14 +103,14 @@ def session(model: Any, given: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _answering(model: Any, decoder: Decoder) -> Iterator[None]:
-    """The model answers for itself, to the thread that is in here."""
+def _answering(model: Any, decoder: Decoder, custom: bool) -> Iterator[None]:
+    """The model answers for itself, to the thread that is in here. custom: something of the caller's is called in each step."""
     decoder.begin()
     lent: list[Any] = []
     fit: list[bool] = []
     theirs = {seam: partial(getattr(type(model), seam), model) for seam in SEAMS}
     ours = {
-        "_prepare_cache_for_generation": partial(_prepare_cache, model, decoder, lent, fit),
+        "_prepare_cache_for_generation": partial(_prepare_cache, model, decoder, lent, fit, custom),
         "_valid_auto_compile_criteria": lambda *of: True if fit else theirs["_valid_auto_compile_criteria"](*of),
         "get_compiled_call": lambda config: decoder if fit else theirs["get_compiled_call"](config),
     }
@@ -158,13 +161,15 @@ def _asks_for_sloth(model: Any, given: dict[str, Any]) -> bool:
 
 
 def _prepare_cache(
-    model: Any, decoder: Decoder, lent: list[Any], fit: list[bool], config: Any, kwargs: dict[str, Any], mode: Any, rows: int,
-    length: int,
+    model: Any, decoder: Decoder, lent: list[Any], fit: list[bool], custom: bool, config: Any,
+    kwargs: dict[str, Any], mode: Any, rows: int, length: int,
 ) -> None:  # fmt: skip
     """In place of a cache that grows, a static one, where steps over it can be replayed."""
     why = next(_unfit(model, config, kwargs, mode), None)
-    decoder.asked += config.max_new_tokens or length
-    few = decoder.asked < decoder.after
+    prompt = kwargs.get("attention_mask")
+    if not why:
+        decoder.tokens_requested += config.max_new_tokens or length - (0 if prompt is None else prompt.shape[1])
+    few = decoder.tokens_requested < decoder.replay_after
     if why:
         tell_once(f"generating runs the model's own code: {why}")
     elif not few:
@@ -174,6 +179,7 @@ def _prepare_cache(
         return
     rows *= config.num_return_sequences or 1
     taken = decoder.caches.take(_text(model), rows, max(length, config.max_cache_len or 0))
+    taken.sloth_stops_late = not (custom or config.do_sample or config.return_dict_in_generate)
     kwargs[_name_of_cache(model)] = taken
     if not config.return_dict_in_generate:  # else it is the caller's
         lent.append(taken)

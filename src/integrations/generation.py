@@ -18,6 +18,7 @@ from sloth.compat.dynamo import innermost_backend
 from sloth.integrations.integration import integration
 
 Session = Callable[[Any, dict[str, Any]], AbstractContextManager[None]]
+POSITIONAL = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 SESSIONS: list[Session] = []  # entered around `generate`, with the model and the keyword arguments
 
 
@@ -45,7 +46,7 @@ def _leave_alone(generation: ModuleType) -> None:
         ours = is_compiled_for_sloth(compiled)
         with ExitStack() as sessions:
             for session in SESSIONS:
-                sessions.enter_context(session(self, kwargs))
+                sessions.enter_context(session(self, {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}))
             if not ours:
                 return generate(self, *args, **kwargs)
             self._compiled_call_impl = None
@@ -64,7 +65,8 @@ def _leave_alone(generation: ModuleType) -> None:
 )
 def _stop_a_step_late(generation: ModuleType) -> None:
     """transformers asks in every step whether all rows have ended, and waits for the answer; on Apple's devices it takes that of
-    the step before. So it may where steps are replayed, over a cache that nobody sees afterwards.
+    the step before. So it may where steps are replayed and nothing can see the token too many: it is dropped, but processors,
+    criteria and random numbers of the caller's would have had a turn more.
     """
     check = getattr(generation, "DeferredStopCheck", None)
     if check is None:
@@ -73,7 +75,7 @@ def _stop_a_step_late(generation: ModuleType) -> None:
 
     @wraps(is_supported)
     def also_for_replays(device: Any, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:
-        ours = device.type == "cuda" and hasattr(cache, "sloth_key") and not (cache_is_returned or is_assistant)
+        ours = device.type == "cuda" and getattr(cache, "sloth_stops_late", False) and not (cache_is_returned or is_assistant)
         return ours or is_supported(device, cache, cache_is_returned, is_assistant)
 
     check.is_supported = staticmethod(also_for_replays)

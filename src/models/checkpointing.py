@@ -50,8 +50,7 @@ def for_training(model: Any, use_gradient_checkpointing: Any = None) -> Any:
         set_offloading(model, offload)
     model.train()
     base_of(model).config.use_cache = False
-    if (session := sys.modules.get("sloth.generation.session")) is not None:  # else nothing was started
-        session.stop(base_of(model))
+    _stop(model)
     return model
 
 
@@ -59,8 +58,8 @@ def for_inference(model: Any, replay_steps: bool | None = None) -> Any:
     """Evaluation mode: dropout is off, keys and values are kept for `generate`. Returns the model.
 
     replay_steps: on a GPU with CUDA graphs, does `generate` replay the forward pass of a token (docs/guides/generation.md), with
-    the same weights, which are not copied, until `for_training`? The first time takes some 30 s for 32 layers. None: once so many
-    tokens were asked for that it pays.
+    the same weights, which are not copied, until `for_training`? The first time takes half a minute and more for 32 layers. None:
+    once so many tokens were asked for that it pays.
     """
     model.eval()
     base_of(model).config.use_cache = True
@@ -68,4 +67,12 @@ def for_inference(model: Any, replay_steps: bool | None = None) -> Any:
         from sloth.generation.session import PAYS_AFTER, start  # not before: Dynamo takes a second to import
 
         start(base_of(model), steps_backend(), 0 if replay_steps else PAYS_AFTER)
+    elif replay_steps is False:
+        _stop(model)
     return model
+
+
+def _stop(model: Any) -> None:
+    """Let `generate` be transformers' own."""
+    if (session := sys.modules.get("sloth.generation.session")) is not None:  # else nothing was started
+        session.stop(base_of(model))
