@@ -79,7 +79,7 @@ def test_the_operator_of_attention_takes_it(monkeypatch):
 def test_bad_operands_are_refused():
     q, k, v = make((1, 4, 1, 16), torch.float32), *(make((1, 2, 9, 16), torch.float32) for _ in "kv")
     seen = torch.ones(1, 9, device=q.device).bool()
-    for bad in ((q.expand(1, 4, 2, 16), k, v, seen), (q, k, v, seen.int())):
+    for bad in ((q.expand(1, 4, 2, 16), k, v, seen), (q, k, v, seen.int()), (q.expand(3, 4, 1, 16), k, v, seen)):
         with pytest.raises(RuntimeError, match="decode_attention: query"):
             decode_attention(*bad, 0.25)
     for bad in ((q, k[:, :, :8], v, seen), (q, k, v, seen[:, :8])):

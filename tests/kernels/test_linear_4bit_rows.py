@@ -103,6 +103,13 @@ def test_three_at_once(path, m):
     judged(path(x, layers, scale), x, layers, scale)
 
 
+def test_adapters_of_a_large_rank(monkeypatch):
+    """A program would hold a row of B for each row of x: the weights are dequantised."""
+    layer, x = Layer(24, 128, torch.bfloat16, rank=module.MOST_RANK + 1), make((3, 128), torch.bfloat16)
+    monkeypatch.setattr(module, "_rows_for", lambda x: pytest.fail("by the kernels"))
+    judged(operator(x, [layer], [1.0]), x, [layer], [1.0])
+
+
 def test_operands_that_begin_anywhere():
     """Eight bytes are read at once."""
     layer, x = Layer(24, 128, torch.bfloat16), make((1, 129), torch.bfloat16)[:, 1:]

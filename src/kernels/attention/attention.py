@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sloth.kernels.attention.decode_attention import decode_attention
+from sloth.kernels.attention.decode_attention import decode_attention, takes
 from sloth.kernels.attention.interval_attention import interval_attention
 from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
@@ -237,7 +237,7 @@ def attention_composite(
     if low is not None:  # as it does for torch's own
         query, key, value = (t if t.dtype == torch.float64 else t.to(low) for t in (query, key, value))
     alone = isinstance(S, int) and S == 1 and visible is not None and bounds is sinks is bias is None
-    if alone and dropout_p == 0 and not (exactly or nan or written) and not _needs_gradient(query, key, value):
+    if alone and dropout_p == 0 and takes(query, value) and not (exactly or nan or written or _needs_gradient(query, key, value)):
         return decode_attention(query, key, value, visible.reshape(-1, T), scale, softcap, uniform)
     if bounds is not None:
         (*seen, fully_masked) = bounds if uniform else (*bounds, None)

@@ -36,7 +36,7 @@ def _part_kernel(
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, KEYS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """m, l [B·H, parts] and a [B·H, parts, E] of KEYS keys. m is in units of log 2."""
-    b, g = tl.program_id(0) // G, tl.program_id(0) % G
+    b, g = (tl.program_id(0) // G).to(tl.int64), (tl.program_id(0) % G).to(tl.int64)  # a cache may have 2^31 elements
     part, parts = tl.program_id(1), tl.num_programs(1)
     h, d, e, n = tl.arange(0, GP), tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, BN)
     q_at = b * q_b + (g * GROUP + h[:, None]) * q_h + d[None, :]
@@ -121,15 +121,14 @@ def _triton(query, key, value, seen, scale: float, softcap: float | None, unifor
 
 def _aten(query, key, value, seen, scale: float, softcap: float | None, uniform: bool) -> Tensor:
     mask, grouped = seen[:, None, None], query.shape[1] != key.shape[1]
-    if uniform:  # a score that is swallowed, not one that is not there
-        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
-    if softcap is None:
+    if softcap is None and not uniform:
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
     dtype = torch.promote_types(query.dtype, torch.float32)
     k, v = (t.to(dtype).repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-    s = softcap * torch.tanh(query.to(dtype) @ k.mT * scale / softcap)
-    s = s + mask if uniform else s.masked_fill(~mask, -torch.inf)
-    return (s.softmax(-1).nan_to_num(0.0) @ v).to(value.dtype)
+    s = query.to(dtype) @ k.mT * scale
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    p = s.masked_fill(~mask, torch.finfo(dtype).min).softmax(-1)
+    return ((p if uniform else p * mask) @ v).to(value.dtype)
 
 
 # ---------------------------------------------------------------- the operator
@@ -139,6 +138,12 @@ torch.library.define(
     "(Tensor query, Tensor key, Tensor value, Tensor seen, float scale, float? softcap=None, bool uniform=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def takes(query: Tensor, value: Tensor) -> bool:
+    """Are the kernels made for heads of these widths? In fp32, which no tensor core multiplies, a tile must fit in registers."""
+    width = max(query.shape[3], value.shape[3])
+    return width <= (256 if query.element_size() == 2 else 64)
 
 
 @falls_back("sloth::decode_attention", "attention_by_mask")
@@ -153,18 +158,21 @@ _decode_for = implementations("sloth::decode_attention", triton=_triton, aten=_a
 def _check(query, key, value, seen) -> None:
     """What holds for all lengths; these are compared where they are computed with, as no graph is for one of them."""
     no_derivative(query, key, value)
-    (_, H, S, D), G = query.shape, key.shape[1]
+    (B, H, S, D), G = query.shape, key.shape[1]
     told = (
         f"decode_attention: query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}, seen {list(seen.shape)}"
     )
     torch._check(S == 1 and H % G == 0 and key.shape[3] == D and value.shape[1] == G, lambda: told)
-    torch._check(seen.dim() == 2 and seen.dtype == torch.bool, lambda: told)
+    torch._check(key.shape[0] == value.shape[0] == B and seen.dim() == 2 and seen.dtype == torch.bool, lambda: told)
 
 
 @torch.library.impl("sloth::decode_attention", "CompositeExplicitAutograd")
 def decode_attention_impl(query, key, value, seen, scale, softcap=None, uniform=False):
     _check(query, key, value, seen)
     lengths = key.shape[2], value.shape[2], seen.shape[1]
+    torch._check(
+        seen.shape[0] in (1, query.shape[0]), lambda: f"decode_attention: {seen.shape[0]} masks of {query.shape[0]} rows"
+    )
     torch._check(len(set(lengths)) == 1, lambda: f"decode_attention: keys, values and mask of lengths {lengths}")
     return compute_decode_attention(query, key, value, seen, scale, softcap, uniform)
 

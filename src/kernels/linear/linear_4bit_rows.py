@@ -30,6 +30,7 @@ from sloth.kernels.linear.lookup_4bit import lane_values
 from sloth.kernels.linear.lora import lora_linear
 
 MOST = 16  # rows of x that the kernels take
+MOST_RANK = 128  # of adapters: a program holds a row of it for each row of x
 ROWS_DTYPES = (torch.bfloat16, torch.float16)  # of x
 BY_ELEMENT = 2  # rows up to which no tensor core is used
 TOGETHER = 3  # layers of one launch
@@ -156,7 +157,7 @@ def compute_linear_4bit_rows(
     dtype = dtype or x.dtype
     weights = list(zip(packed, absmax, absmax_8bit, code8, offset, rows, strict=True))
     x2 = x.reshape(-1, x.shape[-1])
-    compute = _rows_for(x) if serves(x2, blocksize) else _aten
+    compute = _rows_for(x) if serves(x2, blocksize) and all(of is None or of.shape[0] <= MOST_RANK for of in a) else _aten
     out = compute(x2, weights, bias, a, b, scale, blocksize, quant_type, dtype)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in out]
 
@@ -263,7 +264,7 @@ def _gathering(m: int, nested: bool, rank: int):
 
 COMPILE = [
     _compile_case(1, True, 16),
-    _compile_case(8, True, 16),
+    _compile_case(8, True, MOST_RANK),
     _compile_case(2, False, 0),
     _gathering(1, True, 16),
     _gathering(8, True, 16),

@@ -113,7 +113,7 @@ def _by_element(
         word = tl.load(packed_ptr.to(tl.pointer_type(tl.int64)) + (row[:, None] + w[None, :]), both, 0)
         block = row_blocks[:, None] + (w // (HALF // 8))[None, :]
         scale = _scales(absmax_ptr, absmax_8bit_ptr, code8_ptr, offset_ptr, block, both, NESTED, NESTED_BLOCK)
-        x_at, x_inside = m[:, None] * (HALF_K // 2) + 4 * w[None, :], (m < M)[:, None] & inside[None, :]
+        x_at, x_inside = m[:, None] * (HALF_K // 2) + 4 * w[None, :], inside[None, :]
         sums = _products(x_ptr, x_at, x_inside, word.to(tl.int32), table, tl.zeros([M, BN, WORDS], tl.float32), LANES)
         sums = _products(x_ptr, x_at + 2, x_inside, (word >> 32).to(tl.int32), table, sums, LANES)
         acc += sums * scale[None, :, :]
@@ -172,7 +172,8 @@ def _rows(
         MP: tl.constexpr = 16
         m = tl.arange(0, MP)
         y = _by_tensor_cores(
-            x_ptr, packed_ptr, absmax_ptr, absmax_8bit_ptr, code8_ptr, offset_ptr, n, n_inside, HALF_K // 16 * 16,
+            x_ptr, packed_ptr, absmax_ptr, absmax_8bit_ptr, code8_ptr, offset_ptr, n, n_inside,
+            HALF_K // 16 * 16,  # the same, and said to be a multiple: 16 bytes lie side by side
             M, BN, BLOCKS, HALF, NESTED, NESTED_BLOCK, CODE, STAGES,
         )  # fmt: skip
     else:
