@@ -183,7 +183,7 @@ sloth.reset = _reset
 
 @contextmanager
 def listening() -> Iterator[list[GraphReport]]:
-    """The reports of the graphs compiled meanwhile, by this thread or any other; how often these run meanwhile is counted."""
+    """The reports of the graphs compiled meanwhile, by this thread or any other. How often these run is counted: of one call."""
     reports: list[GraphReport] = []
     _listeners.append(reports)
     try:

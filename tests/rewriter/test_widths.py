@@ -45,6 +45,23 @@ def test_a_width_that_differs_is_a_symbol() -> None:
     assert len(graphs) == 2
 
 
+def test_lengths_that_happen_to_be_the_same_cost_one_graph() -> None:
+    """However many inputs have them, and whenever these turn out to differ."""
+
+    def total(*xs: Tensor) -> Tensor:
+        return sum(x.sum() for x in xs)
+
+    def calls() -> list[list[Tensor]]:
+        lengths = [[7] * 4, [7] * 4, *([8] * n + [7] * (4 - n) for n in range(1, 5)), [9] * 4]
+        return [[torch.randn(n) if i == 0 else torch.randn(2, n) for n in of] for i, of in enumerate(lengths)]
+
+    run = compiled(total)
+    with listening() as graphs:
+        for xs in calls():
+            torch.testing.assert_close(run(*xs), total(*xs))
+    assert len(graphs) <= 3
+
+
 def test_who_marks_a_width_has_a_symbol() -> None:
     run = compiled(lambda x: x * 2)
     with listening() as graphs:

@@ -3,8 +3,8 @@
 Dynamo makes a size a symbol when it differs from that of the call before. Of tensors with another number of dimensions it
 compares none: all sizes become symbols. So in a function that is compiled by itself, because the model breaks around it, and
 that rotates queries [B, S, H, D] and then keys [N, D], D becomes one, and nothing can prove any more that it is even. Here the
-last dimension, which is a width of the model wherever it has always been the same, stays what it is; a tensor with another one is
-traced with a symbol, as without sloth.
+last dimension, which is a width of the model wherever it has always been the same, stays what it is. Where one that was kept
+turns out to be a length, nothing of that function is kept any more: that is one graph more, however many inputs it has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import wraps
 from types import CodeType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic
@@ -23,6 +23,8 @@ from sloth.compat.dispatch import is_traceable_wrapper_subclass
 from sloth.compat.dynamo import config, is_ours
 from sloth.integrations.integration import integration
 
+_lengths: WeakSet[CodeType] = WeakSet()  # functions of which a width that was kept was a length
+_kept: WeakKeyDictionary[CodeType, set[str]] = WeakKeyDictionary()  # by source
 _seen: WeakKeyDictionary[CodeType, dict[str, set[tuple[int, int]]]] = WeakKeyDictionary()  # dimensions and width, by source
 
 
@@ -39,8 +41,12 @@ def _keeping(context: Callable[..., Any]) -> Callable[..., Any]:
         widths, ranks = {width for _, width in seen}, {rank for rank, _ in seen}
         marked = any(name.startswith("_dynamo") for name in vars(e))
         left_to_dynamo = config.assume_static_by_default and config.automatic_dynamic_shapes
-        if len(widths) > 1 or len(ranks) == 1 or marked or not left_to_dynamo:
+        kept = _kept.setdefault(tx.f_code, set())
+        if len(widths) > 1 and source.name in kept:
+            _lengths.add(tx.f_code)
+        if len(widths) > 1 or len(ranks) == 1 or marked or not left_to_dynamo or tx.f_code in _lengths:
             return made
+        kept.add(source.name)
         sizes, asked = [*made.dynamic_sizes[:-1], DimDynamic.STATIC], [*made.constraint_sizes[:-1], None]
         return replace(made, dynamic_sizes=sizes, constraint_sizes=asked)
 
@@ -53,7 +59,8 @@ def _has_width(e: Any) -> bool:
 
 def forget() -> None:
     """Of widths that were seen: for torch.compiler.reset()."""
-    _seen.clear()
+    for known in (_seen, _kept, _lengths):
+        known.clear()
 
 
 @integration(
