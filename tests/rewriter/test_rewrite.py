@@ -397,3 +397,22 @@ def test_misses_that_cannot_be_told_cost_no_rewrite(monkeypatch: pytest.MonkeyPa
     gm = rewritten_graph(Norm(8), torch.randn(2, 3, 8))
     assert [n for n in gm.graph.nodes if "rms_norm" in str(n.target)]
     assert "is not told: KeyError" in caplog.text
+
+
+def test_symbols_are_written_as_nodes() -> None:
+    """A graph holds no symbols, though its inputs may have their names: sizes of a view are inputs, or sizes of one."""
+    seen = []
+
+    def sloth(gm: fx.GraphModule, _: Any) -> Callable:
+        rewriter = object.__new__(applying.Rewriter)
+        rewriter.graph = gm.graph
+        (x,) = (n for n in gm.graph.nodes if isinstance(n.meta.get("example_value"), Tensor) and n.op == "placeholder")
+        rows, columns = x.meta["example_value"].shape
+        seen.append([rewriter.number(a) for a in (rows, (columns, 3), rows * columns + 1)])
+        gm.graph.lint()
+        return gm.forward
+
+    torch.compile(lambda x: x.sin(), backend=sloth, dynamic=True)(torch.randn(4, 6))
+    ((rows, (columns, three), other),) = seen
+    assert isinstance(rows, fx.Node) and isinstance(columns, fx.Node) and rows is not columns and three == 3
+    assert isinstance(other, torch.SymInt), "that is no size of an input"

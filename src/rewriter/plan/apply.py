@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from sloth.rewriter.graph.aliasing import copies_by_layout, may_write, storages, writes_for_others, writes_outside
 from sloth.rewriter.graph.lower import LoweredGraph
-from sloth.rewriter.graph.value import Value, values_in
+from sloth.rewriter.graph.value import Symbol, Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
 from sloth.rewriter.plan.bodies import lift_captured_value
 from sloth.rewriter.plan.hoist import drop_unread_inputs, hoist
@@ -138,14 +138,29 @@ class Rewriter:
             return v.nodes[0]
         if v.replaces:
             return self.operand(v.replaces[0])
-        node = self.graph.call_function(
-            LOWERINGS[v.op], tuple(self.operand(a) if isinstance(a, Value) else a for a in lowered_args(v))
-        )
+        args = tuple(self.operand(a) if isinstance(a, Value) else self.number(a) for a in lowered_args(v))
+        node = self.graph.call_function(LOWERINGS[v.op], args)
         node.meta.update({k: m for k, m in v.origin.meta.items() if k != "example_value"})
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         v.nodes.append(node)
         self.view.regions[node] = v.region
         return node
+
+    def number(self, a: Any) -> Any:
+        """A symbol as a node: an input that it is, or a size of one."""
+        if isinstance(a, tuple):
+            return tuple(map(self.number, a))
+        for n in self.graph.find_nodes(op="placeholder") if isinstance(a, Symbol) else ():
+            example = n.meta.get("example_value")
+            for dim, size in enumerate(example.shape if isinstance(example, torch.Tensor) else (example,)):
+                if isinstance(size, Symbol) and size.node.expr == a.node.expr:
+                    if size is example:
+                        return n
+                    with self.graph.inserting_after(n):
+                        found = self.graph.call_function(torch.ops.aten.sym_size.int, (n, dim))
+                    found.meta["example_value"] = size
+                    return found
+        return a
 
     def outputs(self, call: fx.Node, match: Match, roots: list[Value]) -> list[fx.Node]:
         """The nodes that hold the results, with the metadata of those they replace: where in the model, and what it looks
