@@ -65,7 +65,7 @@ def factors(v: Value) -> Iterator[tuple[Value, Value]]:
 # ---------------------------------------------------------------- norms
 
 
-def _of_last(v: Value) -> bool:
+def of_last(v: Value) -> bool:
     """Is it a sum or mean over the last dimension?"""
     dims = v.args[1] if len(v.args) > 1 else None
     return isinstance(dims, tuple | list) and len(dims) == 1 and dims[0] in (-1, len(v.args[0].meta.shape) - 1)
@@ -82,7 +82,7 @@ def _square_of(v: Value) -> Value | None:
 def _centred(x: Value) -> Value | None:
     """x of x − mean(x)."""
     x = uncast(x)
-    if x.op == "sub" and isinstance(x.args[1], Value) and (mean := base(x.args[1])).op == "mean" and _of_last(mean):
+    if x.op == "sub" and isinstance(x.args[1], Value) and (mean := base(x.args[1])).op == "mean" and of_last(mean):
         return x.args[0]
     return None
 
@@ -102,9 +102,9 @@ def _is_vector(w: Value, like: Value) -> bool:
 
 def _moment(v: Value) -> tuple[str, Value] | None:
     """Of what this is the mean or sum of squares, or the variance, over the last dimension."""
-    if v.op in ("var", "std", "var_mean") and _of_last(v):
+    if v.op in ("var", "std", "var_mean") and of_last(v):
         return "variance", v.args[0]
-    if v.op not in ("mean", "sum") or not _of_last(v) or (x := _square_of(v.args[0])) is None:
+    if v.op not in ("mean", "sum") or not of_last(v) or (x := _square_of(v.args[0])) is None:
         return None
     centred = _centred(x)
     return (v.op, x) if centred is None else ("variance", centred)

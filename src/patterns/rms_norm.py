@@ -19,11 +19,12 @@ from sloth.rewriter.plan.narrow import adds, rounds_once
 
 
 def is_norm(v: Value) -> bool:
-    """rsqrt(mean(x · x) + eps), or of the sum, or PyTorch's own operator."""
+    """rsqrt(mean(x · x) + eps), or of the sum over the last dimension, or PyTorch's own operator."""
     if v.op == "rms_norm":
         return True
     mean = v.args[0].args[0] if v.op == "rsqrt" and v.args[0].op == "add" else None
-    square = mean.args[0] if isinstance(mean, Value) and mean.op in ("mean", "sum") else None
+    averaged = isinstance(mean, Value) and (mean.op == "mean" or mean.op == "sum" and mathematics.of_last(mean))
+    square = mean.args[0] if averaged else None
     return square is not None and square.op == "mul" and square.args[0] is square.args[1] and not is_centred(square.args[0])
 
 
