@@ -5,6 +5,7 @@ Their lengths are rounded up to a few sizes, so that a prompt of another length 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,6 +82,19 @@ def has_plain_layers(config: Any) -> bool:
         return _are_plain(StaticCache(config=config, max_cache_len=SMALLEST))
     except (KeyError, AttributeError):  # it has no static cache
         return False
+
+
+@cache
+def holds_two_dtypes() -> bool:
+    """Does a static cache take keys and values of two dtypes, as autocast may give them? That of transformers 5.17 raises."""
+    from transformers.cache_utils import StaticLayer
+
+    keys = torch.zeros(1, 1, 1, 1)
+    try:
+        StaticLayer(max_cache_len=1).update(keys, keys.bfloat16())
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _are_plain(cache: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sloth.generation.caches import has_plain_layers, is_static
+from sloth.generation.caches import has_plain_layers, holds_two_dtypes, is_static
 from sloth.generation.capture import capture_for
 from sloth.generation.decoder import Decoder
 from sloth.integrations import generation
@@ -206,6 +206,8 @@ def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> Iterat
         yield f"attention is {text._attn_implementation!r}"
     if not getattr(model, "_can_compile_fullgraph", False):
         yield "transformers cannot compile its forward pass whole"
+    if torch.is_autocast_enabled(model.device.type) and not holds_two_dtypes():
+        yield "autocast may give keys and values two dtypes, which static caches of this transformers do not hold"
     if not has_plain_layers(text):
         yield "its layers keep more than keys and values"
 
