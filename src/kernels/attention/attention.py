@@ -38,7 +38,7 @@ from torch import Tensor
 from sloth.kernels.attention.decode_attention import decode_attention, takes
 from sloth.kernels.attention.interval_attention import interval_attention
 from sloth.kernels.common.dispatch import implementations
-from sloth.kernels.common.launch import compute_dtype, use_triton, without_autocast
+from sloth.kernels.common.launch import compute_dtype, needs_gradient, use_triton, without_autocast
 
 WIDE = torch.float32, torch.float64
 WIDEST, MULTIPLE = 256, 8  # channels of a head that the kernels take
@@ -237,7 +237,7 @@ def attention_composite(
     if low is not None:  # as it does for torch's own
         query, key, value = (t if t.dtype == torch.float64 else t.to(low) for t in (query, key, value))
     alone = isinstance(S, int) and S == 1 and visible is not None and bounds is sinks is bias is None
-    if alone and dropout_p == 0 and takes(query, value) and not (exactly or nan or written or _needs_gradient(query, key, value)):
+    if alone and dropout_p == 0 and takes(query, value) and not (exactly or nan or written or needs_gradient(query, key, value)):
         return decode_attention(query, key, value, visible.reshape(-1, T), scale, softcap, uniform)
     if bounds is not None:
         (*seen, fully_masked) = bounds if uniform else (*bounds, None)
@@ -253,10 +253,6 @@ def attention_composite(
         lost = value.sum(2, keepdim=True) * torch.where(sees.all(2, keepdim=True), 0.0, math.nan).to(value.dtype)
         return torch.where(sees, out, lost.repeat_interleave(query.shape[1] // key.shape[1], 1))
     return out * torch.where(sees, 1.0, math.nan).to(out.dtype) if nan else out
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:

@@ -173,11 +173,16 @@ def without_autocast(x: torch.Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Does autograd record what is computed of these?"""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def no_derivative(*tensors: torch.Tensor | None) -> None:
     """For operators that have none: gradients are refused, not silently lost. A formula for autograd that raises would do so
     too, but passing through autograd takes the host 10 μs in every call, and a model makes thousands in a step.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_gradient(*tensors):
         raise RuntimeError("this operator of sloth has no derivative: it is a part of others that have one")
 
 

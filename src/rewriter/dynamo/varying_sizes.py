@@ -52,16 +52,17 @@ def _is_tokens(e: Any) -> bool:
 def sizes_vary() -> bool:
     """Does a trainer feed the model, and is it left to Dynamo which sizes are symbols?"""
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    return bool(state and state._shared_state) and _is_left_to_dynamo()
+    return bool(state and state._shared_state) and is_left_to_dynamo()
 
 
 def _is_asked(tx: Any) -> bool:
     """Is the graph traced for a backend that says so?"""
     wrapper = innermost_backend(tx.output.compiler_fn)
-    return getattr(getattr(wrapper, "compiler_fn", wrapper), "lengths_vary", False) and _is_left_to_dynamo()
+    return getattr(getattr(wrapper, "compiler_fn", wrapper), "lengths_vary", False) and is_left_to_dynamo()
 
 
-def _is_left_to_dynamo() -> bool:
+def is_left_to_dynamo() -> bool:
+    """Is it neither `dynamic=True` nor `False`?"""
     return config.assume_static_by_default and config.automatic_dynamic_shapes
 
 

@@ -20,8 +20,9 @@ import torch
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from sloth.compat.dispatch import is_traceable_wrapper_subclass
-from sloth.compat.dynamo import config, is_ours
+from sloth.compat.dynamo import is_ours
 from sloth.integrations.integration import integration
+from sloth.rewriter.dynamo.varying_sizes import is_left_to_dynamo
 
 _lengths: WeakSet[CodeType] = WeakSet()  # functions of which a width that was kept was a length
 _kept: WeakKeyDictionary[CodeType, set[str]] = WeakKeyDictionary()  # by source
@@ -40,11 +41,10 @@ def _keeping(context: Callable[..., Any]) -> Callable[..., Any]:
         seen.add((e.dim(), e.shape[-1]))
         widths, ranks = {width for _, width in seen}, {rank for rank, _ in seen}
         marked = any(name.startswith("_dynamo") for name in vars(e))
-        left_to_dynamo = config.assume_static_by_default and config.automatic_dynamic_shapes
         kept = _kept.setdefault(tx.f_code, set())
         if len(widths) > 1 and source.name in kept:
             _lengths.add(tx.f_code)
-        if len(widths) > 1 or len(ranks) == 1 or marked or not left_to_dynamo or tx.f_code in _lengths:
+        if len(widths) > 1 or len(ranks) == 1 or marked or not is_left_to_dynamo() or tx.f_code in _lengths:
             return made
         kept.add(source.name)
         sizes, asked = [*made.dynamic_sizes[:-1], DimDynamic.STATIC], [*made.constraint_sizes[:-1], None]
