@@ -35,7 +35,9 @@ from sloth.rewriter.graph.ambient import dtypes
 from sloth.rewriter.graph.value import Symbol
 
 # On a GPU, casts of adapters and of their gradients, a dozen a layer and pass, are one launch where none waits for another.
-PREFERRED = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
+# What is computed element by element waits for memory: of its block sizes Inductor would compile and time several, seconds of the
+# first step, in each process again where workers compile under another key of caches than they are looked up by.
+PREFERRED = {"combo_kernels": True, "combo_kernels_pointwise_only": True, "triton.autotune_pointwise": False}
 # Inductor's code asks each tensor for its sizes and strides in every call, 250 times for a layer of a QLoRA model: a twentieth of
 # the host's work. Dynamo's guards, and `regions` for what parts hand on, ask the same. Whoever sets the variables gets them.
 ASSERTS = {"size_asserts": "TORCHINDUCTOR_SIZE_ASSERTS", "alignment_asserts": "TORCHINDUCTOR_ALIGNMENT_ASSERTS"}
