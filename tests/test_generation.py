@@ -377,6 +377,39 @@ def test_left_to_transformers(graphs: StandIn, left: str, caplog: pytest.LogCapt
     assert not graphs.captured
 
 
+TRAINING = {
+    "dropout": ({"attention_dropout": 0.5}, "model.layers.0.self_attn.attention_dropout is 0.5"),
+    "checkpointing": ({}, "checkpointing keeps no cache"),
+}
+
+
+@pytest.mark.parametrize("left", TRAINING)
+def test_training_mode_where_it_changes_something(
+    graphs: StandIn, left: str, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    changes, why = TRAINING[left]
+    monkeypatch.setattr("sloth.rewriter.notices._said", set())
+    model = made(**changes).train()
+    if left == "checkpointing":
+        model.gradient_checkpointing_enable()
+    session.start(model, lambda: None)
+    with caplog.at_level(logging.INFO, "sloth"), torch.no_grad():
+        tokens(model)
+    assert f"the model is in training mode, where {why}" in caplog.text and not graphs.captured
+    session.stop(model)
+    both(graphs, model.eval())
+
+
+def test_training_mode_where_it_changes_nothing(graphs: StandIn) -> None:
+    """GRPO generates in it."""
+    model = made().train()
+    both(graphs, model)
+    captured = graphs.captured
+    with torch.no_grad():
+        tokens(model)
+    assert graphs.captured == captured
+
+
 def test_layers_without_a_static_cache(graphs: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made()
     expected = tokens(model)

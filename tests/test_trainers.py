@@ -133,6 +133,28 @@ def test_recipes(recipe: str, through: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_grpo_generates_by_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curve of plain training, with checkpointing, which the trainer switches off and on around each `generate`."""
+    from generating import StandIn
+
+    from sloth import FastLanguageModel
+    from sloth.generation import session
+
+    graphs = StandIn()
+    monkeypatch.setattr(session, "capture_for", lambda device: graphs)
+    monkeypatch.setattr(session, "_compiled", lambda backend: lambda model, inputs: model(**inputs))
+    row, more = TRAINERS["GRPO"], {"gradient_checkpointing": True, "max_completion_length": 24}
+    folder = checkpoint(tmp_path / "start")
+    theirs = train(row, plain(folder, row), tmp_path / "plain", **more)
+    model = FastLanguageModel.for_training(fast(folder, row), use_gradient_checkpointing=True)
+    with listening() as reports:
+        ours = train(row, FastLanguageModel.for_inference(model, replay_steps=True), tmp_path / "ours", **more)
+    assert_same(ours, theirs, 1e-4)
+    assert_compiled(reports)
+    assert graphs.captured == 1 and graphs.replayed > 30
+
+
+@pytest.mark.nightly
 def test_from_the_command_line(tmp_path: Path) -> None:
     """`trl sft … --torch_compile_backend sloth`, and without."""
     folder = checkpoint(tmp_path / "start")

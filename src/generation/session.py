@@ -7,6 +7,7 @@ attributes of the object; its class is as it was. Sampling, processors, stopping
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ STATIC = (None, "static")
 MODES = ("greedy_search", "sample")
 ATTENTION = ("sdpa", "eager")
 PAYS_AFTER = 640  # tokens of a row: 30 to 45 s to rewrite 32 layers, 5 ms a token in place of 70 (H200)
+DRAWN = re.compile("drop|jitter|noise")  # in the names of what modules draw by
 CUSTOM = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")  # what may count how often it is called
 _decoders: weakref.WeakKeyDictionary[torch.nn.Module, Decoder] = weakref.WeakKeyDictionary()
 
@@ -190,8 +192,8 @@ def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> Iterat
     came before.
     """
     given, text = kwargs.get(_name_of_cache(model)), _text(model)
-    if model.training:
-        yield "the model is in training mode"
+    if model.training and (why := _of_training(model)):
+        yield f"the model is in training mode, where {why}"
     if mode.value not in MODES or config.is_assistant:
         yield f"generation mode is {mode.value}"
     if not config.use_cache:
@@ -210,6 +212,22 @@ def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> Iterat
         yield "autocast may give keys and values two dtypes, which static caches of this transformers do not hold"
     if not has_plain_layers(text):
         yield "its layers keep more than keys and values"
+
+
+def _of_training(model: torch.nn.Module) -> str | None:
+    """Why its forward pass is another one in training mode, if it is. GRPO generates in that mode."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if getattr(module, "gradient_checkpointing", False):
+            return "checkpointing keeps no cache"
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+            return f"{name} takes its statistics from what it is given"
+        named = {"p": module.p} if isinstance(module, torch.nn.modules.dropout._DropoutNd) else vars(module)
+        for attribute, value in named.items():
+            if isinstance(value, float) and value > 0 and (attribute == "p" or DRAWN.search(attribute)):
+                return f"{name}.{attribute} is {value}"
+    return None
 
 
 def _text(model: Any) -> Any:
