@@ -8,6 +8,7 @@ from common import DEVICE, cases, compare, make
 from hypothesis import given
 from hypothesis import strategies as st
 from recorder import Recorder, interpret
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sloth.kernels.attention import attention as module
 from sloth.kernels.attention import interval_attention as kernels
@@ -45,7 +46,12 @@ def eager(how, scale):
 
     def function(q, k, v):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask_of(q.shape[2], *how), scale=scale)
+        given = q, k, v, mask_of(q.shape[2], *how)
+        try:
+            return F.scaled_dot_product_attention(*given, scale=scale)
+        except RuntimeError:  # on a GPU torch picks a kernel that it then has not, where heads have a single channel
+            with sdpa_kernel(SDPBackend.MATH):
+                return F.scaled_dot_product_attention(*given, scale=scale)
 
     return function
 
