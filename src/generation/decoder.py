@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from sloth.generation.caches import Caches, counters, full, is_made, is_static, modes, prepare, tensors_of, vary
+from sloth.integrations.transformers import marks_gradients
 from sloth.rewriter.notices import warn_once
 
 ATTEMPTS = 4  # to capture a kind; Dynamo may need two graphs until it takes a number for one that varies
 KINDS = 8  # of one cache: windows that fill, masks or none; each has a graph
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
 UNCAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
+CHECKPOINTING = ("_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")  # no part of a step's graph
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
@@ -207,7 +209,16 @@ def state_of(model: torch.nn.Module) -> int:
     """A number that is another one when a graph of the model's would be: addresses of its tensors, and what its modules hold
     beside these that is a number or a name (of adapters, their scales).
     """
-    return hash(tuple(_hashed(vars(m), 4) for m in model.modules()))
+    return hash(tuple(_hashed(dict(_seen(m)), 4) for m in model.modules()))
+
+
+def _seen(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """What of it a graph may depend on: not what comes and goes where a trainer switches checkpointing off and on."""
+    for name, value in vars(module).items():
+        if name == "_forward_hooks":
+            yield name, [hook for hook in value.values() if not marks_gradients(hook)]
+        elif name not in CHECKPOINTING:
+            yield name, value
 
 
 def _hashed(value: Any, depth: int) -> Any:

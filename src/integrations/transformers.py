@@ -33,6 +33,11 @@ def leave_out(functions: Iterable[CodeType]) -> None:
     _hooks.update(functions)
 
 
+def marks_gradients(hook: Callable[..., Any]) -> bool:
+    """Is it such a hook, which changes nothing of what is computed?"""
+    return getattr(hook, "__code__", None) in _hooks
+
+
 def _registering_once(enable: Callable[[Any], None]) -> Callable[[Any], None]:
     """Trainers switch checkpointing on and off around the reference model's pass (DPO, KTO, GRPO). Each time on, transformers
     registers the hook once more, and Dynamo, which guards on how many there are, compiles anew. One is enough.
