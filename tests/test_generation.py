@@ -403,6 +403,8 @@ def test_training_mode_where_it_changes_something(
 def test_training_mode_where_it_changes_nothing(graphs: StandIn) -> None:
     """GRPO generates in it."""
     model = made().train()
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
     both(graphs, model)
     captured = graphs.captured
     for _ in range(2):  # as trainers do around each round, of a model with adapters
