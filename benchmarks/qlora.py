@@ -68,7 +68,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int) -> None:
     )  # fmt: skip
     config.quantization_config = {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": ["lm_head"],
+        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": ["lm_head", "score"],
     }  # fmt: skip
     config.save_pretrained(folder)
     generator = torch.Generator("cuda").manual_seed(0)

@@ -38,6 +38,24 @@ def test_the_name_is_a_member_like_others() -> None:
     assert DynamoBackend("SLOTH") is DynamoBackend.SLOTH is DynamoBackend["SLOTH"] and "SLOTH" in DynamoBackend.__members__
 
 
+@pytest.mark.parametrize("backend", ["sloth", "eager"])
+def test_a_model_is_compiled_in_place(backend: str) -> None:
+    """For other backends it is wrapped, as before. Prepared again (to evaluate, then to train), it is compiled no second time."""
+    from accelerate import Accelerator
+    from accelerate.utils import TorchDynamoPlugin
+
+    model = nn.Linear(4, 4)
+    accelerator = Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend=backend))
+    prepared = accelerator.prepare(model)
+    if backend == "eager":
+        assert prepared is not model and model._compiled_call_impl is None
+        return
+    compiled = model._compiled_call_impl
+    assert prepared is model and compiled is not None and list(prepared.state_dict()) == ["weight", "bias"]
+    assert accelerator.prepare(model) is model and model._compiled_call_impl is compiled
+    assert accelerator.unwrap_model(model, keep_torch_compile=False) is model
+
+
 # ---------------------------------------------------------------- LLaMA-Factory
 
 
