@@ -4,7 +4,7 @@ installed, kernels are launched as Triton launches them, and none is interpreted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -77,6 +77,18 @@ def load_static(static: Any, compiled: Any, device: int) -> None:
         file.flush()
         static.cubin_path = file.name
         static.load_kernel(device)
+
+
+def launch_of(static: Any) -> Callable[..., None]:
+    """What torch's loaded launcher calls in C, without the Python around it: of a grid of three, a stream and arguments."""
+    scratch = (None,) * (bool(static.has_global_scratch) + bool(static.has_profile_scratch))
+    launch, kinds = static.C_impl._launch_kernel, static.arg_tys + "O" * len(scratch)
+    function, warps, shared = static.function, static.num_warps, static.shared
+
+    def run(x: int, y: int, z: int, stream: int, *given: Any) -> None:
+        launch(function, x, y, z, warps, shared, kinds, (*given, *scratch), stream)
+
+    return run
 
 
 def compile_launcher(compiled: Any) -> None:

@@ -224,7 +224,7 @@ def test_together(path, several, quant_type, double, dtype, seed):
     if path == "operator":
         found = module.dequantize_4bit_together(*many)
     else:
-        found = module._triton_together([(*c[:5], c[7]) for c in calls], 64, quant_type, dtype)
+        found = module._triton_together(*many)
     assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from sloth.compat.dispatch import detect_fake_mode
-from sloth.compat.triton import InterpretedFunction, compile_launcher, kernels_unread, load_static, raw_stream, static_launcher
+from sloth.compat.triton import (
+    InterpretedFunction,
+    compile_launcher,
+    kernels_unread,
+    launch_of,
+    load_static,
+    raw_stream,
+    static_launcher,
+)
 from sloth.kernels.common.ahead import compiling_of
 from sloth.kernels.common.device import compiled_for, device_of
 from sloth.kernels.common.faults import blame, falls_back, without_kernels
@@ -66,6 +74,7 @@ def triton_op(name: str, entry: str) -> Callable[[Callable[..., Any]], Any]:
 Launcher = Callable[[tuple[int, ...], list, list[int]], None]  # of a grid, operands and numbers
 ONES = ((), (1, 1), (1,), ())  # that complete a grid of so many dimensions
 ON_HIP = torch.version.hip is not None
+LARGE = 2**31
 _launchers: dict[tuple, Launcher] = {}
 _any_sizes: dict[int, list[bool]] = {}  # by the id of a kernel, which lives as long as its module
 _compiled: dict[tuple, Any] = {}  # what is not loaded yet
@@ -79,7 +88,8 @@ def launch_cached(
     constants: dict[str, Any],
     **options,
 ) -> None:
-    """kernel[grid](*operands, *numbers, **constants, **options), these in the order of the kernel's parameters.
+    """kernel[grid](*operands, *numbers, **constants, **options), these in the order of the kernel's parameters. Descriptors among
+    the operands come first.
 
     Triton finds what it has compiled by looking at each argument and by writing the options out as text, 20 … 50 μs of the host
     in every launch, and a model's step has thousands. Here it is found by what it was compiled for: 5 … 10 μs.
@@ -90,7 +100,7 @@ def launch_cached(
         return
     device = torch.cuda.current_device()
     any_size = _any_sizes.get(id(kernel)) or _note_any_sizes(kernel, len(operands))
-    key = id(kernel), device, *map(_kind, operands), *map(_size_kind, numbers, any_size), *constants.values(), *options.values()
+    key = id(kernel), device, _kinds(operands), *_size_kinds(numbers, any_size), *constants.values(), *options.values()
     try:
         if (launcher := _launchers.get(key)) is None:
             compile_one = partial(kernel.warmup, *operands, *numbers, grid=grid, **constants, **options)
@@ -125,20 +135,20 @@ def _launcher_of(compiled: Any, device: int, given: int, constants: list) -> Lau
     gcc compiles for a third of a second.
     """
     static = static_launcher(compiled)
-    if static is None:
+    if static is None or len(static.arg_tys) != sum(i not in static.full_constexprs for i in range(given)):
         compiled[1, 1, 1]  # loads it
         return lambda grid, operands, numbers: compiled[grid + (1,) * (3 - len(grid))](*operands, *numbers, *constants)
     load_static(static, compiled, device)
-    run, constant = static.run, set(static.full_constexprs)
+    run, constant = static.run if ON_HIP else launch_of(static), {i for i in static.full_constexprs if i < given}
 
     def launch(grid: tuple[int, ...], operands: list, numbers: list[int]) -> None:
         run(*grid, *ONES[len(grid)], raw_stream(device), *operands, *numbers)
 
     def launch_without(grid: tuple[int, ...], operands: list, numbers: list[int]) -> None:
-        given = [a for i, a in enumerate((*operands, *numbers)) if i not in constant]
-        run(*grid, *ONES[len(grid)], raw_stream(device), *given)
+        passed = [a for i, a in enumerate((*operands, *numbers)) if i not in constant]
+        run(*grid, *ONES[len(grid)], raw_stream(device), *passed)
 
-    return launch_without if any(i < given for i in constant) else launch  # a size of 1 is one
+    return launch_without if constant else launch  # a size of 1 is one
 
 
 def _note_any_sizes(kernel: Any, operands: int) -> list[bool]:
@@ -147,20 +157,26 @@ def _note_any_sizes(kernel: Any, operands: int) -> list[bool]:
     return known
 
 
-def _kind(x: Tensor | TensorDescriptor) -> Any:
+def _kinds(operands: list[Tensor | TensorDescriptor]) -> tuple:
     """What Triton compiles for."""
+    if ON_HIP or not isinstance(operands[0], Tensor):
+        return tuple(map(_kind, operands))
+    dtypes, aligned = [x.dtype for x in operands], [x.data_ptr() % 16 == 0 for x in operands]
+    return (*dtypes,) if all(aligned) else (*dtypes, *aligned)
+
+
+def _kind(x: Tensor | TensorDescriptor) -> Any:
     if isinstance(x, Tensor):
-        if ON_HIP:
-            return x.dtype, x.data_ptr() % 16 == 0, x.untyped_storage().nbytes() < 2**31
-        return x.dtype if x.data_ptr() % 16 == 0 else (x.dtype, False)
+        return x.dtype, x.data_ptr() % 16 == 0, ON_HIP and x.untyped_storage().nbytes() < LARGE
     return x.base.dtype, *x.block_shape
 
 
-def _size_kind(n: int, any_size: bool) -> int:
+def _size_kinds(numbers: list[int], any_size: list[bool]) -> list[int]:
     """Likewise: 64 bits or 32; and, unless one kernel is for all sizes, 1, a multiple of 16, or another."""
-    if any_size:
-        return n >= 2**31
-    return 4 * (n >= 2**31) + 2 * (n == 1) + (n % 16 == 0)
+    return [
+        n >= LARGE if any_one else 4 * (n >= LARGE) + 2 * (n == 1) + (n % 16 == 0)
+        for n, any_one in zip(numbers, any_size, strict=False)
+    ]
 
 
 def compiling() -> bool:

@@ -15,8 +15,10 @@ On the CPU it is bitsandbytes' own operator.
 To the compiler it is one opaque call, which costs it a tenth of what a Triton kernel does that it can see: a model has hundreds.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +42,7 @@ NESTED_BLOCK = 256  # scales that share one absmax
 # Bytes to a program, and how it is launched.
 BYTES = 1024
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
+MOST = 3  # matrices in one launch
 
 
 @triton.jit
@@ -117,12 +120,14 @@ def _dequantize_together_kernel(
         )  # fmt: skip
 
 
-def _operands(packed, absmax, absmax_8bit, code8, offset, out: Tensor) -> list[Tensor]:
+def _bytes_of(packed: Tensor) -> Tensor:
+    return packed if packed.dtype is torch.uint8 and packed.is_contiguous() else packed.contiguous().view(torch.uint8)
+
+
+def operands_of(packed, absmax, absmax_8bit, code8, offset, out: Tensor) -> list[Tensor]:
     """What a kernel is given of a matrix; pointers of absent tensors are never read."""
-    if packed.dtype is not torch.uint8 or not packed.is_contiguous():
-        packed = packed.contiguous().view(torch.uint8)
     scales = (absmax, absmax, absmax) if absmax_8bit is None else (absmax_8bit, code8, offset)
-    return [packed, absmax, *scales, out]
+    return [_bytes_of(packed), absmax, *scales, out]
 
 
 @cache
@@ -143,38 +148,50 @@ def _programs(n_bytes: int, half: int, blocks: int) -> int:
 
 
 def _triton(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
-    operands = _operands(packed, absmax, absmax_8bit, code8, offset, packed.new_empty(shape, dtype=dtype))
+    operands = operands_of(packed, absmax, absmax_8bit, code8, offset, packed.new_empty(shape, dtype=dtype))
     constants, n = _constants(blocksize, absmax_8bit is not None, quant_type), operands[0].numel()
     programs = _programs(n, constants["HALF"], constants["BLOCKS"])
     launch_cached(_dequantize_kernel, (programs,), operands, [n], constants, **OPTIONS)
     return operands[-1]
 
 
-def _triton_together(matrices: list[tuple], blocksize: int, quant_type: str, dtype: torch.dtype) -> list[Tensor]:
-    """Two or three, each as (packed, absmax, absmax_8bit, code8, offset, shape), all double-quantised or none. Those of one K lie
-    in one buffer, as a matrix of all their rows (gemm_columns.py).
+class _Together(NamedTuple):
+    """What is the same in each launch for matrices of these shapes. rows, K: of the one buffer that those of one K lie in
+    (gemm_columns.py), else K is 0.
     """
-    shapes = [matrix[-1] for matrix in matrices]
-    if all(k == shapes[0][1] for _, k in shapes):
-        rows = [n for n, _ in shapes]
-        out = rows_of(matrices[0][0].new_empty(sum(rows), shapes[0][1], dtype=dtype), rows)
-    else:
-        out = [matrices[0][0].new_empty(shape, dtype=dtype) for shape in shapes]
-    operands = [_operands(*of, y) for (*of, _), y in zip(matrices, out, strict=True)]
-    constants = _constants(blocksize, matrices[0][2] is not None, quant_type)
-    programs, numbers = _shares(tuple(of[0].numel() for of in operands), constants["HALF"], constants["BLOCKS"])
-    given = [x for of in (*operands, *operands[-1:] * (3 - len(operands))) for x in of]
-    launch_cached(_dequantize_together_kernel, (programs,), given, numbers, constants, **OPTIONS)
-    return [of[-1] for of in operands]
+
+    shapes: list[tuple[int, int]]
+    rows: list[int]
+    K: int
+    constants: dict
+    programs: int
+    numbers: list[int]
 
 
 @cache
-def _shares(sizes: tuple[int, ...], half: int, blocks: int) -> tuple[int, list[int]]:
-    """How many programs compute matrices of so many bytes, and the kernel's numbers. Of two matrices, the last stands for the
-    third, which no program computes.
-    """
-    ends = list(accumulate(_programs(n, half, blocks) for n in sizes))
-    return ends[-1], [*sizes, *sizes[-1:] * (3 - len(sizes)), *ends[:2]]
+def _together(sizes: tuple[int, ...], blocksize: int, nested: bool, quant_type: str) -> _Together:
+    shapes, constants = _pairs(sizes), _constants(blocksize, nested, quant_type)
+    n_bytes = [n * k // 2 for n, k in shapes]
+    ends = list(accumulate(_programs(n, constants["HALF"], constants["BLOCKS"]) for n in n_bytes))
+    # Of two matrices, the last stands for the third, which no program computes.
+    numbers = [*n_bytes, *n_bytes[-1:] * (MOST - len(shapes)), *ends[:2]]
+    K = shapes[0][1]
+    return _Together(shapes, [n for n, _ in shapes], K * all(k == K for _, k in shapes), constants, ends[-1], numbers)
+
+
+def _triton_together(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype) -> list[Tensor]:
+    how, new = _together(tuple(shapes), blocksize, bool(absmax_8bit), quant_type), packed[0].new_empty
+    if how.K:
+        out = rows_of(new(sum(how.rows), how.K, dtype=dtype), how.rows)
+    else:
+        out = [new(shape, dtype=dtype) for shape in how.shapes]
+    scales = (absmax_8bit, code8, offset) if absmax_8bit else (absmax,) * 3
+    given: list[Tensor] = []
+    for of in zip(map(_bytes_of, packed), absmax, *scales, out, strict=True):
+        given += of
+    given += given[-6:] * (MOST - len(packed))
+    launch_cached(_dequantize_together_kernel, (how.programs,), given, how.numbers, how.constants, **OPTIONS)
+    return out
 
 
 def _bitsandbytes(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shape, dtype) -> Tensor:
@@ -243,7 +260,7 @@ def _matrices(packed, absmax, absmax_8bit, code8, offset, shapes) -> list[tuple]
     return [(*of, *scales, list(shape)) for *of, scales, shape in zip(packed, absmax, nested, _pairs(shapes), strict=True)]
 
 
-def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
+def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """N, K of each matrix."""
     return list(zip(sizes[::2], sizes[1::2], strict=True))
 
@@ -253,11 +270,12 @@ def compute_dequantize_4bit_together(
     packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype
 ) -> list[Tensor]:
     """The operator's results, for operands that were checked when the graph was traced."""
+    compute = _dequantize_together_for(packed[0])
+    return compute(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype)
+
+
+def _bitsandbytes_each(packed, absmax, absmax_8bit, code8, offset, blocksize, quant_type, shapes, dtype) -> list[Tensor]:
     matrices = _matrices(packed, absmax, absmax_8bit, code8, offset, shapes)
-    return _dequantize_together_for(packed[0])(matrices, blocksize, quant_type, dtype)
-
-
-def _bitsandbytes_each(matrices: list[tuple], blocksize, quant_type, dtype) -> list[Tensor]:
     return [_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype) for *tensors, shape in matrices]
 
 

@@ -19,7 +19,7 @@ def rows_of(matrix: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
     if len(rows) == 1:
         return [matrix]
     parts = list(torch.split_with_sizes(matrix, rows))  # `split` takes the host twice the time
-    return [part.clone() for part in parts] if any(part.data_ptr() % 16 for part in parts) else parts
+    return [part.clone() for part in parts] if any([part.data_ptr() % 16 for part in parts]) else parts
 
 
 def apart(parts: list[torch.Tensor]) -> list[torch.Tensor]:

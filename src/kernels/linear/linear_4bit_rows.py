@@ -24,7 +24,7 @@ from sloth.kernels.common.device import device_of
 from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.launch import launch_cached, no_derivative
-from sloth.kernels.linear.dequantize_4bit import CODES, NESTED_BLOCK, _operands, compute_dequantize_4bit
+from sloth.kernels.linear.dequantize_4bit import CODES, NESTED_BLOCK, compute_dequantize_4bit, operands_of
 from sloth.kernels.linear.linear_4bit_rows_kernels import down_kernel, rows_kernel
 from sloth.kernels.linear.lookup_4bit import lane_values
 from sloth.kernels.linear.lora import lora_linear
@@ -112,7 +112,7 @@ def _triton(x: Tensor, weights: list[tuple], bias, a, b, scale, blocksize: int, 
     t = _down_products(x, [a[i].contiguous() for i in adapted], [scale[i] for i in adapted]) if adapted else x
     operands, ranks, out = [x, t], [0 if of is None else of.shape[0] for of in a], []
     for (*tensors, n), bi, up in zip(weights, bias, b, strict=True):
-        *tensors, y = _operands(*tensors, x.new_empty(M, n, dtype=dtype))
+        *tensors, y = operands_of(*tensors, x.new_empty(M, n, dtype=dtype))
         operands += [*tensors, x if bi is None else bi.contiguous(), x if up is None else up.contiguous(), y]
         out.append(y)
     operands += operands[-8:] * (TOGETHER - len(weights))

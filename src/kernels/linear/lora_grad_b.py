@@ -17,6 +17,7 @@ Tile and strip were chosen on an H200; ranks beyond MAX_RANK, dtypes and devices
 
 from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,27 +114,30 @@ def _triton(g: list[Tensor], b: list[Tensor], t: Tensor, scale: list[float], dty
     g = [gi if gi.stride(1) == 1 else gi.contiguous() for gi in g]
     b, t = [bi.contiguous() for bi in b], t if t.stride(1) == 1 else t.contiguous()
     M, R = g[0].shape[0], b[0].shape[1]
-    widths = tuple(gi.shape[1] for gi in g)
+    widths = tuple([gi.shape[1] for gi in g])
     (*ends, strips), N = _strips(widths), sum(widths)
     splits = max(1, PROGRAMS * multiprocessors(t.device) // strips)
     per_split = (M + splits * BM - 1) // (splits * BM) * BM
     u, db = t.new_empty(strips, M, R, dtype=torch.float32), t.new_empty(splits, N, R, dtype=torch.float32)
     absent = MOST - len(g)
-    launch_cached(
-        _strip_kernel,
-        (strips, splits),
-        [*g, *g[-1:] * absent, *b, *b[-1:] * absent, t, u, db],
-        [*(gi.stride(0) for gi in (*g, *g[-1:] * absent)), *widths, *(0,) * absent, t.stride(0), M, per_split, *ends],
-        {"scale": scale[0], "R": R, "RP": max(16, 1 << (R - 1).bit_length()), "BM": BM, "BN": BN,
-         "STAGES": SHARED // (BM * BN * g[0].element_size())},
-        num_warps=NUM_WARPS,
-    )  # fmt: skip
+    filled = g + g[-1:] * absent
+    operands = [*filled, *b, *b[-1:] * absent, t, u, db]
+    numbers = [*[gi.stride(0) for gi in filled], *widths, *(0,) * absent, t.stride(0), M, per_split, *ends]
+    constants = _constants(scale[0], R, g[0].element_size())
+    launch_cached(_strip_kernel, (strips, splits), operands, numbers, constants, num_warps=NUM_WARPS)
     u_out, db_out = torch.empty_like(t, memory_format=torch.contiguous_format), t.new_empty(N, R, dtype=dtype or t.dtype)
     grid = (-(-M * R // SUM_BLOCK) * len(g) - (-N * R // SUM_BLOCK),)
     numbers = [u_out.stride(0), *ends, strips, splits, M * R, N * R]
     constants = {"LAYERS": len(g), "R": R, "STEP": SUM_STEP, "BLOCK": SUM_BLOCK}
     launch_cached(_sum_kernel, grid, [u, db, u_out, db_out], numbers, constants, num_warps=4)
     return [u_out, *rows_of(db_out, widths)]
+
+
+@cache
+def _constants(scale: float, R: int, size: int) -> dict[str, Any]:
+    """Of the strips, for elements of so many bytes."""
+    padded, stages = max(16, 1 << (R - 1).bit_length()), SHARED // (BM * BN * size)
+    return {"scale": scale, "R": R, "RP": padded, "BM": BM, "BN": BN, "STAGES": stages}
 
 
 @cache
