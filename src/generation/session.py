@@ -221,11 +221,11 @@ def _of_training(model: torch.nn.Module) -> str | None:
             continue
         if getattr(module, "gradient_checkpointing", False):
             return "checkpointing keeps no cache"
-        if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+        if getattr(module, "track_running_stats", False):
             return f"{name} takes its statistics from what it is given"
-        named = {"p": module.p} if isinstance(module, torch.nn.modules.dropout._DropoutNd) else vars(module)
-        for attribute, value in named.items():
-            if isinstance(value, float) and value > 0 and (attribute == "p" or DRAWN.search(attribute)):
+        for attribute, value in vars(module).items():
+            drawn = DRAWN.search(attribute) or attribute == "p" and "Dropout" in type(module).__name__
+            if drawn and isinstance(value, float) and value > 0:
                 return f"{name}.{attribute} is {value}"
     return None
 

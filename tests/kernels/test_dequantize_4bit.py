@@ -221,10 +221,7 @@ def test_together(path, several, quant_type, double, dtype, seed):
         calls.append((*given, [1, size[0] * size[1]], dtype))
     expected = [dequantize_4bit(*call) for call in calls]
     many = module.together(calls)
-    if path == "operator":
-        found = module.dequantize_4bit_together(*many)
-    else:
-        found = module._triton_together(*many)
+    found = module.dequantize_4bit_together(*many) if path == "operator" else module._triton_together(*many)
     assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
