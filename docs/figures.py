@@ -1,7 +1,8 @@
 """The tables of figures in README.md, performance.md and generation.md, of benchmarks/results. docs/tables.py writes them."""
 
 import json
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,25 @@ def decode() -> str:
     return table(head, row)
 
 
+def trainers() -> str:
+    runs = json.loads((RESULTS / "trainers.json").read_text())["runs"]
+    of = {(run["trainer"], run["contender"]): run for run in runs if "median_s" in run}
+
+    def row(name: str) -> Iterator[str]:
+        yield name
+        for contender in ("sloth", "eager"):
+            run = of[name, contender]
+            inside = f" ({statistics.median(run['generate_s']):.2f} in `generate`)" if "generate_s" in run else ""
+            yield f"{run['median_s']:.2f}{inside}, {run['peak_gib']}"
+            yield f"{run['first_s']:.0f}"
+
+    head = ("", "sloth: a step, peak", "first two steps", "eager: a step, peak", "first two steps")
+    return table(head, (tuple(row(name)) for name in dict.fromkeys(name for name, _ in of)))
+
+
 README: dict[str, Callable[[], str]] = {"recipes": recipes}
 PERFORMANCE: dict[str, Callable[[], str]] = {
     "qlora": qlora, "attention": attention, "attention-short": attention_short, "attention-scores": attention_scores,
-    "loss": loss, "operators": operators, "accuracy": accuracy,
+    "loss": loss, "operators": operators, "accuracy": accuracy, "trainers": trainers,
 }  # fmt: skip
 GENERATION: dict[str, Callable[[], str]] = {"decode": decode}
