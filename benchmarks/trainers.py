@@ -5,7 +5,8 @@
 Trainers are as they come: a quantised model and `peft_config`; sloth's have `torch_compile_backend="sloth"` more.
 GRPO's model comes from FastLanguageModel and `for_inference`, and from transformers and PEFT; it generates 64 tokens for each of
 two prompts, four times. Texts are random words of lognormal length. All runs begin side by side, each in a process of its own;
-after two steps (what is compiled, is) each waits, and then they train on one after the other.
+after two steps (what is compiled, is) each waits, and then they train on one after the other. Caches are empty, and all share
+them.
 
 first_s: until the second optimizer step is done, beside the others; median_s: of the later ones, alone; generate_s: of each, in
 `generate`; peak_gib: allocated; losses: of each step. found: what the compiled graphs hold, and what of it was matched.
@@ -223,17 +224,22 @@ def main(args: argparse.Namespace) -> None:
                 with log.open("w") as out:
                     run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | caches | few)
                 begun.append((name, contender, turn, log, run))
-        deadline = time.monotonic() + SECONDS
-        while any(r.poll() is None and not t.with_suffix(".waits").exists() for _, _, t, _, r in begun):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.5)
-        for name, contender, turn, log, run in begun:
-            turn.touch()
-            found = result_of(run, log)
-            results["runs"].append({"trainer": name, "contender": contender, **found})
-            print(name, contender, {k: v for k, v in found.items() if k not in ("steps_s", "losses")}, flush=True)
-            write(results, args.out)
+        try:
+            deadline = time.monotonic() + SECONDS
+            while any(r.poll() is None and not t.with_suffix(".waits").exists() for _, _, t, _, r in begun):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.5)
+            for name, contender, turn, log, run in begun:
+                turn.touch()
+                found = result_of(run, log)
+                results["runs"].append({"trainer": name, "contender": contender, **found})
+                print(name, contender, {k: v for k, v in found.items() if k not in ("steps_s", "losses")}, flush=True)
+                write(results, args.out)
+        finally:
+            for *_, run in begun:
+                run.kill()
+                run.wait()
 
 
 if __name__ == "__main__":

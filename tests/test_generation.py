@@ -303,6 +303,25 @@ def test_another_dtype(graphs: StandIn) -> None:
     assert torch.equal(tokens(model.double()), tokens(wide)) and graphs.captured == kinds + 1
 
 
+@pytest.mark.skipif(not holds_two_dtypes(), reason="static caches under autocast raise")
+def test_weights_that_autocast_casts_are_read_anew(graphs: StandIn) -> None:
+    """Autocast keeps casts of weights that train: a graph must not read what was kept before it, and freed."""
+    model, fresh = made(), made()
+    session.start(model, lambda: None)
+    for _ in range(3):
+        session.start(fresh, lambda: None)
+        found = []
+        for each in (model, fresh):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                found.append(tokens(each))
+        assert torch.equal(*found)
+        session.stop(fresh)
+        with torch.no_grad():
+            for p in (*model.parameters(), *fresh.parameters()):
+                p.copy_(p.roll(1, 0))
+    assert graphs.captured == 4
+
+
 def test_the_backend_alone(graphs: StandIn) -> None:
     """A CompileConfig, and a static cache; without the one nothing is replayed."""
     from transformers import CompileConfig
@@ -378,8 +397,12 @@ def test_left_to_transformers(graphs: StandIn, left: str, caplog: pytest.LogCapt
 
 
 TRAINING = {
-    "dropout": ({"attention_dropout": 0.5}, "model.layers.0.self_attn.attention_dropout is 0.5"),
-    "checkpointing": ({}, "checkpointing keeps no cache"),
+    "dropout": (lambda model: setattr(model.model.layers[0].self_attn, "attention_dropout", 0.5), "attention_dropout is 0.5"),
+    "checkpointing": (lambda model: model.gradient_checkpointing_enable(), "checkpointing keeps no cache"),
+    "noise": (lambda model: setattr(model.model.embed_tokens, "neftune_noise_alpha", 5), "neftune_noise_alpha is 5"),
+    "by adapter": (lambda model: setattr(model.model.layers[1], "rank_dropout", {"default": 0.1}), "rank_dropout is {"),
+    "config": (lambda model: setattr(model.config, "dropout", 0.1), "config.dropout is 0.1"),
+    "statistics": (lambda model: model.add_module("norm", torch.nn.BatchNorm1d(3)), "norm takes its statistics"),
 }
 
 
@@ -387,15 +410,14 @@ TRAINING = {
 def test_training_mode_where_it_changes_something(
     graphs: StandIn, left: str, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    changes, why = TRAINING[left]
+    change, why = TRAINING[left]
     monkeypatch.setattr("sloth.rewriter.notices._said", set())
-    model = made(**changes).train()
-    if left == "checkpointing":
-        model.gradient_checkpointing_enable()
+    model = made().train()
+    change(model)
     session.start(model, lambda: None)
     with caplog.at_level(logging.INFO, "sloth"), torch.no_grad():
         tokens(model)
-    assert f"the model is in training mode, where {why}" in caplog.text and not graphs.captured
+    assert "the model is in training mode, where " in caplog.text and why in caplog.text and not graphs.captured
     session.stop(model)
     both(graphs, model.eval())
 

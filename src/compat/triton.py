@@ -83,10 +83,11 @@ def launch_of(static: Any) -> Callable[..., None]:
     """What torch's loaded launcher calls in C, without the Python around it: of a grid of three, a stream and arguments."""
     scratch = (None,) * (bool(static.has_global_scratch) + bool(static.has_profile_scratch))
     launch, kinds = static.C_impl._launch_kernel, static.arg_tys + "O" * len(scratch)
-    function, warps, shared = static.function, static.num_warps, static.shared
+    warps, shared = static.num_warps, static.shared
 
     def run(x: int, y: int, z: int, stream: int, *given: Any) -> None:
-        launch(function, x, y, z, warps, shared, kinds, (*given, *scratch), stream)
+        # What it asks of `static` keeps that alive: it unloads the kernel when it goes.
+        launch(static.function, x, y, z, warps, shared, kinds, (*given, *scratch), stream)
 
     return run
 

@@ -136,6 +136,8 @@ class _Kind:
     def _try(self, model: Any, compiled: Callable[..., Any], capture: Capture, device: torch.device, cache: Any) -> None:
         """Capture, which computes nothing. What is not compiled yet raises, and is compiled by a run like the first."""
         before = counters(cache)
+        # Casts of weights are a part of the graph: not those that autocast keeps from before, nor for later.
+        torch.clear_autocast_cache()
         try:
             with torch.compiler.set_stance("fail_on_recompile"):
                 replay, output = capture(lambda: compiled(model, self._inputs(cache)))
@@ -146,6 +148,7 @@ class _Kind:
                 return
             raise _NotCaptured(f"{type(e).__name__}: {e}".split("\n")[0], of_memory) from e
         finally:
+            torch.clear_autocast_cache()
             after = counters(cache)
             for i, name, n in before:
                 setattr(cache.layers[i], name, n)

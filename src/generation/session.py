@@ -216,17 +216,19 @@ def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> Iterat
 
 def _of_training(model: torch.nn.Module) -> str | None:
     """Why its forward pass is another one in training mode, if it is. GRPO generates in that mode."""
-    for name, module in model.named_modules():
-        if not module.training:
+    for name, module in (("config", _text(model)), *model.named_modules()):
+        if not getattr(module, "training", True):
             continue
         if getattr(module, "gradient_checkpointing", False):
             return "checkpointing keeps no cache"
         if getattr(module, "track_running_stats", False):
             return f"{name} takes its statistics from what it is given"
         for attribute, value in vars(module).items():
-            drawn = DRAWN.search(attribute) or attribute == "p" and "Dropout" in type(module).__name__
-            if drawn and isinstance(value, float) and value > 0:
-                return f"{name}.{attribute} is {value}"
+            if not DRAWN.search(attribute) and not (attribute == "p" and "Dropout" in type(module).__name__):
+                continue
+            for number in value.values() if isinstance(value, dict) else (value,):  # PEFT's, by adapter
+                if isinstance(number, int | float) and number > 0:
+                    return f"{name}.{attribute} is {value}"
     return None
 
 

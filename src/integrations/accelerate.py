@@ -67,10 +67,17 @@ def _compile_in_place(module: ModuleType) -> None:
     @wraps(prepare)
     def prepare_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         prepared, plugin = prepare(self, model, *args, **kwargs), self.state.dynamo_plugin
-        wrapped = getattr(prepared, "_orig_mod", None) is model and not plugin.use_regional_compilation
-        if plugin.backend.value != "SLOTH" or not wrapped:
+        if (
+            plugin.backend.value != "SLOTH"
+            or plugin.use_regional_compilation
+            or getattr(prepared, "_orig_mod", None) is not model
+        ):
             return prepared
-        if model._compiled_call_impl is None:
+        from sloth.integrations.generation import is_compiled_for_sloth  # not inside `import torch`
+        from sloth.integrations.peft import lists_of_their_own
+
+        if not is_compiled_for_sloth(model._compiled_call_impl):
+            lists_of_their_own(model)
             model.compile(**plugin.to_kwargs())
         return model
 

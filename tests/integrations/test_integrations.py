@@ -40,9 +40,11 @@ def test_the_name_is_a_member_like_others() -> None:
 
 @pytest.mark.parametrize("backend", ["sloth", "eager"])
 def test_a_model_is_compiled_in_place(backend: str) -> None:
-    """For other backends it is wrapped, as before. Prepared again (to evaluate, then to train), it is compiled no second time."""
+    """For other backends it is wrapped, as before. What was compiled for sloth stays; what was compiled for others does not."""
     from accelerate import Accelerator
     from accelerate.utils import TorchDynamoPlugin
+
+    from sloth.integrations.generation import is_compiled_for_sloth
 
     model = nn.Linear(4, 4)
     accelerator = Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend=backend))
@@ -52,8 +54,12 @@ def test_a_model_is_compiled_in_place(backend: str) -> None:
         return
     compiled = model._compiled_call_impl
     assert prepared is model and compiled is not None and list(prepared.state_dict()) == ["weight", "bias"]
-    assert accelerator.prepare(model) is model and model._compiled_call_impl is compiled
-    assert accelerator.unwrap_model(model, keep_torch_compile=False) is model
+    for other in (False, True):
+        if other:
+            model.compile(backend="eager")
+        del model._is_accelerate_prepared
+        assert accelerator.prepare(model) is model and (model._compiled_call_impl is compiled) != other
+        assert is_compiled_for_sloth(model._compiled_call_impl)
 
 
 # ---------------------------------------------------------------- LLaMA-Factory
@@ -168,3 +174,29 @@ def test_one_that_fails_costs_itself_alone(caplog: pytest.LogCaptureFixture) -> 
 
     entered = integration._known.pop(("json", "no_such_name"))
     assert entered.state.startswith("off: AttributeError") and "json no_such_name is left alone" in caplog.text
+
+
+# ---------------------------------------------------------------- PEFT
+
+
+def test_adapters_are_switched_and_back_in_one_graph_each() -> None:
+    """As TRL does for the reference's pass. PEFT's layers share one list of what is active until they are switched."""
+    from accelerate import Accelerator
+    from accelerate.utils import TorchDynamoPlugin
+    from peft import LoraConfig, get_peft_model
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = get_peft_model(inner, LoraConfig(r=2, target_modules=["0", "1"]))
+    model.add_adapter("ref", model.peft_config["default"])
+    plugin = TorchDynamoPlugin(backend="sloth")
+    compiled = Accelerator(cpu=True, dynamo_plugin=plugin).prepare(model)
+    x = torch.randn(3, 8)
+    for _ in range(3):
+        compiled(x)
+        model.set_adapter("ref")
+        compiled(x)
+        model.set_adapter("default")
+    assert counters["stats"]["unique_graphs"] == 2

@@ -1,6 +1,7 @@
 """sloth.kernels.common.launch: what an opaque operator launches again is what was compiled for such arguments."""
 
 import ast
+import gc
 import inspect
 import logging
 import threading
@@ -15,6 +16,7 @@ from common import DEVICE
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sloth.compat.triton import launch_of
 from sloth.kernels import rms_norm
 from sloth.kernels.common import ahead, faults
 from sloth.kernels.common import launch as module
@@ -93,6 +95,29 @@ def test_what_differs_is_compiled_for_itself(other):
         for how in ({}, other):
             launch_cached(kernel, **given(**how))
     assert kernel.compiled == 2 and len(kernel.launched) == 4
+
+
+def test_a_launch_keeps_its_kernel_loaded():
+    """torch's launcher unloads what it loaded when it goes."""
+    calls, unloaded = [], []
+
+    class Static:
+        function, num_warps, shared, arg_tys = 17, 4, 128, "OOi"
+        has_global_scratch, has_profile_scratch = None, 1
+
+        class C_impl:
+            _launch_kernel = staticmethod(lambda *args: calls.append(args))
+
+        def __del__(self):
+            unloaded.append(self)
+
+    run = launch_of(Static())
+    gc.collect()
+    run(1, 2, 3, 0, "x", "y", 5)
+    assert not unloaded and calls == [(17, 1, 2, 3, 4, 128, "OOiO", ("x", "y", 5, None), 0)]
+    del run
+    gc.collect()
+    assert len(unloaded) == 1
 
 
 def test_kernels_and_devices_are_told_apart(monkeypatch):

@@ -127,3 +127,23 @@ def test_packed_rows_are_two_graphs() -> None:
         ids, positions = torch.randint(0, 97, (1, n)), torch.arange(n // 4).repeat(4)[None]
         compiled(input_ids=ids, labels=ids, position_ids=positions).loss.backward()
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_packed_texts_of_a_trainer_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, however long the longest is: as TRL's collator tells transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setattr(varying_sizes, "sizes_vary", lambda: True)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
+    compiled = torch.compile(model, backend="sloth", options={"sloth.inner_backend": "eager"})
+    with listening() as reports:
+        for texts in ((9, 3), (5, 8, 2), (17,), (4, 4, 4, 4)):
+            positions = torch.cat([torch.arange(n) for n in texts])[None]
+            starts = torch.tensor([0, *texts]).cumsum(0).to(torch.int32)
+            told = {f"cu_seq_lens_{of}": starts for of in "qk"} | {f"max_length_{of}": max(texts) for of in "qk"}
+            ids = torch.randint(0, 64, positions.shape, generator=torch.Generator().manual_seed(len(texts)))
+            expected = model(input_ids=ids, position_ids=positions, labels=ids).loss
+            torch.testing.assert_close(compiled(input_ids=ids, position_ids=positions, labels=ids, **told).loss, expected)
+    assert len(reports) == 1 and not reports[0].guards
