@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from toys import Call, compiled
 
 from sloth.compat.dispatch import enable_python_dispatcher
+from sloth.patterns.lora import fused
 from sloth.rewriter.graph.record import linear_of_fakes
+from sloth.rewriter.match.pattern import Variant
+from sloth.rewriter.match.registry import patterns
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -46,3 +52,33 @@ def test_linear_that_fits_not_is_left_to_torch() -> None:
     assert linear_of_fakes(x, weight, bias) is None
     assert linear_of_fakes(torch.empty(4, 8), torch.empty(6, 8)) is None
     assert linear_of_fakes(x[0], weight) is None
+
+
+def test_entries_that_share_a_reference_share_its_trace() -> None:
+    """lora and lora_rows, linear_4bit and linear_4bit_rows."""
+    seen: Counter = Counter()
+    graph = Variant.graph
+
+    def counted(self: Variant, metas, numbers, mode, sentinels=None):
+        if mode is not None:
+            seen[self.reference, str(metas), str(numbers), torch.is_autocast_enabled("cpu")] += 1
+        return graph(self, metas, numbers, mode, sentinels)
+
+    def adapted(m, x):
+        return F.linear(x, m.base) + F.linear(F.linear(x, m.a), m.b) * 2.0
+
+    model = Call(adapted)
+    model.base = torch.nn.Parameter(torch.randn(6, 8), requires_grad=False)
+    model.a, model.b = torch.nn.Parameter(torch.randn(2, 8)), torch.nn.Parameter(torch.randn(6, 2))
+    with mock.patch.object(Variant, "graph", counted):
+        compiled(model)(torch.randn(3, 4, 8))
+    entries = [e.name for e in patterns() if fused in {v.reference for v in e.variants}]
+    assert len(entries) > 1 and set(seen.values()) == {1} and fused in {key[0] for key in seen}
+
+
+def test_entries_that_share_a_reference_share_its_example() -> None:
+    examples: dict = {}
+    for variant in (v for e in patterns() for v in e.variants):
+        known = examples.setdefault((variant.reference, tuple(variant.sample_metas())), variant.loose())
+        assert known is variant.loose()
+    assert len(examples) < sum(len(e.variants) for e in patterns())
