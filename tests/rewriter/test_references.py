@@ -18,6 +18,7 @@ from sloth.patterns.lora import fused
 from sloth.rewriter.graph.record import linear_of_fakes
 from sloth.rewriter.match.pattern import Variant
 from sloth.rewriter.match.registry import patterns
+from sloth.rewriter.plan import legality
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -82,3 +83,17 @@ def test_entries_that_share_a_reference_share_its_example() -> None:
         known = examples.setdefault((variant.reference, tuple(variant.sample_metas())), variant.loose())
         assert known is variant.loose()
     assert len(examples) < sum(len(e.variants) for e in patterns())
+
+
+def test_an_operator_is_called_once_for_its_results_and_its_gradients() -> None:
+    calls: Counter = Counter()
+    called = legality._called
+
+    def counted(match, context, grad):
+        calls[legality._kind_of_call(match), str([v.meta.shape for v in legality.operands_of(match)])] += 1
+        return called(match, context, grad)
+
+    legality._GRADIENTS.clear()
+    with mock.patch.object(legality, "_called", counted):
+        compiled(Call(lambda m, x: m.w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))))(torch.randn(2, 3, 8))
+    assert legality._GRADIENTS and set(calls.values()) == {1}
