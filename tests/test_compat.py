@@ -157,6 +157,18 @@ def _() -> None:
     assert isinstance(x, dispatch.FakeTensor) and x.shape == (2, 4)
 
 
+@uses("dispatch.disable_fake_tensor_cache")
+def _() -> None:
+    """Nothing is kept of a call, and everything again behind it."""
+    with dispatch.FakeTensorMode() as mode:
+        with dispatch.disable_fake_tensor_cache(mode):
+            known = mode.cache_info()
+            torch.ones(2, 3) @ torch.ones(3, 4)
+            assert mode.cache_info() == known
+        torch.ones(2, 3) @ torch.ones(3, 4)
+        assert mode.cache_info() != known
+
+
 @uses("dispatch.pytree")
 def _() -> None:
     assert dispatch.pytree.tree_map(lambda n: n + 1, {"a": (1, [2])}) == {"a": (2, [3])}

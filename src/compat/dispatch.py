@@ -34,6 +34,8 @@ def clear_workspaces() -> None:
 with suppress(ImportError):
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # graphs are run without data
 with suppress(ImportError):
+    from torch._subclasses.fake_tensor import disable_fake_tensor_cache  # of calls that come once
+with suppress(ImportError):
     from torch._subclasses.schema_check_mode import SchemaCheckMode  # what the recorder is: it sees operators before autograd
 with suppress(ImportError):
     from torch.utils import _pytree as pytree  # arguments and results of nodes

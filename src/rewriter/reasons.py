@@ -96,7 +96,11 @@ def _nearest(values: list[Value], construct: Construct, matcher: Matcher) -> Nea
 
 
 def _references(construct: Construct, matcher: Matcher) -> list[tuple[Variant, Graph]]:
-    found = {id(g): (v, g) for vs in matcher.by_root.values() for v, g in vs if v.pattern.construct is construct}
+    """Each once; of entries that share one, the first."""
+    found: dict[int, tuple[Variant, Graph]] = {}
+    for variant, graph in (one for variants in matcher.by_root.values() for one in variants):
+        if variant.pattern.construct is construct:
+            found.setdefault(id(graph), (variant, graph))
     return [*found.values()]
 
 

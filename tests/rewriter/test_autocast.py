@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,9 +69,7 @@ def test_sums_of_mixed_dtypes_are_promoted_under_autocast_as_well() -> None:
 
 def casts(variant: Variant) -> int:
     """Of its reference, traced anew."""
-    anew = copy.copy(variant)
-    anew._loose = None
-    todo, seen = [anew.loose().main], set()
+    todo, seen = [variant._traced_loose().main], set()
     while todo:
         seen.add(v := todo.pop())
         todo += v.inputs

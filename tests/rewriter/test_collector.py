@@ -70,3 +70,29 @@ def test_what_somebody_sets_meanwhile_stays():
 
     setting.__name__ = "sloth"
     assert seen_by(setting)[-1] == (100, 1, 1)
+
+
+def test_old_objects_are_not_due_when_it_is_compiled():
+    """Their passes are counted anew, or all that is about to be dropped would be walked over at once."""
+    counts = []
+
+    def counting(gm, inputs):
+        for _ in range(20):
+            gc.collect(1)
+        counts.append(gc.get_count()[2])
+        return gm.forward
+
+    counting.__name__ = "sloth"
+    seen_by(counting)
+    assert counts[0] >= 20 and gc.get_count()[2] < 9
+
+
+def test_what_somebody_froze_stays_frozen():
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        sloth_and_eager.__name__ = "sloth"
+        seen_by(sloth_and_eager)
+        assert gc.get_freeze_count() > frozen // 2 > 0
+    finally:
+        gc.unfreeze()

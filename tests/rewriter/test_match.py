@@ -490,8 +490,7 @@ def test_tracing_references_leaves_random_numbers_and_threads_alone() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     for entry in patterns():
         for variant in entry.variants:
-            variant._loose = None
-            variant.loose()
+            variant._traced_loose()
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
 
 

@@ -120,6 +120,80 @@ def test_later_layers_have_guards_of_their_own() -> None:
     assert not torch.equal(before[0], after[0])
 
 
+class OfItsClass(Layer):
+    factor = 1.0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) * self.factor
+
+
+class Doubled(OfItsClass):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) * 2
+
+
+def changed_class_attribute(model: nn.Module) -> None:
+    OfItsClass.factor = 3.0
+
+
+def changed_class(model: nn.Module) -> None:
+    model.layers[3].__class__ = Doubled
+
+
+def changed_classes(model: nn.Module) -> None:
+    """The template's layer too, to another one than the later."""
+    model.layers[1].__class__ = model.layers[2].__class__ = Doubled
+
+
+def own_attribute(model: nn.Module) -> None:
+    """Of the object, where that of its class was read."""
+    model.layers[3].factor = 5.0
+
+
+@pytest.mark.parametrize("change", [changed_class_attribute, changed_class, changed_classes, own_attribute])
+def test_what_layers_have_of_their_class_is_guarded(change) -> None:
+    """For the template's layer; of later ones, that they are of the same class."""
+    with mock.patch.object(OfItsClass, "factor", 1.0):
+        model = stack(1, 1, 1, 1, 1, make=OfItsClass)
+        assert stamped(model, X) == 3
+        compiled = torch.compile(model, backend="sloth", options=AOT)
+        before = gradients(model, compiled, X)
+        change(model)
+        after = gradients(model, compiled, X)
+        torch.testing.assert_close(after, gradients(model, model, X), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(before[0], after[0])
+
+
+def guards_of_a_template(model: nn.Module) -> list:
+    kept = []
+    stamp = repeated_layers.stamp
+
+    def keeping(template, *args):
+        made = stamp(template, *args)
+        kept.append(template.guards)
+        return made
+
+    torch._dynamo.reset()
+    with mock.patch.object(repeated_layers, "stamp", keeping):
+        torch.compile(model, backend="sloth", options=AOT)(X)
+    return kept[0]
+
+
+def test_nothing_is_asked_twice() -> None:
+    guards = guards_of_a_template(stack(1, 1, 1, 1, make=OfItsClass))
+    asked = [(g.name, g.create_fn_name(), getattr(g.create_fn, "keywords", {}), getattr(g.create_fn, "args", ())) for g in guards]
+    assert all(asked.count(one) == 1 for one in asked)
+    of_types = [(name, kind) for name, kind, *_ in asked if name.startswith("type(")]
+    assert 0 < len(of_types) < len(asked) / 3, of_types
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_guards_on_hooks_are_those_that_torch_makes(skipped: bool) -> None:
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=skipped):
+        kinds = {g.create_fn_name() for g in guards_of_a_template(stack(1, 1, 1, 1))}
+    assert ("EMPTY_NN_MODULE_HOOKS_DICT" in kinds) != skipped
+
+
 def test_other_backends_trace_as_ever() -> None:
     model = stack(1, 1, 1, 1)
     torch._dynamo.reset()

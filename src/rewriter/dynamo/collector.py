@@ -36,11 +36,17 @@ def _sparing(trace: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _resume(_: Any) -> None:
-    """As it was before, unless somebody has set it meanwhile."""
+    """As it was before, unless somebody has set it meanwhile. Old objects would be due at once, while all that was made for the
+    graph is still there and about to be dropped: their passes are counted anew.
+    """
     if _before:
         before = _before.pop()
         if gc.get_threshold() == (*before[:2], NEVER):
             gc.set_threshold(*before)
+            gc.collect(1)
+            if not gc.get_freeze_count():  # what somebody froze stays frozen
+                gc.freeze()
+                gc.unfreeze()
 
 
 @integration(

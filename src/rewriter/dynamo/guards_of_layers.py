@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from functools import cache, partial
 from typing import Any
 
 import torch
 
+from sloth.compat.dispatch import TracingContext
 from sloth.compat.dynamo import (
     AttrSource,
+    ChainedSource,
     DictGetItemSource,
     Guard,
     Source,
@@ -18,6 +20,7 @@ from sloth.compat.dynamo import (
     VariableBuilder,
     VariableTracker,
     closure_vars,
+    config,
 )
 
 
@@ -76,7 +79,7 @@ class Place:
 
     def moved_guards(self, guards: list[Guard]) -> list[Guard]:
         """Guards on the template's layer, on the later one. Raises NotAlike where one would not hold."""
-        found = []
+        found, stack = [], TracingContext.extract_stack()  # of all the same
         for guard in guards:
             moved, how = self.moved(guard.originating_source), guard.create_fn
             if guard.create_fn_name() == "DUPLICATE_INPUT":
@@ -87,7 +90,7 @@ class Place:
                 raise NotAlike(f"{guard.create_fn_name()} on {moved.name}: {type(e).__name__}: {e}") from e
             if not holds:
                 raise NotAlike(f"{guard.create_fn_name()} on {moved.name}")
-            found.append(Guard(moved, how))
+            found.append(Guard(moved, how, user_stack=stack))
         return found
 
     def holds(self, guard: Guard, moved: Source) -> bool:
@@ -122,18 +125,53 @@ def _more(guard: Guard) -> tuple:
 
 
 def without_implied(guards: list[Guard], known: Iterable[Guard]) -> list[Guard]:
-    """But for those that follow from others of `known`: two objects, each of which is guarded to be of a type, are of the same
-    one. torch asks this in Python, at each call.
+    """But for those that follow from others of `known`, or that torch makes nothing of. Two objects, each of which is guarded to
+    be of a type, are of the same one: what is asked of the type (its methods, what it inherits) was asked of the template's
+    layer. Whether types are one torch asks in Python, at each call; and nearly half of a layer's guards need not be made again.
+    Of each kind one is made, though: where nothing is asked of a module's type, torch looks whether its attributes are those of
+    before, and then no further, whatever its class has become.
     """
     typed = {g.originating_source for g in known if g.create_fn_name() == "TYPE_MATCH"}
+    asked: dict[Any, Guard] = {}
+    for guard in guards:
+        kind, sources = guard.create_fn_name(), (guard.originating_source, *_sources(guard))
+        if kind == "EMPTY_NN_MODULE_HOOKS_DICT" and config.skip_nnmodule_hook_guards:  # of layers with hooks there is no template
+            continue
+        ways = [_way_from_type(s, typed) for s in sources]
+        if None in ways:
+            asked.setdefault(_question(guard), guard)
+        elif kind != "DUPLICATE_INPUT":
+            asked.setdefault((kind, *ways), guard)
+    return list(asked.values())
 
-    def is_implied(guard: Guard) -> bool:
-        if guard.create_fn_name() != "DUPLICATE_INPUT":
-            return False
-        both = guard.originating_source, _more(guard)[0]
-        return all(isinstance(s, TypeSource) and s.base in typed for s in both)
 
-    return [guard for guard in guards if not is_implied(guard)]
+def _way_from_type(source: Source, typed: Set[Source]) -> tuple | None:
+    """The object, and by which kinds of steps this is found from its type. None of what is no part of its type, or where nothing
+    guards that it is of it.
+    """
+    way: list[Any] = []
+    while isinstance(source, ChainedSource):
+        if isinstance(source, TypeSource):
+            return (source.base, *way) if source.base in typed else None
+        if any(isinstance(getattr(source, part), Source) for part in _parts(type(source)) if part != "base"):
+            return None  # which part of it, another object says
+        way.append(type(source))
+        source = source.base
+    return None
+
+
+def _sources(guard: Guard) -> list[Source]:
+    return [m for m in _more(guard) if isinstance(m, Source)]
+
+
+def _question(guard: Guard) -> Any:
+    """What makes two guards the same: torch asks once for each look that it took at a module."""
+    try:
+        asked = guard.originating_source, guard.create_fn_name(), tuple((type(m), m) for m in _more(guard))
+        hash(asked)
+    except TypeError:
+        return id(guard)
+    return asked
 
 
 def _same_function(a: Any, b: Any, _: tuple) -> bool:

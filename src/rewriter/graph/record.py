@@ -16,6 +16,7 @@ import torch
 
 from sloth.compat.dispatch import (
     DispatchKey,
+    FakeTensor,
     FakeTensorMode,
     OpOverload,
     SchemaCheckMode,
@@ -25,6 +26,8 @@ from sloth.compat.dispatch import (
 )
 from sloth.rewriter.graph.scratch import into
 from sloth.rewriter.graph.value import Meta, same_literal
+
+AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}  # what autocast casts, and casts to
 
 
 class Ref(NamedTuple):
@@ -72,6 +75,10 @@ class _Recorder(SchemaCheckMode):
             return self.refs[id(x)]
         return x
 
+    def refs_in(self, a: Any) -> Any:
+        """Arguments of a call, tensors as Refs. There are thousands: `pytree` would be a third of tracing a reference."""
+        return self.ref(a) if isinstance(a, torch.Tensor) else rebuilt(a, self.refs_in)
+
     def is_made_of_tensors(self, known: Ref) -> bool:
         """Is it an input, or computed of one?"""
         step = self.steps[known.step] if known.step >= 0 else None
@@ -91,10 +98,13 @@ class _Recorder(SchemaCheckMode):
             return args, kwargs
         if func._schema.is_mutable or not _may_be_cast(func, out.device.type):
             return args, kwargs
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if all(t.dtype == out.dtype for t in given):  # there is nothing to cast
+            return args, kwargs
         if not _mixed(func, args, out.device):  # mixed dtypes only autocast lets pass
             with torch.autocast(out.device.type, enabled=False):
                 try:
-                    if func(*args, **kwargs).dtype == out.dtype:
+                    if _result(func, args, kwargs).dtype == out.dtype:
                         return args, kwargs
                 except RuntimeError:
                     pass
@@ -114,12 +124,12 @@ class _Recorder(SchemaCheckMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _result(func, args, kwargs)
         args, kwargs = self.autocast(func, args, kwargs, out)
         flat = [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, tuple | list) else []
         if not any(isinstance(t, torch.Tensor) for t in flat) and not func._schema.is_mutable:
             return out  # a size, a scalar: a literal where it is used
-        refs_in, kw_in = pytree.tree_map(self.ref, (tuple(args), kwargs))
+        refs_in, kw_in = self.refs_in((tuple(args), kwargs))
         step = len(self.steps)
         self.steps.append(Step(func, refs_in, kw_in, tuple(Meta.of(t) if isinstance(t, torch.Tensor) else None for t in flat)))
         for i, t in enumerate(flat):
@@ -133,6 +143,32 @@ class _Recorder(SchemaCheckMode):
 def _may_be_cast(func: OpOverload, device: str) -> bool:
     """Has autocast a rule for the operation, or for what it is made of?"""
     return any(has_kernel(func.name(), key) for key in (f"Autocast{device.upper()}", "CompositeImplicitAutograd"))
+
+
+def _result(func: OpOverload, args: Any, kwargs: dict) -> Any:
+    found = linear_of_fakes(*args) if func is torch.ops.aten.linear.default and not kwargs else None
+    return func(*args, **kwargs) if found is None else found
+
+
+def linear_of_fakes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    """What `linear` gives for fake tensors as models have them; None for others, of which torch shall say what they give. torch
+    decomposes it in Python and asks of each step how symbols lie in memory, which is half of the time that references take.
+    """
+    operands = [t for t in (x, weight, bias) if t is not None]
+    if any(type(t) is not FakeTensor or t.device != x.device for t in operands) or x.dim() < 2 or weight.dim() != 2:
+        return None
+    if (
+        not same_literal(x.shape[-1], weight.shape[1])
+        or bias is not None
+        and not same_literal(tuple(bias.shape), (weight.shape[0],))
+    ):
+        return None
+    dtypes, kind = {t.dtype for t in operands}, x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtypes = {torch.get_autocast_dtype(kind)} if dtypes <= AUTOCAST else dtypes
+    if len(dtypes) > 1 or not dtypes <= AUTOCAST:
+        return None
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtypes.pop())
 
 
 def _mixed(func: OpOverload, args: Any, device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from torch import SymBool, SymFloat, SymInt
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sloth.compat.dispatch import FakeTensorMode, SymT, enable_python_dispatcher, symbol_is_type
+from sloth.compat.dispatch import FakeTensorMode, SymT, disable_fake_tensor_cache, enable_python_dispatcher, symbol_is_type
 
 ORDINARY = (16, 104, 4096, 10**7)
 
@@ -62,9 +62,11 @@ def comparing_nothing(mode: FakeTensorMode) -> Iterator[None]:
 
 @contextmanager
 def trying(mode: FakeTensorMode) -> Iterator[None]:
-    """Operators are called on the mode's fake tensors meanwhile."""
+    """Operators are called on the mode's fake tensors meanwhile. Of like calls one is tried, so that what torch would keep of
+    each ATen call, to know the next one like it, costs more than it saves.
+    """
     dispatching = enable_python_dispatcher()  # in C++, sizes would become numbers
-    with comparing_nothing(mode), mode, torch.no_grad(), dispatching:
+    with comparing_nothing(mode), mode, disable_fake_tensor_cache(mode), torch.no_grad(), dispatching:
         yield
 
 

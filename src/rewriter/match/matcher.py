@@ -287,8 +287,10 @@ class Matcher:
                 yield from self.other_roots(unifier, graph, i + 1, bound)
 
     def exact(self, variant: Variant, metas: list[Meta], numbers: dict[str, Any], autocast: Autocast) -> Graph:
-        """The reference with a match's own shapes, dtypes and numbers, traced once for all sites alike."""
-        how = (variant, literal_key(([m[:3] for m in metas], tuple(numbers.values()))))
+        """The reference with a match's own shapes, dtypes and numbers, traced once for all sites alike, and for all entries that
+        have the same reference: a projection that is multiplied row by row where it has few rows is the same mathematics.
+        """
+        how = (variant.reference, literal_key(([m[:3] for m in metas], tuple(numbers.values()))))
         if (how, autocast) not in self.traced:
             with under(autocast), comparing_nothing(self.mode):
                 graph = self.traced[how, autocast] = variant.graph(metas, numbers, self.mode)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from string import ascii_letters
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -35,6 +36,8 @@ from sloth.rewriter.graph.value import Meta, Value, ValueGraph
 
 # By the name of an entry: arguments of its operator that the user of a backend call has set.
 ARGUMENTS: ContextVar[dict[str, dict[str, Any]]] = ContextVar("ARGUMENTS", default={})  # noqa: B039
+# By reference, which entries may share: what it is on example inputs.
+_LOOSE: WeakKeyDictionary[Callable[..., Any], dict[tuple[Meta, ...], Graph]] = WeakKeyDictionary()
 
 
 class PatternError(ValueError):
@@ -130,7 +133,7 @@ class Variant:
     def sample_metas(self, dtype: torch.dtype = torch.bfloat16) -> list[Meta]:
         """Descriptions of example inputs: a size for each letter of `dims`."""
         sizes = {}
-        letters = sorted({str(s) for spec in self.dims.values() for s in _sizes(spec) for s in s.free_symbols})
+        letters = sorted({letter for spec in self.dims.values() for letter in _letters(spec)})
         for i, letter in enumerate(letters):
             sizes[letter] = self.pattern.sizes.get(letter, 2 * (i + 3))
         return [self.meta(t, sizes, dtype) for t in self.tensors]
@@ -146,13 +149,20 @@ class Variant:
         fake ones would take several times as long, and there are hundreds of variants.
         """
         if self._loose is None:
-            sentinels = _sentinels(self.numbers)
-            with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=()), _one_thread():  # whatever is ambient
-                self._loose = self._example(sentinels)
-                if any(map(_is_odd, self._loose.literals - sentinels.keys())):  # what another example has otherwise is computed
-                    fixed = self._example(_sentinels(self.numbers, 1)).literals | sentinels.keys()
-                    self._loose = replace(self._loose, computed=frozenset(filter(_is_odd, self._loose.literals - fixed)))
+            known, examples = _LOOSE.setdefault(self.reference, {}), tuple(self.sample_metas())
+            if examples not in known:
+                known[examples] = self._traced_loose()
+            self._loose = known[examples]
         return self._loose
+
+    def _traced_loose(self) -> Graph:
+        sentinels = _sentinels(self.numbers)
+        with torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=()), _one_thread():  # whatever is ambient
+            graph = self._example(sentinels)
+            if any(map(_is_odd, graph.literals - sentinels.keys())):  # what another example has otherwise is computed
+                fixed = self._example(_sentinels(self.numbers, 1)).literals | sentinels.keys()
+                graph = replace(graph, computed=frozenset(filter(_is_odd, graph.literals - fixed)))
+        return graph
 
     @cached_property
     def is_seen(self) -> bool:
@@ -290,3 +300,8 @@ def _sizes(spec: str) -> list[Any]:
     letters = {c: sympy.Symbol(c) for c in ascii_letters}
     sizes = [s for s in spec.split() if s != "int64"]
     return [sympy.sympify(s, locals=letters) for s in sizes]  # pyright: ignore[reportCallIssue]  (it takes text)
+
+
+@cache
+def _letters(spec: str) -> frozenset[str]:
+    return frozenset(str(letter) for size in _sizes(spec) for letter in size.free_symbols)

@@ -35,6 +35,7 @@ class LegalityContext:
     view: LoweredGraph
     mode: FakeTensorMode
     tried: dict[Any, Any] = field(default_factory=dict)
+    called: tuple[Match, Sequence[torch.Tensor], dict[Value, torch.Tensor]] | None = None  # whose backward is to be tried next
 
     @cached_property
     def order(self) -> dict[fx.Node, int]:
@@ -276,26 +277,42 @@ def call_arguments(matches: Sequence[Match], tensor: Callable[[Value], Any]) -> 
 
 def operator_metas(match: Match, context: LegalityContext) -> list[Meta]:
     """What the operator gives for operands like these."""
-    leaves = operands_of(match)
     arguments = call_arguments([match], lambda v: v.meta[:3])
     key = (match.pattern.op, literal_key(arguments), match.roots[0].region.autocast)
     if key not in context.tried:
-        tensors = dict(zip(leaves, fakes([v.meta for v in leaves], context.mode), strict=True))
-        with trying(context.mode):
-            out = match.pattern.op(
-                *pytree.tree_map(lambda a: into(a, context.mode), call_arguments([match], tensors.__getitem__))
-            )
-        context.tried[key] = [Meta.of(t) for t in ((out,) if isinstance(out, torch.Tensor) else out)]
+        context.tried[key] = [Meta.of(t) for t in _forward(match, context)]
     return context.tried[key]
+
+
+def _forward(match: Match, context: LegalityContext) -> Sequence[torch.Tensor]:
+    """The operator's results on fakes. With autograd where its backward is to be tried next, so that it is called once for both;
+    what that raises, it may not raise without.
+    """
+    context.called = None
+    if any(r.meta.requires_grad for r in match.roots) and _kind_of_call(match) not in _GRADIENTS:
+        try:
+            context.called = match, *_called(match, context, True)
+            return context.called[1]
+        except Exception:
+            pass
+    return _called(match, context, False)[0]
+
+
+def _called(match: Match, context: LegalityContext, grad: bool) -> tuple[Sequence[torch.Tensor], dict[Value, torch.Tensor]]:
+    """Results of the operator, and the fakes that it was called on."""
+    leaves = operands_of(match)
+    tensors = dict(zip(leaves, fakes([v.meta for v in leaves], context.mode), strict=True))
+    for v in leaves if grad else ():
+        tensors[v].requires_grad_(v.meta.requires_grad)
+    with trying(context.mode), torch.set_grad_enabled(grad):
+        out = match.pattern.op(*pytree.tree_map(lambda a: into(a, context.mode), call_arguments([match], tensors.__getitem__)))
+    return (out,) if isinstance(out, torch.Tensor) else out, tensors
 
 
 _GRADIENTS: dict[Any, set[int]] = {}  # for each kind of call, the operands that the operator gives a gradient to
 
 
-def operator_gradients(match: Match, context: LegalityContext) -> set[Value]:
-    """The operands that its backward gives a gradient to. Tried on fakes, once in a process for operands of the same dtypes and
-    dimensions: it is no question of numbers, nor of sizes, but of which of these are symbols.
-    """
+def _kind_of_call(match: Match) -> tuple:
     leaves = operands_of(match)
 
     def kind(v: Value) -> tuple:
@@ -303,17 +320,20 @@ def operator_gradients(match: Match, context: LegalityContext) -> set[Value]:
         return leaves.index(v), sizes, v.meta.dtype, v.meta.device.type, v.meta.requires_grad
 
     given = pytree.tree_map(lambda a: type(a) if isinstance(a, Symbol) else a, call_arguments([match], kind))
-    key = match.pattern.op, literal_key(given), match.roots[0].region.autocast
+    return match.pattern.op, literal_key(given), match.roots[0].region.autocast
+
+
+def operator_gradients(match: Match, context: LegalityContext) -> set[Value]:
+    """The operands that its backward gives a gradient to. Tried on fakes, once in a process for operands of the same dtypes and
+    dimensions: it is no question of numbers, nor of sizes, but of which of these are symbols.
+    """
+    leaves, key = operands_of(match), _kind_of_call(match)
     if key not in _GRADIENTS:
-        tensors = dict(zip(leaves, fakes([v.meta for v in leaves], context.mode), strict=True))
+        called, context.called = context.called, None
+        out, tensors = called[1:] if called is not None and called[0] is match else _called(match, context, True)
         wanted = [v for v in leaves if v.meta.requires_grad]
-        for v in wanted:
-            tensors[v].requires_grad_()
         with trying(context.mode), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-            out = match.pattern.op(
-                *pytree.tree_map(lambda a: into(a, context.mode), call_arguments([match], tensors.__getitem__))
-            )
-            out = [t for t in ((out,) if isinstance(out, torch.Tensor) else out)[: len(match.roots)] if t.requires_grad]
+            out = [t for t in out[: len(match.roots)] if t.requires_grad]
             of, ones = [tensors[v] for v in wanted], [torch.empty_like(t) for t in out]
             found = torch.autograd.grad(out, of, ones, allow_unused=True) if out else [None] * len(of)
         _GRADIENTS[key] = {leaves.index(v) for v, g in zip(wanted, found, strict=True) if g is not None}
