@@ -20,7 +20,8 @@ from sloth.rewriter.backend import listening
 pytestmark = pytest.mark.filterwarnings("ignore")
 UNLIKE = {"epoch", "step", "step_time", "total_flos", "learning_rate"}  # of what is logged: times
 AOT = "sloth.inner_backend=aot_eager"
-PASSES = {"DPO": 2, "KTO": 3, "GRPO": 2, "RLOO": 2}  # that are compiled: the policy's, the reference's, of mismatched pairs
+# Passes that are graphs of their own: without gradients, of the reference, of mismatched pairs.
+PASSES = {"DPO": 2, "KTO": 3, "GRPO": 3, "RLOO": 3, "GKD": 2, "online DPO": 2}
 OF_DEFAULT = {("ORPO", "adapters of the trainer")}  # it has no head of its own: one graph
 
 
