@@ -9,7 +9,8 @@ after two steps (what is compiled, is) each waits, and then they train on one af
 them.
 
 first_s: until the second optimizer step is done, beside the others; median_s: of the later ones, alone; generate_s: of each, in
-`generate`; peak_gib: allocated; losses: of each step. found: what the compiled graphs hold, and what of it was matched.
+`generate`; peak_gib: allocated; losses: of each step. log: what sloth said. found: what the compiled graphs hold, and what of it
+was matched.
 """
 
 import argparse
@@ -201,8 +202,10 @@ def result_of(run: subprocess.Popen, log: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         run.kill()
         return {"failed": f"not done in {SECONDS} s"}
-    told = [line.removeprefix(MARK) for line in log.read_text().splitlines() if line.startswith(MARK)]
-    return json.loads(told[-1]) if told else {"failed": log.read_text()[-1500:]}
+    lines = log.read_text().splitlines()
+    told = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+    found = json.loads(told[-1]) if told else {"failed": log.read_text()[-1500:]}
+    return found | {"log": [line for line in lines if line.startswith("sloth: ")]}
 
 
 def main(args: argparse.Namespace) -> None:
