@@ -9,6 +9,7 @@ import torch
 
 from sloth.models.arguments import one_of
 from sloth.models.compiled import set_offloading, steps_backend
+from sloth.rewriter.notices import tell_once
 from sloth.saving.merged import base_of
 
 # What scripts write, and whether it checkpoints and offloads.
@@ -66,7 +67,8 @@ def for_inference(model: Any, replay_steps: bool | None = None) -> Any:
     if replay_steps or replay_steps is None and any(p.is_cuda for p in model.parameters()):
         from sloth.generation.session import PAYS_AFTER, start  # not before: Dynamo takes a second to import
 
-        start(base_of(model), steps_backend(), 0 if replay_steps else PAYS_AFTER)
+        if not start(base_of(model), steps_backend(), 0 if replay_steps else PAYS_AFTER) and replay_steps:
+            tell_once("generating runs the model's own code: there are no CUDA graphs, or the model is on several devices")
     elif replay_steps is False:
         _stop(model)
     return model
