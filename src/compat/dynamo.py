@@ -64,3 +64,11 @@ def is_ours(tx: Any) -> bool:
     transformers'.
     """
     return getattr(tx.output.compiler_fn, "__name__", None) == "sloth"
+
+
+def allow_more_graphs() -> None:
+    """Twice what Dynamo allows, unless somebody has chosen. Trainers of preferences have a graph for each pass, that of
+    the policy, the reference, mismatched pairs; others when they evaluate, and others for a last batch of one row.
+    """
+    if config.recompile_limit == 8:
+        config.recompile_limit = 16

@@ -10,14 +10,17 @@ member to the enum, and looks at `TorchDynamoPlugin`.
 ninth on nothing is compiled. Under sloth a flag that was not given is one that was not given: torch decides (`dynamic=None`).
 Who wants static sizes says so in the program: `TorchDynamoPlugin(dynamic=False)`.
 
-The model that `prepare` gives is the one it was given, compiled in place, not a wrapper of it. Trainers of preferences call the
-model by its own name for the reference's pass: that pass ran uncompiled beside a compiled one, slower, and rounded otherwise, so
-that the two differed (by 3 nats a text of a 1B shape in bf16) where nothing was trained yet.
+Trainers of preferences call the model by its own name for the reference's pass, not what `prepare` gave: that pass ran uncompiled
+beside a compiled one, slower, and rounded otherwise, so that the two differed (by 3 nats a text of a 1B shape in bf16) where
+nothing was trained yet. While Trainer works, the model's own calls are compiled too; before and behind it they are not.
 """
 
+import sys
+from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import sloth.integrations.registry  # noqa: F401  what else is met before anybody compiles
 from sloth.integrations.integration import integration
@@ -57,28 +60,58 @@ def _leave_open(module: ModuleType) -> None:
     plugin.__post_init__ = __post_init__
 
 
+_at_work: WeakSet[Any] = WeakSet()  # models that a Trainer works with
+_calls: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()  # by accelerator and id of a model: its calls, compiled
+
+
 @integration(
     "accelerate.accelerator", touches="Accelerator.prepare_model",
-    why="a model is compiled in place, for whoever calls it: so is the reference's pass in DPO",
+    why="in a trainer's work every call of its model is compiled: that of the reference in DPO",
 )  # fmt: skip
-def _compile_in_place(module: ModuleType) -> None:
+def _compile_calls(module: ModuleType) -> None:
     prepare = module.Accelerator.prepare_model
 
     @wraps(prepare)
     def prepare_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         prepared, plugin = prepare(self, model, *args, **kwargs), self.state.dynamo_plugin
-        if (
-            plugin.backend.value != "SLOTH"
-            or plugin.use_regional_compilation
-            or getattr(prepared, "_orig_mod", None) is not model
-        ):
+        if plugin.backend.value != "SLOTH" or plugin.use_regional_compilation:
             return prepared
-        from sloth.integrations.generation import is_compiled_for_sloth  # not inside `import torch`
-        from sloth.integrations.peft import lists_of_their_own
+        if getattr(prepared, "_orig_mod", None) is model and model._compiled_call_impl is None:
+            from sloth.compat.dynamo import allow_more_graphs  # not inside `import torch`
+            from sloth.integrations.peft import lists_of_their_own
 
-        if not is_compiled_for_sloth(model._compiled_call_impl):
             lists_of_their_own(model)
-            model.compile(**plugin.to_kwargs())
-        return model
+            allow_more_graphs()
+            calls = sys.modules["torch"].compile(model._call_impl, **plugin.to_kwargs())
+            _calls.setdefault(self, {})[id(model)] = calls
+            model._compiled_call_impl = calls if model in _at_work else None
+        return prepared
 
     module.Accelerator.prepare_model = prepare_model
+
+
+@integration(
+    "transformers.trainer", touches="Trainer.train, evaluate, predict",
+    why="in a trainer's work every call of its model is compiled: that of the reference in DPO",
+)  # fmt: skip
+def _while_it_works(module: ModuleType) -> None:
+    def working(work: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(work)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            model = self.model
+            if model in _at_work:
+                return work(self, *args, **kwargs)
+            _at_work.add(model)
+            calls = _calls.get(self.accelerator, {})
+            model._compiled_call_impl = calls.get(id(model), model._compiled_call_impl)
+            try:
+                return work(self, *args, **kwargs)
+            finally:
+                _at_work.discard(model)
+                if model._compiled_call_impl in _calls.get(self.accelerator, {}).values():
+                    model._compiled_call_impl = None
+
+        return run
+
+    for name in ("train", "evaluate", "predict"):
+        setattr(module.Trainer, name, working(getattr(module.Trainer, name)))

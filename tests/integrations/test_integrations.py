@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,27 +42,34 @@ def test_the_name_is_a_member_like_others() -> None:
 
 
 @pytest.mark.parametrize("backend", ["sloth", "eager"])
-def test_a_model_is_compiled_in_place(backend: str) -> None:
-    """For other backends it is wrapped, as before. What was compiled for sloth stays; what was compiled for others does not."""
-    from accelerate import Accelerator
-    from accelerate.utils import TorchDynamoPlugin
+def test_while_a_trainer_works_every_call_of_its_model_is_compiled(backend: str, tmp_path: Path) -> None:
+    """Under sloth. Before and behind it, and what accelerate gives, is as with other backends."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from sloth.integrations.generation import is_compiled_for_sloth
+    seen: list[Any] = []
 
-    model = nn.Linear(4, 4)
-    accelerator = Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend=backend))
-    prepared = accelerator.prepare(model)
-    if backend == "eager":
-        assert prepared is not model and model._compiled_call_impl is None
-        return
-    compiled = model._compiled_call_impl
-    assert prepared is model and compiled is not None and list(prepared.state_dict()) == ["weight", "bias"]
-    for other in (False, True):
-        if other:
-            model.compile(backend="eager")
-        del model._is_accelerate_prepared
-        assert accelerator.prepare(model) is model and (model._compiled_call_impl is compiled) != other
-        assert is_compiled_for_sloth(model._compiled_call_impl)
+    class Seen(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            seen.append(model._compiled_call_impl)
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    told = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    row = {"input_ids": torch.arange(4), "labels": torch.arange(4)}
+    arguments = TrainingArguments(**told, max_steps=2, per_device_train_batch_size=2, torch_compile_backend=backend)
+    trainer = Trainer(model, arguments, train_dataset=[row] * 8, eval_dataset=[row] * 2, callbacks=[Seen()])
+    for work in (trainer.train, trainer.evaluate, trainer.train):
+        work()
+        assert model._compiled_call_impl is None
+    assert len(seen) == 4 and len(set(map(id, seen))) == 1 and (seen[0] is not None) == (backend == "sloth")
+    assert trainer.model_wrapped is not model
+    assert trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False) is model
+    gone = weakref.ref(model)
+    seen.clear()
+    torch._dynamo.reset()
+    del model, trainer, work
+    gc.collect()
+    assert gone() is None
 
 
 # ---------------------------------------------------------------- LLaMA-Factory
