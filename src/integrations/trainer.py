@@ -1,8 +1,8 @@
 """Evaluation inside transformers' Trainer runs what training runs: the compiled model.
 
-Trainer evaluates the bare model (`self._wrap_model(self.model, training=False)`), whatever it trains with. Mostly that one is
-compiled in place (accelerate.py). Where the compiled one is sloth's, is another (of layers that are compiled each by itself) and
-wraps nothing else, Trainer is given that one: then a loss is computed without logits, there as in training.
+Trainer evaluates the bare model (`self._wrap_model(self.model, training=False)`), whatever it trains with. Where the compiled one
+is sloth's and wraps nothing else, it is given that one: then a loss is computed without logits, there as in training, and layers
+that are compiled each by itself are so there too.
 """
 
 from __future__ import annotations
