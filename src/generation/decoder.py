@@ -24,7 +24,8 @@ ATTEMPTS = 4  # to capture a kind; Dynamo may need two graphs until it takes a n
 KINDS = 8  # of one cache: windows that fill, masks or none; each has a graph
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
 UNCAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
-CHECKPOINTING = ("_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")  # no part of a step's graph
+# No part of a step's graph: they come and go where a trainer begins, evaluates, and switches checkpointing off and on.
+OF_TRAINERS = ("_compiled_call_impl", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
@@ -216,11 +217,11 @@ def state_of(model: torch.nn.Module) -> int:
 
 
 def _seen(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """What of it a graph may depend on: not what comes and goes where a trainer switches checkpointing off and on."""
+    """What of it a graph may depend on."""
     for name, value in vars(module).items():
         if name == "_forward_hooks":
             yield name, [hook for hook in value.values() if not marks_gradients(hook)]
-        elif name not in CHECKPOINTING:
+        elif name not in OF_TRAINERS:
             yield name, value
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import sloth.integrations.registry  # noqa: F401  what else is met before anybody compiles
 from sloth.integrations.integration import integration
@@ -61,7 +61,12 @@ def _leave_open(module: ModuleType) -> None:
 
 
 _at_work: WeakSet[Any] = WeakSet()  # models that a Trainer works with
-_calls: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()  # by accelerator and id of a model: its calls, compiled
+CALLS = "sloth_calls"  # in what accelerate makes of a model: the model's own calls, compiled
+
+
+def is_for_sloth(accelerator: Any) -> bool:
+    plugin = getattr(accelerator.state, "dynamo_plugin", None)
+    return getattr(getattr(plugin, "backend", None), "value", None) == "SLOTH"
 
 
 @integration(
@@ -73,8 +78,8 @@ def _compile_calls(module: ModuleType) -> None:
 
     @wraps(prepare)
     def prepare_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared, plugin = prepare(self, model, *args, **kwargs), self.state.dynamo_plugin
-        if plugin.backend.value != "SLOTH" or plugin.use_regional_compilation:
+        prepared = prepare(self, model, *args, **kwargs)
+        if not is_for_sloth(self) or self.state.dynamo_plugin.use_regional_compilation:
             return prepared
         if getattr(prepared, "_orig_mod", None) is model and model._compiled_call_impl is None:
             from sloth.compat.dynamo import allow_more_graphs  # not inside `import torch`
@@ -82,8 +87,8 @@ def _compile_calls(module: ModuleType) -> None:
 
             lists_of_their_own(model)
             allow_more_graphs()
-            calls = sys.modules["torch"].compile(model._call_impl, **plugin.to_kwargs())
-            _calls.setdefault(self, {})[id(model)] = calls
+            calls = sys.modules["torch"].compile(model._call_impl, **self.state.dynamo_plugin.to_kwargs())
+            vars(prepared)[CALLS] = calls  # it hands on to the model what is set in the usual way
             model._compiled_call_impl = calls if model in _at_work else None
         return prepared
 
@@ -99,17 +104,15 @@ def _while_it_works(module: ModuleType) -> None:
         @wraps(work)
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
             model = self.model
-            if model in _at_work:
+            if not is_for_sloth(self.accelerator) or model._compiled_call_impl is not None:  # at work, or compiled for good
                 return work(self, *args, **kwargs)
             _at_work.add(model)
-            calls = _calls.get(self.accelerator, {})
-            model._compiled_call_impl = calls.get(id(model), model._compiled_call_impl)
+            model._compiled_call_impl = vars(self.model_wrapped).get(CALLS)
             try:
                 return work(self, *args, **kwargs)
             finally:
                 _at_work.discard(model)
-                if model._compiled_call_impl in _calls.get(self.accelerator, {}).values():
-                    model._compiled_call_impl = None
+                model._compiled_call_impl = None
 
         return run
 

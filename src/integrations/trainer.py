@@ -11,6 +11,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
+from sloth.integrations.accelerate import is_for_sloth
 from sloth.integrations.integration import integration
 
 
@@ -21,14 +22,9 @@ def _evaluating_compiled(trainer: ModuleType) -> None:
     @wraps(wrap)
     def _wrap_model(self: Any, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
         wrapped = wrap(self, model, training, *args, **kwargs)
-        if training or wrapped is not self.model or not _is_for_sloth(self):
+        if training or wrapped is not self.model or not is_for_sloth(self.accelerator):
             return wrapped
         compiled = self.model_wrapped
         return compiled if getattr(compiled, "_orig_mod", None) is wrapped else wrapped
 
     trainer.Trainer._wrap_model = _wrap_model
-
-
-def _is_for_sloth(trainer: Any) -> bool:
-    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
-    return getattr(getattr(plugin, "backend", None), "value", None) == "SLOTH"
