@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 import triton
+
+MARK = "measured: "
 
 
 def l2_flush() -> torch.Tensor:
@@ -99,6 +102,21 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
         print(f"{sys.argv[0]} needs a GPU that torch can see", file=sys.stderr)
         sys.exit(2)
     return args
+
+
+def tell(work: Callable[[], dict[str, Any]]) -> None:
+    """Print what a process of one contender has measured, or how it failed, on a line that `told` finds."""
+    try:
+        found = work()
+    except Exception:
+        found = {"failed": traceback.format_exc()[-1500:]}
+    print(MARK + json.dumps(found), flush=True)
+
+
+def told(output: str) -> dict[str, Any]:
+    """What the process with this output has measured; the end of it, if it said nothing."""
+    lines = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
+    return json.loads(lines[-1]) if lines else {"failed": output[-1500:]}
 
 
 def write(results: dict[str, Any], out: Path | None) -> None:

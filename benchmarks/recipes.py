@@ -23,12 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, optional, parse, parser, write
+from measuring import machine, optional, parse, parser, tell, told, write
 from qlora import RANK, SHAPES, TARGETS, write_checkpoint
 
 CONTENDERS = ("sloth", "sloth-offload", "sloth-fast", "unsloth", "eager", "liger", "inductor")
@@ -38,7 +37,6 @@ NEEDS = {"unsloth": "unsloth", "liger": "liger_kernel"}
 ROWS, ACCUMULATE, LONGEST = 4, 2, 2048
 WORDS = 900  # of the vocabulary that texts are made of
 SECONDS = 400  # for one contender, or it is told as not done
-MARK = "recipe: "
 
 
 # ---------------------------------------------------------------- the recipe
@@ -142,23 +140,15 @@ def run(contender: str, recipe: str, folder: str, steps: int, caches: Path) -> d
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"not done in {SECONDS} s"}
-    told = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
-    return json.loads(told[-1]) if told else {"failed": done.stdout[-1500:]}
-
-
-def one(contender: str, recipe: str, folder: str, steps: str) -> None:
-    try:
-        print(MARK + json.dumps(train(contender, recipe, folder, int(steps))), flush=True)
-    except Exception:
-        print(MARK + json.dumps({"failed": traceback.format_exc()[-1500:]}), flush=True)
+    return told(done.stdout)
 
 
 def main(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {"machine": machine(args.commit), "shape": args.shape, "steps": args.steps, "runs": []}
     if args.add:
         before = json.loads(Path(args.out).read_text())
-        told = ("device", "torch", "commit")
-        if [before["machine"].get(k) for k in told] != [results["machine"].get(k) for k in told]:
+        same = ("device", "torch", "commit")
+        if [before["machine"].get(k) for k in same] != [results["machine"].get(k) for k in same]:
             raise SystemExit(f"{args.out} was measured on another machine or of another commit: give another --out")
         results["runs"] = before["runs"]
     wanted = [c for c in args.contenders.split(",") if c not in NEEDS or optional(NEEDS[c])]
@@ -177,7 +167,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        one(*sys.argv[2:])
+        *which, count = sys.argv[2:]
+        tell(lambda: train(*which, int(count)))
     else:
         made = parser(__doc__)
         made.add_argument("--contenders", default=",".join(CONTENDERS))

@@ -15,7 +15,6 @@ was matched.
 
 import argparse
 import importlib
-import json
 import os
 import random
 import statistics
@@ -23,18 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, parse, parser, write
+from measuring import machine, parse, parser, tell, told, write
 from qlora import RANK, TARGETS, write_checkpoint
 
 CONTENDERS = ("sloth", "eager")
 WORDS, ROWS, WARM = 900, 4, 2  # words that there are, rows of a batch, and steps before the others are waited for
 SECONDS = 420
-MARK = "trainers: "
 
 
 # ---------------------------------------------------------------- what is trained
@@ -188,24 +185,14 @@ def train(contender: str, name: str, folder: str, steps: int, turn: Path) -> dic
 # ---------------------------------------------------------------- all of them
 
 
-def one(contender: str, name: str, folder: str, steps: str, turn: str) -> None:
-    try:
-        found = train(contender, name, folder, int(steps), Path(turn))
-    except Exception:
-        found = {"failed": traceback.format_exc()[-1500:]}
-    print(MARK + json.dumps(found), flush=True)
-
-
 def result_of(run: subprocess.Popen, log: Path) -> dict[str, Any]:
     try:
         run.wait(SECONDS)
     except subprocess.TimeoutExpired:
         run.kill()
         return {"failed": f"not done in {SECONDS} s"}
-    lines = log.read_text().splitlines()
-    told = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
-    found = json.loads(told[-1]) if told else {"failed": log.read_text()[-1500:]}
-    return found | {"log": [line for line in lines if line.startswith("sloth: ")]}
+    output = log.read_text()
+    return told(output) | {"log": [line for line in output.splitlines() if line.startswith("sloth: ")]}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -247,7 +234,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        one(*sys.argv[2:])
+        *which, count, turn = sys.argv[2:]
+        tell(lambda: train(*which, int(count), Path(turn)))
     else:
         made = parser(__doc__)
         made.add_argument("--trainers", default=",".join(TRAINERS))
