@@ -22,7 +22,8 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
-import sloth.integrations.registry  # noqa: F401  what else is met before anybody compiles
+import sloth.integrations.registry
+import sloth.integrations.trainer_walks  # noqa: F401  what else is met before anybody compiles
 from sloth.integrations.integration import integration
 
 

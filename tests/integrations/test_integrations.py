@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sloth.integrations import generation, llamafactory
 from sloth.integrations.integration import WAITING, integrations
+from sloth.integrations.trainer_walks import set_mode
 from sloth.rewriter.backend import listening
 
 # ---------------------------------------------------------------- accelerate
@@ -70,6 +71,64 @@ def test_while_a_trainer_works_every_call_of_its_model_is_compiled(backend: str,
     del model, trainer, work
     gc.collect()
     assert gone() is None
+
+
+class Frozen(nn.Module):
+    """Stays in evaluation mode, as some models have it."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_modes_are_set_as_modules_set_them(frozen: bool) -> None:
+    """Trainer's short walk, whatever was done to a module in between."""
+    made = lambda: nn.Sequential(nn.Linear(2, 2), nn.Sequential(Frozen() if frozen else nn.Dropout(), nn.ReLU()))  # noqa: E731
+    one, other = made(), made()
+    for mode, changed in [(True, None), (True, 0), (False, 1), (False, None), (True, 1), (True, None)]:
+        for model in (one, other):
+            if changed is not None:
+                model[changed].train(not mode)
+        assert set_mode(one, mode) is one
+        other.train(mode)
+        assert [m.training for m in one.modules()] == [m.training for m in other.modules()]
+
+
+def test_a_train_that_does_more_is_called() -> None:
+    calls: list[bool] = []
+
+    class Counting(nn.Module):
+        def train(self, mode: bool = True) -> Any:
+            calls.append(mode)
+            return super().train(mode)
+
+    set_mode(nn.Sequential(nn.ReLU(), Counting()))
+    assert calls == [True]
+
+
+@pytest.mark.parametrize("backend", ["sloth", "eager"])
+def test_while_a_trainer_trains_modules_are_walked_over_once(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under sloth; the count of operations is what it was, and nothing is left of it behind the training."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+    counted: list[dict] = []
+    count = PreTrainedModel.num_parameters
+    monkeypatch.setattr(
+        PreTrainedModel, "num_parameters", lambda self, *args, **kwargs: (counted.append(kwargs), count(self, *args, **kwargs))[1]
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    before, held = count(model, exclude_embeddings=True), set(vars(model))
+    told = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(**told, max_steps=3, per_device_train_batch_size=2, torch_compile_backend=backend)
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 8)
+    trainer.train()
+    assert trainer.state.total_flos == 3 * 6 * 8 * before
+    in_steps = [given for given in counted if given.get("exclude_embeddings")]
+    assert len(in_steps) == (1 if backend == "sloth" else 3)
+    assert model.training and not {"train", "num_parameters"} & set(vars(model)) and held <= set(vars(model))
 
 
 # ---------------------------------------------------------------- LLaMA-Factory
