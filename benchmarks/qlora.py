@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int) -> None:
     sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     config = LlamaConfig(
         **sizes, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=500000.0, pad_token_id=3, dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"], use_cache=False,
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.quantization_config = {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,

@@ -18,6 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
 from sloth.models.checkpointing import is_checkpointed
+from sloth.saving.merged import base_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -152,7 +153,9 @@ def test_full_finetuning(folder: Path, caplog: pytest.LogCaptureFixture) -> None
 
 def test_training_and_generating_are_switched(folder: Path) -> None:
     model = fast().get_peft_model(loaded(folder)[0])
+    model.generation_config.use_cache = False  # as in the folder of a model that was trained and saved
     assert fast().for_inference(model) is model and not model.training and model.config.use_cache
+    assert base_of(model).generation_config.use_cache
     assert fast().for_training(model) is model and model.training and not model.config.use_cache
     fast().for_training(model, use_gradient_checkpointing=False)
     assert not is_checkpointed(model)

@@ -63,11 +63,14 @@ def for_inference(model: Any, replay_steps: bool | None = None) -> Any:
     once so many tokens were asked for that it pays.
     """
     model.eval()
-    base_of(model).config.use_cache = True
+    base = base_of(model)
+    for config in (base.config, getattr(base, "generation_config", None)):
+        if config is not None:  # of a model that was saved behind a training, both say no
+            config.use_cache = True
     if replay_steps or replay_steps is None and any(p.is_cuda for p in model.parameters()):
         from sloth.generation.session import PAYS_AFTER, start  # not before: Dynamo takes a second to import
 
-        if not start(base_of(model), steps_backend(), 0 if replay_steps else PAYS_AFTER) and replay_steps:
+        if not start(base, steps_backend(), 0 if replay_steps else PAYS_AFTER) and replay_steps:
             tell_once("generating runs the model's own code: there are no CUDA graphs, or the model is on several devices")
     elif replay_steps is False:
         _stop(model)
