@@ -1,5 +1,5 @@
 """A checkpointed layer's dequantised weights are not kept from where it is computed again to where its gradient is; what leaves
-it is not computed again.
+it, and what adapters' A make of activations, is not computed again.
 """
 
 import pytest
@@ -82,6 +82,23 @@ def test_what_leaves_a_part_is_kept(residual, monkeypatch):
     assert products() == [4, 3 + 2]  # forward; again, and the gradients of x and of what o reads
     monkeypatch.setattr(inductor, "save_checkpoint_boundaries", lambda graph: None)
     assert products() == [4, 4 + 2]
+
+
+def test_products_of_adapters_are_kept(monkeypatch):
+    """Of the layer that is computed again: x [A_q; A_k; A_v]ᵀ, 6 columns where x has 128, and what o's A makes of its 64."""
+    made = lambda graph: sum(n.target is torch.ops.aten.mm.default for n in graph.nodes)  # noqa: E731
+
+    def products():
+        torch._dynamo.reset()
+        model, graphs = adapted(Attention("nf4", BF16, checkpointed=True), {"r": 2}), Own()
+        x = torch.randn(2, 8, K, device=DEVICE, dtype=BF16, requires_grad=True)
+        run = torch.compile(model, backend="sloth", options={"post_grad_custom_post_pass": graphs})
+        same(step(model, run, x), step(model, model, x), 2e-2)
+        return [made(graph) for graph in graphs.seen]
+
+    kept = products()
+    monkeypatch.setattr(inductor, "save_thin_products", lambda graph: None)
+    assert products() == [kept[0], kept[1] + 2]
 
 
 @pytest.mark.parametrize("where", [pytest.param("setting", marks=pytest.mark.nightly), "option"])

@@ -29,6 +29,7 @@ from sloth.rewriter.compile.passes import (
     rematerialize_cheap_ops,
     reuse_operand_buffers,
     save_checkpoint_boundaries,
+    save_thin_products,
     write_as_read,
 )
 from sloth.rewriter.graph.ambient import dtypes
@@ -57,7 +58,7 @@ def compiler(name: str, mode: str | None, options: dict[str, Any]) -> Callable[.
     if name == "inductor":
         late = (rematerialize_cheap_ops, in_one_call, write_as_read, reuse_operand_buffers, compile_kernels_ahead)
         passes = {
-            "joint_custom_pre_pass": (save_checkpoint_boundaries, drop_rng_tag_from_sdpa),
+            "joint_custom_pre_pass": (save_checkpoint_boundaries, save_thin_products, drop_rng_tag_from_sdpa),
             "post_grad_custom_post_pass": late,
         }
         theirs = {at: options.get(at) or getattr(config, at) for at in passes}

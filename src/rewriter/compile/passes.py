@@ -7,6 +7,9 @@ peak. Making them again costs a read of the packed weight and a write of the oth
 What leaves a checkpointed part and is needed by the backward pass of what follows is kept, as in eager. torch does so where the
 next part is checkpointed too; after the last layer it would compute that layer's last projection again, for the norm behind it.
 
+The product of an activation and an adapter's A is kept, though it lies in a checkpointed part: it is a hundredth of the
+activation, and to make it again takes the host as long as a product of any size.
+
 A gradient of a parameter in fp32 that is computed in bf16 is rounded, and cast to fp32 in a launch of its own. An operator that
 accumulates in fp32 can write it so.
 
@@ -29,6 +32,7 @@ from sloth.compat.inductor import CustomGraphPass
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.plan.materialize import REMATERIALIZED
 
+THIN = 16  # times as many columns has the activation as a product of it that is kept
 _OVER: dict[object, dict[str, str]] = {}
 
 
@@ -214,6 +218,17 @@ def save_checkpoint_boundaries(graph: fx.Graph) -> None:
         if must_recompute(n) and "ac_graph_id" in n.meta and not needed.isdisjoint(n.users):
             while getattr(n.target, "is_view", False) and must_recompute(n.args[0]):
                 n = n.args[0]  # views are always made again
+            n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def save_thin_products(graph: fx.Graph) -> None:
+    """Of both passes, before they are divided: of checkpointed parts, what is thin and takes a whole matrix to make."""
+    from sloth.compat.inductor import must_recompute
+
+    for n in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+        columns, read = n.meta["val"].shape[1], n.args[0].meta["val"].shape[1]
+        known = isinstance(columns, int) and isinstance(read, int)
+        if known and columns * THIN <= read and must_recompute(n) and "ac_graph_id" in n.meta:
             n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
