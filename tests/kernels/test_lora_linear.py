@@ -14,8 +14,9 @@ from recorder import Recorder, saved
 from torch._dynamo.backends.common import aot_autograd
 
 from sloth.kernels.common.device import H100, pretending
-from sloth.kernels.linear.gemm import sum_of_products
-from sloth.kernels.linear.gemm_columns import products_in_columns, side_by_side
+from sloth.kernels.linear import gemm
+from sloth.kernels.linear.gemm import in_memory, sum_of_products
+from sloth.kernels.linear.gemm_columns import products_in_columns
 from sloth.kernels.linear.gemm_rows import product_in_rows
 from sloth.kernels.linear.lora import lora_linear
 from sloth.kernels.linear.lora_grad_b import lora_grad_b
@@ -421,15 +422,16 @@ def test_results_can_be_written_in_place():
 def test_matrices_that_lie_side_by_side():
     """Are one, but only where one buffer holds them."""
     held = torch.randn(10, 6)
-    joined = side_by_side([w.t() for w in held.split([4, 3, 3])])
+    joined = in_memory([w.t() for w in held.split([4, 3, 3])], 1)
     assert joined.data_ptr() == held.data_ptr() and torch.equal(joined, held.t())
+    assert torch.equal(in_memory(list(held.split([4, 3, 3])), 0), held)
     a, b, c = held.split([4, 3, 3])
     for apart in ([a, c], [b, a], [a, b.clone()], [a, b[:, :4]], [a, held[4:7].clone().resize_(3, 6)]):
-        assert side_by_side([w.t() for w in apart]) is None
-    assert side_by_side([a, b]) is None, "not transposed"
+        assert in_memory([w.t() for w in apart], 1) is None and in_memory(apart, 0) is None
+    assert in_memory([a, b], 1) is None, "not transposed"
     other = torch.empty(0).set_(held.untyped_storage(), 0, (4, 6))
     behind = torch.frombuffer(bytearray(held[4:].numpy().tobytes()), dtype=torch.float32).view(6, 6)
-    assert side_by_side([other.t(), behind.t()]) is None
+    assert in_memory([other.t(), behind.t()], 1) is None
 
 
 @cases
@@ -499,6 +501,32 @@ def test_sums_of_products(m, n, inner, dtype, bias, seed):
         assert found.dtype == (wide or dtype)
         eager = written_out(torch.Tensor.float if wide else lambda t: t)
         assert_no_worse(found, eager, written_out(torch.Tensor.double), few=256, scale=1.0)
+
+
+@cases
+@given(st.integers(0, 5), st.integers(4, 9), st.lists(st.integers(1, 7), min_size=2, max_size=3), dtypes, st.booleans(), seeds)
+def test_sums_of_products_with_weights_in_one_buffer(m, n, rows, dtype, wide, seed):
+    """A thin product and others, which are one where they are narrow. What is between them in memory is no part of them."""
+    t, u = make((m, 2), dtype, seed=8 * seed), make((2, n), dtype, seed=8 * seed + 1)
+    held = make((sum(rows) + 1, n), dtype, seed=8 * seed + 2)
+    g = [make((m, k), dtype, seed=8 * seed + 3 + i) for i, k in enumerate(rows)]
+    for gap in (0, 1):
+        weights = [*held[: rows[0]].split(rows[:1]), *held[rows[0] + gap : sum(rows) + gap].split(rows[1:])]
+        found = sum_of_products([t, *g], [u, *weights], [0.3] + [1.0] * len(g), None, torch.float32 if wide else None)
+        of = lambda convert, w=weights: 0.3 * (convert(t) @ convert(u)) + sum(convert(x) @ convert(y) for x, y in zip(g, w))  # noqa: B905, E731
+        assert_no_worse(found, of(torch.Tensor.float if wide else lambda x: x), of(torch.Tensor.double), few=256, scale=1.0)
+
+
+@pytest.mark.parametrize("columns, products", [(4, 2), (3, 3)])
+def test_narrow_layers_are_one_product(columns, products, monkeypatch):
+    """With a copy of what is multiplied: not of wide ones."""
+    made = []
+    for name in ("product", "add_product"):
+        of = getattr(gemm, name)
+        monkeypatch.setattr(gemm, name, lambda *args, of=of: (made.append(of), of(*args)))
+    w, g = list(torch.randn(12, columns).split([6, 6])), [torch.randn(5, 6)] * 2
+    gemm.compute_sum_of_products([torch.randn(5, 2), *g], [torch.randn(2, columns), *w], [1.0, 1.0, 1.0])
+    assert len(made) == products
 
 
 @pytest.mark.nightly

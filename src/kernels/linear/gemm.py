@@ -4,10 +4,13 @@ Shapes   A_i [M, K_i], B_i [K_i, N] (any strides that cuBLAS takes), bias [N] or
          default that one.
 Order    as given. Put thin products first and the big one last: a big product that adds to what is there reads it while it
          computes (H200, [4096, 4096] × [4096, 14336] and rank 16: 42 + 629 µs; the other way round 620 + 100).
+Joined   big products of narrow layers whose weights lie one below the other in memory, as those do that are dequantised
+         together, are one: [A_2, A_3, …] [B_2; B_3; …].
 Error    each product is accumulated in fp32 by cuBLAS. A thin product is rounded before the big one is added to it. A sum of more
-         than two, or on a CPU, is fp32 until it is whole: of what autocast casts for each layer, eager adds gradients up in fp32.
+         than two, joined ones counted as one, or on a CPU, is fp32 until it is whole: of what autocast casts for each layer,
+         eager adds gradients up in fp32.
 Bytes    y is written once for each product and read once for each but the first; on Hopper GPUs a thin product and the big one
-         behind it are one kernel, which writes y once (lowrank_gemm.py).
+         behind it are one kernel, which writes y once (lowrank_gemm.py). Joined, A_2, A_3, … are read and written once more.
 
 The products are torch's own; what is added is that they go into one buffer, which a functional `addmm` cannot do for a sum in two
 dimensions (it copies first). The operator has no derivative: it is what backward passes are made of.
@@ -18,6 +21,8 @@ import torch
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.launch import compute_dtype, no_derivative
 from sloth.kernels.linear.lowrank_gemm import lowrank_gemm, serves
+
+NARROW = 3  # times as many columns as x, at the most, have layers of the same x together that are one product
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
@@ -49,6 +54,25 @@ def add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, alpha: fl
         total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=alpha)
 
 
+def in_memory(parts: list[torch.Tensor], dim: int) -> torch.Tensor | None:
+    """Matrices one behind the other along `dim`, where they are one matrix in memory already: each fills its part of it, and the
+    next one follows, as weights do that are dequantised together. dim 1 is of transposed ones.
+    """
+    first, width = parts[0], parts[0].shape[1 - dim]
+    stride, end = (1, width) if dim else (width, 1), first.data_ptr()
+    if not first.is_meta:  # compiled ahead: where tensors will lie is not known, and they are made to lie so
+        for part in parts:
+            if part.data_ptr() != end or part.stride() != stride or part.shape[1 - dim] != width:
+                return None
+            end += part.numel() * part.element_size()
+        held = first.untyped_storage()
+        if end > held.data_ptr() + held.nbytes():  # memory of others, that happens to follow
+            return None
+    count = sum(part.shape[dim] for part in parts)
+    shape = (width, count) if dim else (count, width)
+    return first.new_empty_strided(shape, stride) if first.is_meta else first.as_strided(shape, stride)
+
+
 def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> None:
     no_derivative(*a, *b)
     torch._check(0 < len(a) == len(b) == len(alpha), lambda: "sum_of_products: as many factors on each side, and one at least")
@@ -65,6 +89,8 @@ torch.library.define(
 def compute_sum_of_products(a, b, alpha, bias=None, dtype=None) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
     dtype, wide = dtype or a[0].dtype, compute_dtype(a[0])
+    if len(a) > 2 and _are_joined(b, alpha) and (whole := in_memory(b[1:], 0)) is not None:
+        a, b, alpha = [a[0], torch.cat(a[1:], 1)], [b[0], whole], alpha[:2]
     if len(a) == 2 and dtype == a[0].dtype and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]):
         out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
         lowrank_gemm(a[0], b[0], a[1], b[1], alpha[0], bias, out)
@@ -72,6 +98,13 @@ def compute_sum_of_products(a, b, alpha, bias=None, dtype=None) -> torch.Tensor:
     if dtype == a[0].dtype and len(a) <= (1 if a[0].device.type == "cpu" else 2):
         return _sum(a, b, alpha, bias, dtype)
     return _sum(a, b, alpha, None if bias is None else bias.to(wide), wide).to(dtype)
+
+
+def _are_joined(b: list[torch.Tensor], alpha: list[float]) -> bool:
+    """May all products but the first be one, for which a copy of their A_i is made? It takes a GPU less than what it saves, which
+    is to read and write y in fp32 for each of them; and of its host a launch, in place of two for each.
+    """
+    return all(s == alpha[1] for s in alpha[2:]) and sum(bi.shape[0] for bi in b[1:]) <= NARROW * b[1].shape[1]
 
 
 def _sum(a, b, alpha, bias, dtype: torch.dtype) -> torch.Tensor:

@@ -14,7 +14,7 @@ The operator has no derivative: it is what forward passes are made of.
 import torch
 
 from sloth.kernels.common.launch import no_derivative
-from sloth.kernels.linear.gemm import add_product, compute_sum_of_products
+from sloth.kernels.linear.gemm import add_product, compute_sum_of_products, in_memory
 
 torch.library.define(
     "sloth::products_in_columns",
@@ -29,26 +29,10 @@ def _check(t: torch.Tensor, u: torch.Tensor, x: torch.Tensor, w: list[torch.Tens
     torch._check(u.shape[1] == sum(wi.shape[1] for wi in w), told)
 
 
-def side_by_side(w: list[torch.Tensor]) -> torch.Tensor | None:
-    """[w_0, w_1, …] where that is a matrix in memory: each is the transpose of a contiguous one, which the next one follows."""
-    if w[0].is_meta:  # compiled ahead: where tensors will lie is not known, and they are made to lie so
-        return w[0].new_empty_strided((w[0].shape[0], sum(wi.shape[1] for wi in w)), (1, w[0].shape[0]))
-    first, end, columns = w[0], w[0].data_ptr(), 0
-    for wi in w:
-        if wi.data_ptr() != end or wi.stride() != (1, wi.shape[0]) or wi.shape[0] != first.shape[0]:
-            return None
-        end += wi.numel() * wi.element_size()
-        columns += wi.shape[1]
-    held = first.untyped_storage()
-    if end > held.data_ptr() + held.nbytes():  # memory of others, that happens to follow
-        return None
-    return first.as_strided((first.shape[0], columns), first.stride())
-
-
 def compute_products_in_columns(t, u, x, w, alpha) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
-    if (joined := side_by_side(w)) is not None:
-        return compute_sum_of_products([t, x], [u, joined], [alpha, 1.0])
+    if (whole := in_memory(w, 1)) is not None:
+        return compute_sum_of_products([t, x], [u, whole], [alpha, 1.0])
     y, at = compute_sum_of_products([t], [u], [alpha]), 0
     for wi in w:
         add_product(x, wi, y.narrow(1, at, wi.shape[1]))

@@ -24,12 +24,10 @@ from torch import Tensor
 
 from sloth.kernels.common.launch import compiling, compute_dtype, triton_op, use_triton, without_autocast
 from sloth.kernels.common.row_reduction import raise_on_double_backward
-from sloth.kernels.linear.gemm import as_matrix, sum_of_products
+from sloth.kernels.linear.gemm import NARROW, as_matrix, sum_of_products
 from sloth.kernels.linear.gemm_columns import products_in_columns
 from sloth.kernels.linear.gemm_rows import product_in_rows
 from sloth.kernels.linear.lora_grad_b import MAX_RANK, lora_grad_b
-
-NARROW = 3  # times K columns, of all layers that are one product
 
 
 def _shared(lora_input: list, a: list) -> list[int]:
