@@ -88,7 +88,8 @@ def made_match(variant: Variant, tensors: list[torch.Tensor], draw: int = 0) -> 
 def accepts(match: Match) -> bool:
     """Would the rewriter take the entry's operator for these operands?"""
     try:
-        legality.results(match, legality.LegalityContext(None, FakeTensorMode()))  # pyright: ignore[reportArgumentType]  (it asks for no view)
+        context = legality.LegalityContext(None, FakeTensorMode(), frozenset())  # pyright: ignore[reportArgumentType]  (no view)
+        legality.results(match, context)
         for condition in match.pattern.checks:
             condition(match)
     except legality.Refused:

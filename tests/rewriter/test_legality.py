@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from toys import Call, Stack, checked, compiled, llama_norm, matched, missed, tables, turned
+from toys import Call, Stack, captured, checked, compiled, llama_norm, matched, missed, tables, turned
 
 import sloth
 from sloth.rewriter.backend import listening
 from sloth.rewriter.match.registry import patterns
 from sloth.rewriter.plan import legality
+from sloth.rewriter.plan.plan import plan
 from sloth.rewriter.report import Report
 from sloth.testing.judge import compare, make, wide
 
@@ -333,6 +334,39 @@ def test_tables_without_gradient_beside_those_that_want_one() -> None:
         return turned(q, cos, sin) * m.w
 
     assert matched(checked(Call(fn), x_like(2, 2, 4, 8))) == {"rope_single": 1}
+
+
+def left(y: Tensor, how: str) -> tuple[Tensor, ...]:
+    """Given out with a gradient, without one, or not at all."""
+    return {"read": (y,), "detached": (y.detach(),), "dead": ()}[how]
+
+
+@pytest.mark.parametrize("how, variant", [("read", "rope"), ("detached", "rope_single"), ("dead", "rope_single")])
+def test_a_rotation_that_gets_no_gradient_asks_for_none(how: str, variant: str) -> None:
+    """Of q and k only k's is trained through, and q is made by attention, which would hand on tensors that are not there."""
+    cos, sin = tables(1, 3, 4)
+    sees = torch.ones(3, 3, dtype=torch.bool).tril()
+
+    def fn(m: Any, x: Tensor) -> Any:
+        q = F.scaled_dot_product_attention(x, x * m.w, x * m.v, attn_mask=sees)
+        return turned(x * m.w, cos, sin), *left(turned(q, cos, sin), how)
+
+    report = checked(Call(fn, 4), x_like(1, 2, 3, 4), options={"sloth.inner_backend": "aot_eager"})
+    assert {name for name in matched(report) if name.startswith("rope")} == {variant}
+
+
+@pytest.mark.parametrize("how, calls", [("read", 1), ("detached", 2)])
+def test_adapters_that_get_no_gradient_are_a_call_of_their_own(how: str, calls: int) -> None:
+    w, a, b = torch.randn(2, 6, 4), torch.randn(2, 2, 4), torch.randn(2, 6, 2)
+
+    def fn(m: Any, x: Tensor) -> Any:
+        one, other = (F.linear(x, w[i]) + F.linear(F.linear(x, a[i] * m.w), b[i]) * 2 for i in range(2))
+        return one, *left(other, how)
+
+    checked(Call(fn, 4), x_like(2, 3, 4), options={"sloth.inner_backend": "aot_eager"})
+    (graph,) = plan(captured(Call(fn, 4), x_like(2, 3, 4)), [p for p in patterns() if p.variants]).graphs
+    placements = [made for made in graph.placements if made[0].pattern.name == "lora"]
+    assert len(placements) == calls and sum(map(len, placements)) == 2
 
 
 # ---------------------------------------------------------------- results

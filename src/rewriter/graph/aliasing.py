@@ -129,6 +129,12 @@ def writes_outside(gm: fx.GraphModule) -> bool:
     return any(writes_outside(m) for m in gm.children() if isinstance(m, fx.GraphModule))
 
 
+def may_write_or_bodies(node: fx.Node) -> bool:
+    """May this call write to others' memory, itself or in a body (a checkpoint's, say), though nobody reads its results?"""
+    bodies = [getattr(node.graph.owning_module, a.target, None) for a in node.all_input_nodes if a.op == "get_attr"]
+    return may_write(node) or any(writes_outside(body) for body in bodies if isinstance(body, fx.GraphModule))
+
+
 _KEYWORDS = {"and_", "or_", "not_", "is_"}  # operator's names for them
 _IN_PLACE = {"setitem", "delitem", "__setitem__"} | {f"i{name}" for name in (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul", "concat"

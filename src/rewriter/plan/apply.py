@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sloth.rewriter.graph.aliasing import copies_by_layout, may_write, storages, writes_for_others, writes_outside
+from sloth.rewriter.graph.aliasing import copies_by_layout, may_write_or_bodies, storages, writes_for_others
 from sloth.rewriter.graph.lower import LoweredGraph
 from sloth.rewriter.graph.value import Symbol, Value, values_in
 from sloth.rewriter.match.matcher import Match, Refused
@@ -217,12 +217,6 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     """The calls that somebody needs in the end."""
     live: set[fx.Node] = set()
     for n in reversed(graph.nodes):
-        if n.op == "output" or n.is_impure() or _writes(n) or not live.isdisjoint(n.users):
+        if n.op == "output" or n.is_impure() or may_write_or_bodies(n) or not live.isdisjoint(n.users):
             live.add(n)
     return live
-
-
-def _writes(n: fx.Node) -> bool:
-    """May this call write to others' memory, itself or in a body (a checkpoint's, say), though nobody reads its results?"""
-    bodies = [getattr(n.graph.owning_module, a.target, None) for a in n.all_input_nodes if a.op == "get_attr"]
-    return may_write(n) or any(writes_outside(body) for body in bodies if isinstance(body, fx.GraphModule))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import fx
+
 from sloth.rewriter.graph.canonical import VIEWS
 from sloth.rewriter.graph.value import Value, literal_key
 from sloth.rewriter.match.matcher import Match
 from sloth.rewriter.plan.legality import is_list, match_arguments, takes_many
+from sloth.rewriter.plan.trained import gets_gradient
 
 
 def select_non_overlapping(matches: list[Match], standing: Iterable[Match] = ()) -> tuple[list[Match], list[tuple[Match, Match]]]:
@@ -54,14 +57,15 @@ def _own(m: Match) -> list[Value]:
     return [v for v in m.values if v.op not in VIEWS] or list(m.roots)
 
 
-def group_horizontally(accepted: list[Match]) -> list[list[Match]]:
+def group_horizontally(accepted: list[Match], trained: frozenset[fx.Node]) -> list[list[Match]]:
     """Matches that one call can stand for: their operator takes lists, and all its other arguments are the same. Where a result
-    of a call needs a gradient, all of them do.
+    of a call needs a gradient, all of them do, and get one (trained.py).
     """
     groups: dict[object, list[Match]] = {}
     for m in accepted:
-        op = m.pattern.op
+        op, root = m.pattern.op, m.roots[0]
         shared = [a for p, a in zip(op._schema.arguments, match_arguments(m), strict=True) if not is_list(p)]
-        key = (op, literal_key(tuple(shared)), m.roots[0].region, m.roots[0].meta.requires_grad) if takes_many(op) else m
+        needs = root.meta.requires_grad, gets_gradient(root, trained)
+        key = (op, literal_key(tuple(shared)), root.region, *needs) if takes_many(op) else m
         groups.setdefault(key, []).append(m)
     return list(groups.values())

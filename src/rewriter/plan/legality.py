@@ -24,16 +24,20 @@ from sloth.rewriter.match.pattern import ARGUMENTS
 from sloth.rewriter.notices import warn_once
 from sloth.rewriter.plan.lazy_outputs import deferrable, only_given_out
 from sloth.rewriter.plan.materialize import held_results, materialized_values, source_values
+from sloth.rewriter.plan.trained import asked_for_nothing
 
 NEVER_CAST = frozenset({"add", "sub", "mul", "div", "neg", "mean", "where", "silu", "sigmoid", "tanh", "relu", "sqrt"})
 
 
 @dataclass
 class LegalityContext:
-    """Where matches are judged: a graph's shadow, fakes to try operators on, and what they gave for each signature."""
+    """Where matches are judged: a graph's shadow, its nodes that a gradient comes to, fakes to try operators on, and what they
+    gave for each signature.
+    """
 
     view: LoweredGraph
     mode: FakeTensorMode
+    trained: frozenset[fx.Node]
     tried: dict[Any, Any] = field(default_factory=dict)
     called: tuple[Match, Sequence[torch.Tensor], dict[Value, torch.Tensor]] | None = None  # whose backward is to be tried next
 
@@ -181,6 +185,8 @@ def gradients(match: Match, context: LegalityContext) -> None:
         raise Refused("gradient", f"{match.pattern.op} gives no gradient to {', '.join(skipped)}")
     if frozen := [r for r in match.roots if not r.meta.requires_grad]:
         raise Refused("gradient", f"{_name(frozen[0])} needs no gradient, and would where {', '.join(wanting)} need one")
+    if idle := asked_for_nothing(match, context.trained):
+        raise Refused("gradient", f"no gradient comes to what {_name(idle[0])} is read for, and one to its other results")
 
 
 def conditions(match: Match, context: LegalityContext) -> None:

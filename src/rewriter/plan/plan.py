@@ -21,6 +21,7 @@ from sloth.rewriter.plan import legality
 from sloth.rewriter.plan.choice import group_horizontally, select_non_overlapping
 from sloth.rewriter.plan.lazy_outputs import LazyOutputs
 from sloth.rewriter.plan.places import Places
+from sloth.rewriter.plan.trained import nodes_with_gradients
 from sloth.rewriter.report import source, timed
 
 Placement = list[Match]  # what one call is to stand for: several where its operator takes lists
@@ -36,13 +37,14 @@ class RewriteFailed(Exception):
 
 @dataclass(eq=False)
 class GraphPlan:
-    """For one graph. placements: calls to be made, in graph order; costs: of all legal matches; losers: legal matches, each with
-    the one that takes its place; refused: matches that are not made, and why; beyond: those of `refused` that the limit leaves
-    out, whose place nothing else takes.
+    """For one graph. trained: nodes that a gradient comes to; placements: calls to be made, in graph order; costs: of all legal
+    matches; losers: legal matches, each with the one that takes its place; refused: matches that are not made, and why; beyond:
+    those of `refused` that the limit leaves out, whose place nothing else takes.
     """
 
     view: LoweredGraph
     lazy: LazyOutputs
+    trained: frozenset[fx.Node]
     placements: list[Placement] = field(default_factory=list)
     costs: dict[Match, Cost] = field(default_factory=dict)
     losers: list[tuple[Match, Match]] = field(default_factory=list)
@@ -60,7 +62,7 @@ class GraphPlan:
         self.refused.append((placement[0], why))
         standing = [*self.matches, *self.beyond, *(m for waiting in todo for m in waiting)]
         freed, self.losers = select_non_overlapping([m for m, _ in self.losers], standing)
-        return group_horizontally(freed)
+        return group_horizontally(freed, self.trained)
 
 
 @dataclass
@@ -129,18 +131,18 @@ def plan(
     tried: dict = {}
     found = Plan([], matcher, mode, limit, [])
     for view in views:
-        graph = GraphPlan(view, LazyOutputs(view, deferrals, costs))
+        graph = GraphPlan(view, LazyOutputs(view, deferrals, costs), nodes_with_gradients(view.gm.graph))
         with timed(seconds, "match"):
             matches = list(matcher.matches(view.shadow.values))
         with timed(seconds, "legality"):
-            context = legality.LegalityContext(view, mode, tried)
+            context = legality.LegalityContext(view, mode, graph.trained, tried)
             legal = list(_legal(graph, matches, context, costs))
         with timed(seconds, "match"):
             matches = list(matcher.readings(view.shadow, legal))
         with timed(seconds, "legality"):
             legal += _legal(graph, matches, context, costs)
             accepted, graph.losers = select_non_overlapping([m for m in legal if not m.values & graph.lazy.reserved])
-            graph.placements = group_horizontally(accepted)
+            graph.placements = group_horizontally(accepted, graph.trained)
             found.graphs.append(graph)
             found.settle(graph, Places(view).require_order)
     with timed(seconds, "rewrite"):
