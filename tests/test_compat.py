@@ -627,6 +627,11 @@ def _() -> None:
     assert inductor.triton_cache_dir(0).startswith(inductor.cache_dir())
 
 
+@uses("inductor.torch_key")
+def _() -> None:
+    assert inductor.torch_key() is inductor.torch_key()  # remembered, since a thread asks first
+
+
 @uses("inductor.AsyncCompile", "inductor.reset_cudagraph_trees")
 def _() -> None:
     assert callable(inductor.AsyncCompile.use_process_pool)

@@ -27,7 +27,7 @@ with suppress(ImportError):
 
 if TYPE_CHECKING:
     from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.codecache import PyCodeCache, torch_key
     from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.cudagraph_trees import reset_cudagraph_trees
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 LATE = {
     "PyCodeCache": "torch._inductor.codecache",  # source that is written, kept on disk and imported
+    "torch_key": "torch._inductor.codecache",  # what caches know torch by: a digest of its files, made once in a process
     "AsyncCompile": "torch._inductor.async_compile",  # its processes are started before they are needed
     "CUSTOM_EXTERN_KERNEL_CODEGEN": "torch._inductor.codegen.custom_extern_kernel_codegen",  # how an operator's call is written
     "CustomCodegen": "torch._inductor.codegen.custom_extern_kernel_codegen",

@@ -66,9 +66,9 @@ def sloth(
     compile_id = CompileContext.current_compile_id()
     warn_of_recompilations(compile_id)
     chosen = parse(options)
-    inner = compiler(chosen.inner, mode, chosen.rest)
     if chosen.inner == "inductor":
         start_workers(gm)
+    inner = compiler(chosen.inner, mode, chosen.rest)
     required, writes = outputs_requiring_grad(gm), writes_outside(gm)
     whole = chosen.inner == "inductor" and uses_cudagraphs(mode, chosen.rest)
     compile_one, plans = progress.each(partial(compile_with, inner)), []

@@ -1,6 +1,7 @@
 """The compiler behind the rewriter."""
 
 import os
+import threading
 from threading import Thread
 from types import SimpleNamespace
 
@@ -202,14 +203,27 @@ def test_workers_start_before_they_are_needed(device, cached, started, monkeypat
 
 @pytest.mark.parametrize("used", [True, False])
 def test_workers_start_while_dynamo_traces(used, monkeypatch, tmp_path):
-    """Where the GPU is in use when the backend is imported: behind the first graph's trace they are seconds late."""
+    """Where the GPU is in use when the backend is imported: behind the first graph's trace they are seconds late. Nor does Dynamo
+    wait for torch's files to be read; who compiles does.
+    """
+    from torch._inductor import codecache
     from torch._inductor.async_compile import AsyncCompile
 
-    calls = []
+    calls, may_read = [], threading.Event()
+    monkeypatch.setattr(codecache, "torch_key", lambda: calls.append("key") if may_read.wait(10) else None)
     monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: calls.append("workers"))
     monkeypatch.setattr(inductor, "_start_triton", lambda: calls.append("triton"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
     inductor.start_early()
-    assert sorted(calls) == (["triton", "workers"] if used else ["triton"])
+    assert "key" not in calls
+    may_read.set()
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        graph.placeholder("x").meta["example_value"] = torch.empty(2, device="cuda")
+    graph.output(())
+    inductor.start_workers(torch.fx.GraphModule({}, graph))
+    assert calls.count("workers") == 1 + used and not inductor._begun
+    calls.remove("workers")
+    assert sorted(calls) == (["key", "triton", "workers"] if used else ["triton"])

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -100,26 +100,44 @@ def _inductor(chosen: dict[str, Any], gm: fx.GraphModule, example_inputs: Sequen
 
 
 def start_workers(gm: fx.GraphModule) -> None:
-    """For a graph on a GPU, if `start_early` did not: `_start_workers`."""
+    """For a graph on a GPU, if `start_early` did not: `_start_workers`. What it began is done then."""
     examples = (n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in examples):
+        while _begun:
+            _begun.pop().join()
         _start_workers()
 
 
 def start_early() -> None:
     """On a machine with a GPU, what is needed before the first kernel is made while Dynamo traces: Triton's driver, which gcc
-    compiles once for each cache, its key in caches, for which all its files are read, and Inductor's workers. Seconds each.
+    compiles once for each cache, its key in caches and torch's, for which all their files are read, and Inductor's workers.
+    Seconds each.
     """
     if not torch.cuda.is_available():
         return
     threading.Thread(target=_start_triton, name="sloth-triton-driver", daemon=True).start()
     if torch.cuda.is_initialized():  # whoever has put nothing there may be about to train on the CPU
-        _start_workers()
+        from sloth.compat.inductor import AsyncCompile, torch_key  # noqa: F401  (here: two threads must not import Inductor at once)
+
+        _begun.append(threading.Thread(target=_start_inductor, name="sloth-inductor-workers", daemon=True))
+        _begun[-1].start()
+
+
+_begun: list[threading.Thread] = []  # that set the environment: who reads it waits for them
 
 
 def _start_triton() -> None:
     active_driver()
     triton_key()
+
+
+def _start_inductor() -> None:
+    """What it raises, whoever compiles meets again."""
+    from sloth.compat.inductor import torch_key
+
+    with suppress(Exception):
+        torch_key()  # torch remembers it
+        _start_workers()
 
 
 def _start_workers() -> None:
