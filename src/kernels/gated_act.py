@@ -19,9 +19,10 @@ with
 (Shazeer, "GLU variants improve transformer", 2020; Hendrycks & Gimpel, "GELU", 2016.)
 
 Saved    g and u (or packed x), which the matmuls before it produced anyway; only g where only u wants a gradient.
-         h is not saved. The packed backward writes one packed dx, which is what the matmul before it consumes.
+         h is not saved. The packed backward writes one packed dx, which is what the matmul before it consumes, and may write
+         it over x, element by element (rewriter/compile/passes.py lets it where x was computed again).
          The other writes dg over a copy of dh, which Inductor lets go where dh has no other reader, and may write du over u,
-         element by element (rewriter/compile/passes.py lets it where u was computed again): two [N, I] less at the peak.
+         likewise: two [N, I] less at the peak.
 Layout   outputs as the eager code: the dimension order of the inputs, dense.
 Bytes    forward 3 passes over [N, I] (read g, u; write h), backward 5 (read dh, g, u; write dg, du): the floor is
          8·N·I·itemsize over the copy rate.
@@ -137,7 +138,7 @@ def _backward_up_kernel(dh_ptr, g_ptr, du_ptr, dh_stride, g_stride, I, ACT: tl.c
 
 
 @triton.jit
-def _backward_packed_kernel(dh_ptr, x_ptr, dx_ptr, dh_stride, x_stride, g_col, u_col, I, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def backward_packed_kernel(dh_ptr, x_ptr, dx_ptr, dh_stride, x_stride, g_col, u_col, I, ACT: tl.constexpr, BLOCK: tl.constexpr):
     """dx is one buffer [N, 2I]: dg at g_col, du at u_col, as g and u lie in x."""
     row, col = _position(I, BLOCK)
     mask = col < I
@@ -204,7 +205,7 @@ def backward_packed_triton(dh: torch.Tensor, x: torch.Tensor, act: str, up_first
     N, I = dh.shape
     g_col, u_col = (I, 0) if up_first else (0, I)
     dx = _empty(x, N, 2 * I)
-    launch(_backward_packed_kernel)[_grid(N, I)](
+    launch(backward_packed_kernel)[_grid(N, I)](
         dh, x_N2I, dx, dh.stride(0), x_N2I.stride(0), g_col, u_col, I, ACT=act, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     return from_rows(dx, x.shape, order)
@@ -362,5 +363,5 @@ def _compile_case(kernel, act: str):
 COMPILE = [
     *[_compile_case(_forward_kernel, act) for act in ACTIVATIONS],
     *[_compile_case(backward_kernel, act) for act in ACTIVATIONS],
-    *[_compile_case(kernel, "silu") for kernel in (_backward_gate_kernel, _backward_up_kernel, _backward_packed_kernel)],
+    *[_compile_case(kernel, "silu") for kernel in (_backward_gate_kernel, _backward_up_kernel, backward_packed_kernel)],
 ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from sloth.kernels.gated_act import backward_kernel, gated_act, gated_act_packed
+from sloth.kernels.gated_act import backward_kernel, backward_packed_kernel, gated_act, gated_act_packed
 from sloth.patterns import mathematics
 from sloth.rewriter.compile.passes import declare_inplace
 from sloth.rewriter.graph.canonical import VIEWS
@@ -14,6 +14,7 @@ from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import computes_wide
+from sloth.rewriter.plan.side_by_side import read_side_by_side
 
 LAYERS = ("linear", "_grouped_mm", "transformers::grouped_mm_fallback")  # the others: of experts
 QUICK = 1.702  # in place of what makes GELU of it
@@ -108,6 +109,8 @@ def packed(act, up_first):
 
 
 declare_inplace(backward_kernel, du_ptr="u_ptr")
+declare_inplace(backward_packed_kernel, dx_ptr="x_ptr")
+read_side_by_side(gated_act, gated_act_packed, lambda both, up_first, rest: (both, *rest, up_first))
 domain(gated_act)
 domain(gated_act_packed)
 computes_wide(gated_act, ("gate", "up"))

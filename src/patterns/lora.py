@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from sloth.kernels.common.ahead import compile_ahead
+from sloth.kernels.common.device import device_of
 from sloth.kernels.linear.adapter import adapter
 from sloth.kernels.linear.gemm import compute_sum_of_products, sum_of_products
 from sloth.kernels.linear.gemm_columns import compute_products_in_columns, products_in_columns
 from sloth.kernels.linear.gemm_rows import compute_product_in_rows, product_in_rows
-from sloth.kernels.linear.lora import lora_linear
+from sloth.kernels.linear.lora import can_be_one, lora_linear
 from sloth.kernels.linear.lora_grad_b import compute_lora_grad_b, lora_grad_b
 from sloth.patterns import mathematics
 from sloth.rewriter.compile.direct_calls import called_directly
@@ -21,6 +22,7 @@ from sloth.rewriter.match.domain import domain
 from sloth.rewriter.match.pattern import Construct
 from sloth.rewriter.match.registry import pattern
 from sloth.rewriter.plan.narrow import rounds_once
+from sloth.rewriter.plan.side_by_side import made_side_by_side
 
 called_directly(sum_of_products, compute_sum_of_products, compile_ahead)
 called_directly(products_in_columns, compute_products_in_columns, compile_ahead)
@@ -95,6 +97,17 @@ rounds_once(lora_linear, sums=True)
 FROZEN = {"no_grad": ("weight",), "cheap": ("lora_input",)}
 lora = pattern(LORA, op=lora_linear, dims=DIMS, **FROZEN, name="lora", variant="linear", lora_input=own_input)(fused)
 lora.variant("linear_bias", lora_input=own_input)(fused_bias)
+
+
+def on_one_buffer(given, matches):
+    """On a GPU, where a layer's launches are what its backward pass waits for."""
+    x, b = matches[0].x.meta, [m.tensors["b"].meta if "b" in m.tensors else None for m in matches]
+    ranks_known = all(isinstance(up.shape[1], int) for up in b if up is not None)
+    own = given["bias"], given["lora_input"]
+    return device_of(x.device).triton and ranks_known and can_be_one(x, *own, b, given["scale"], given["dtype"] or x.dtype)
+
+
+made_side_by_side(lora_linear, "side_by_side", on_one_buffer)
 
 
 @pattern(LORA, op=adapter, dims=DIMS, cheap=("lora_input",), name="adapter", variant="lora", dtype=lambda match: match.dtype)

@@ -405,7 +405,7 @@ def test_opcheck(adapter, own):
     torch.library.opcheck(lora_linear, (x, *each, [2.0, 1.0]))
     places = [int(t is not None) for part in each[1:4] for t in part]
     present = [[t for t in part if t is not None] for part in each]
-    torch.library.opcheck(forward, (x, *present, [2.0, 1.0], places, torch.bfloat16))
+    torch.library.opcheck(forward, (x, *present, [2.0, 1.0], places, torch.bfloat16, False))
 
 
 def test_results_can_be_written_in_place():

@@ -4,8 +4,8 @@ Shapes   A_i [M, K_i], B_i [K_i, N] (any strides that cuBLAS takes), bias [N] or
          default that one.
 Order    as given. Put thin products first and the big one last: a big product that adds to what is there reads it while it
          computes (H200, [4096, 4096] × [4096, 14336] and rank 16: 42 + 629 µs; the other way round 620 + 100).
-Joined   big products of narrow layers whose weights lie one below the other in memory, as those do that are dequantised
-         together, are one: [A_2, A_3, …] [B_2; B_3; …].
+Joined   big products whose B_i lie one below the other in memory, as weights do that are dequantised together, are one:
+         [A_2, A_3, …] [B_2; B_3; …]. A_i that do not lie side by side are copied so, if there are few columns (NARROW).
 Error    each product is accumulated in fp32 by cuBLAS. A thin product is rounded before the big one is added to it. A sum of more
          than two, joined ones counted as one, or on a CPU, is fp32 until it is whole: of what autocast casts for each layer,
          eager adds gradients up in fp32.
@@ -73,6 +73,20 @@ def in_memory(parts: list[torch.Tensor], dim: int) -> torch.Tensor | None:
     return first.new_empty_strided(shape, stride) if first.is_meta else first.as_strided(shape, stride)
 
 
+def _beside(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Columns of one matrix in memory, each beside the one before, as that matrix."""
+    first, at, columns = parts[0], parts[0].storage_offset(), 0
+    if first.is_meta:  # as in `in_memory`
+        return first.new_empty(first.shape[0], sum(part.shape[1] for part in parts))
+    for part in parts:
+        same = part.stride() == first.stride() and part.untyped_storage()._cdata == first.untyped_storage()._cdata
+        if not same or part.storage_offset() != at + columns:
+            return None
+        columns += part.shape[1]
+    inside = first.stride(1) == 1 and (first.stride(0) >= columns or first.shape[0] <= 1)
+    return first.as_strided((first.shape[0], columns), first.stride()) if inside else None
+
+
 def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> None:
     no_derivative(*a, *b)
     torch._check(0 < len(a) == len(b) == len(alpha), lambda: "sum_of_products: as many factors on each side, and one at least")
@@ -89,8 +103,13 @@ torch.library.define(
 def compute_sum_of_products(a, b, alpha, bias=None, dtype=None) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
     dtype, wide = dtype or a[0].dtype, compute_dtype(a[0])
-    if len(a) > 2 and _are_joined(b, alpha) and (whole := in_memory(b[1:], 0)) is not None:
-        a, b, alpha = [a[0], torch.cat(a[1:], 1)], [b[0], whole], alpha[:2]
+    if len(a) > 2 and all(s == alpha[1] for s in alpha[2:]) and (whole := in_memory(b[1:], 0)) is not None:
+        beside = _beside(a[1:])
+        if beside is None and whole.shape[0] <= NARROW * whole.shape[1]:
+            # It takes a GPU less than to read and write y in fp32 for each of them, and its host one launch for each two.
+            beside = torch.cat(a[1:], 1)
+        if beside is not None:
+            a, b, alpha = [a[0], beside], [b[0], whole], alpha[:2]
     if len(a) == 2 and dtype == a[0].dtype and alpha[1] == 1 and serves(a[0], b[0], a[1], b[1], alpha[0]):
         out = a[0].new_empty(a[0].shape[0], b[0].shape[1])
         lowrank_gemm(a[0], b[0], a[1], b[1], alpha[0], bias, out)
@@ -98,13 +117,6 @@ def compute_sum_of_products(a, b, alpha, bias=None, dtype=None) -> torch.Tensor:
     if dtype == a[0].dtype and len(a) <= (1 if a[0].device.type == "cpu" else 2):
         return _sum(a, b, alpha, bias, dtype)
     return _sum(a, b, alpha, None if bias is None else bias.to(wide), wide).to(dtype)
-
-
-def _are_joined(b: list[torch.Tensor], alpha: list[float]) -> bool:
-    """May all products but the first be one, for which a copy of their A_i is made? It takes a GPU less than what it saves, which
-    is to read and write y in fp32 for each of them; and of its host a launch, in place of two for each.
-    """
-    return all(s == alpha[1] for s in alpha[2:]) and sum(bi.shape[0] for bi in b[1:]) <= NARROW * b[1].shape[1]
 
 
 def _sum(a, b, alpha, bias, dtype: torch.dtype) -> torch.Tensor:

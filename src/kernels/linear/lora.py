@@ -13,7 +13,8 @@ W_i gets no gradient: it is frozen. B Aᵀ [N, K] is never formed: all adapter p
 Order    where dtypes agree, a sum of products is one buffer, thin products first (gemm.py): y = s t Bᵀ, then += x Wᵀ.
          Adapters that read x itself are one product: [A_1; A_2; …] x, and x is read once for all of them, forward and backward.
          On a GPU narrow layers that read x are one product too (gemm_columns.py): [y_1, y_2, …] = s t diag(B_1ᵀ, B_2ᵀ, …)
-         + x [W_1; W_2; …]ᵀ. Of wide ones, each y_i is memory of its own, which can be let go or written over by itself.
+         + x [W_1; W_2; …]ᵀ. Of wide ones, each y_i is memory of its own, which can be let go or written over by itself, unless
+         whoever reads them takes them side by side (`side_by_side`: gate and up): then they are one result, [..., Σ N_i].
 Bytes    over the products x Wᵀ and g W: x, y, g and dx once or twice each; the floor is that of the two matmuls.
 """
 
@@ -70,14 +71,21 @@ def _each(down: list[Tensor], lora_input: list, a: list) -> list[Tensor | None]:
     return [None if ai is None else next(parts) if xi is None else next(others) for xi, ai in zip(lora_input, a, strict=True)]
 
 
-def _in_columns(x, weight, bias, lora_input, b, scale, dtype) -> bool:
-    """Are these layers one product? Only in a graph that is compiled: results of an operator share no memory."""
+def can_be_one(x, bias: list, lora_input: list, b: list, scale: list[float], dtype: torch.dtype) -> bool:
+    """May layers of these operands, or with these descriptions, be one product?"""
     return (
-        len(weight) > 1
+        len(b) > 1
         and all(bi is None and own is None for bi, own in zip(bias, lora_input, strict=True))
         and all(up is not None and up.dtype == x.dtype == dtype for up in b)
         and all(s == scale[0] for s in scale)
         and sum(up.shape[1] for up in b) <= MAX_RANK
+    )
+
+
+def _in_columns(x, weight, bias, lora_input, b, scale, dtype) -> bool:
+    """Are these layers one product? Only in a graph that is compiled: results of an operator share no memory."""
+    return (
+        can_be_one(x, bias, lora_input, b, scale, dtype)
         and sum(w.shape[0] for w in weight) <= NARROW * x.shape[-1]
         and use_triton(x)
         and compiling()
@@ -116,15 +124,19 @@ def _lora_linear_forward(
     scale: list[float],
     places: list[int],
     dtype: torch.dtype,
+    side_by_side: bool,
 ) -> list[Tensor]:
-    """[y_1, …, y_n] and then what `_down` gives. Lists hold what there is; `places` tells of which layer (`_spread`)."""
+    """[y_1, …, y_n], or all in one, and then what `_down` gives. Lists hold what there is; `places` tells of which layer
+    (`_spread`).
+    """
     with_bias, with_lora_input, with_adapter = _thirds(places)
     bias, lora_input = _spread(bias, with_bias), _spread(lora_input, with_lora_input)
     a, b = _spread(a, with_adapter), _spread(b, with_adapter)
     x2, down, out = as_matrix(x), _down(x, lora_input, a), []
-    if _in_columns(x, weight, bias, lora_input, b, scale, dtype):
+    if side_by_side or _in_columns(x, weight, bias, lora_input, b, scale, dtype):
         y = products_in_columns(down[0], _diagonal(b).t(), x2, [w.t() for w in weight], scale[0])
-        parts = y.unsafe_split_with_sizes([w.shape[0] for w in weight], 1)  # as `_unsafe_view`, below
+        widths = [w.shape[0] for w in weight]
+        parts = [y] if side_by_side else y.unsafe_split_with_sizes(widths, 1)  # as `_unsafe_view`, below
         return [torch.ops.aten._unsafe_view(yi, [*x.shape[:-1], yi.shape[1]]) for yi in parts] + down
     for w, bi, ti, up, s in zip(weight, bias, _each(down, lora_input, a), b, scale, strict=True):
         if ti is None:
@@ -159,6 +171,8 @@ def _lora_linear_backward(
     lora_input, need_lora_input = _spread(lora_input, with_lora_input), _spread(need_lora_input, with_lora_input)
     a, b, need_a, need_b = (_spread(values, with_adapter) for values in (a, b, need_a, need_b))
     g2 = [as_matrix(gi) for gi in g]
+    if len(g2) < len(weight):  # side by side
+        g2 = list(g2[0].split([w.shape[0] for w in weight], 1))
     together, own = _shared(lora_input, a), [i for i, xi in enumerate(lora_input) if xi is not None]
     t = ([down[0]] if together else []) + down[len(down) - len(own) :]
     u, dlora_input, da, db = None, {}, {}, {}
@@ -218,11 +232,12 @@ def _dx(g: list[Tensor], x: Tensor, weight: list[Tensor], u: Tensor | None, a: l
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, lora_input, a, b, ctx.scale, ctx.places, _ = inputs
+    x, weight, bias, lora_input, a, b, ctx.scale, ctx.places, _, side_by_side = inputs
+    ctx.results = 1 if side_by_side else len(weight)
     ctx.lengths = [len(values) for values in (weight, bias, lora_input, a, b)]
-    ctx.save_for_backward(x, *weight, *lora_input, *a, *b, *output[len(weight) :])
+    ctx.save_for_backward(x, *weight, *lora_input, *a, *b, *output[ctx.results :])
     ctx.bias_dtypes = [bi.dtype for bi in bias]
-    ctx.mark_non_differentiable(*output[len(weight) :])
+    ctx.mark_non_differentiable(*output[ctx.results :])
     ctx.set_materialize_grads(False)
 
 
@@ -231,8 +246,10 @@ def _vjp(ctx, grads):
     saved = iter(ctx.saved_tensors)
     take = lambda k: [next(saved) for _ in range(k)]  # noqa: E731
     (x,), weight, lora_input, a, b = take(1), *map(take, (n, n_lora_input, n_a, n_a))
-    used = [d is not None for d in grads[:n]]
-    g = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(grads, weight, strict=False)]
+    used = [d is not None for d in grads[: ctx.results]]
+    widths = [w.shape[0] for w in weight] if ctx.results == n else [sum(w.shape[0] for w in weight)]
+    g = [x.new_zeros(*x.shape[:-1], width) if d is None else d for d, width in zip(grads, widths, strict=False)]
+    used *= n // ctx.results
     with_bias, with_lora_input, with_adapter = _thirds(ctx.places)
 
     def need(argument: int, places: list[int]) -> list[bool]:
@@ -246,7 +263,7 @@ def _vjp(ctx, grads):
     (dx,), dxl, da, db = ([next(found) if wanted else None for wanted in each] for each in needs)
     rows = zip(compress(g, with_bias), ctx.bias_dtypes, need(2, with_bias), strict=True)
     dbias = [as_matrix(gi).sum(0, dtype=dtype) if wanted else None for gi, dtype, wanted in rows]
-    return dx, [None] * n, dbias, dxl, da, db, None, None, None
+    return dx, [None] * n, dbias, dxl, da, db, None, None, None, None
 
 
 torch.library.register_autograd("sloth::lora_linear_forward", _vjp, setup_context=_setup)
@@ -255,19 +272,27 @@ torch.library.register_autograd("sloth::lora_linear_backward", raise_on_double_b
 torch.library.define(
     "sloth::lora_linear",
     "(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor?[] lora_input, Tensor?[] a, Tensor?[] b, float[] scale,"
-    " ScalarType? dtype=None) -> Tensor[]",
+    " ScalarType? dtype=None, bool side_by_side=False) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl("sloth::lora_linear", "CompositeImplicitAutograd")
-def lora_linear_composite(x, weight, bias, lora_input, a, b, scale, dtype=None):
+def lora_linear_composite(x, weight, bias, lora_input, a, b, scale, dtype=None, side_by_side=False):
     _check(x, weight, bias, lora_input, a, b, scale)
+    if side_by_side and not can_be_one(x, bias, lora_input, b, scale, dtype or x.dtype):
+        raise ValueError(
+            "lora_linear: side by side are layers without bias that read x, of one dtype and scale, and of small rank"
+        )
     places = [int(v is not None) for values in (bias, lora_input, a) for v in values]
     own = ([v for v in values if v is not None] for values in (bias, lora_input, a, b))
     with without_autocast(x):
-        return torch.ops.sloth.lora_linear_forward(x, weight, *own, scale, places, dtype or x.dtype)[: len(weight)]
+        found = torch.ops.sloth.lora_linear_forward(x, weight, *own, scale, places, dtype or x.dtype, side_by_side)
+    return found[: 1 if side_by_side else len(weight)]
 
 
 lora_linear = torch.ops.sloth.lora_linear.default
-"""lora_linear(x, weight, bias, lora_input, a, b: lists, scale: list, dtype=None) -> [y_i]"""
+"""lora_linear(x, weight, bias, lora_input, a, b: lists, scale: list, dtype=None, side_by_side=False) -> [y_i]
+
+side_by_side: of one tensor, [y_1, y_2, …].
+"""

@@ -21,6 +21,7 @@ from sloth.rewriter.plan.materialize import LOWERINGS, held_results, lowered_arg
 from sloth.rewriter.plan.narrow import keep_narrow
 from sloth.rewriter.plan.places import Places, computed
 from sloth.rewriter.plan.plan import GraphPlan, Plan
+from sloth.rewriter.plan.side_by_side import put_side_by_side
 from sloth.rewriter.report import Site
 
 
@@ -57,6 +58,7 @@ def _apply(plan: Plan, graph: GraphPlan) -> Applied:
     if graph.placements or applied.deferred:
         rewriter.erase_remaining_dead_nodes()
         keep_narrow(graph.view.gm.graph, graph.view.regions)
+        put_side_by_side(rewriter.calls)
     return applied
 
 
@@ -83,6 +85,7 @@ class Rewriter:
         self.graph, self.view = view.gm.graph, view
         self.live = _live(self.graph)
         self.places = Places(view)
+        self.calls: dict[fx.Node, list[Match]] = {}
 
     def apply(self, matches: list[Match]) -> fx.Node:
         """Insert one call for these matches as early as its operands allow, redirect their results' users, drop what nobody
@@ -118,6 +121,7 @@ class Rewriter:
                 old += nodes
         self.erase_dead_nodes({v for m in matches for v in m.values}, old)
         self.places = Places(self.view)
+        self.calls[call] = matches
         return call
 
     def hold(self, value: Value, output: fx.Node) -> None:
