@@ -8,6 +8,7 @@ the model's own attributes: modules are looked at, and set only if one is in ano
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from types import ModuleType
@@ -55,10 +56,12 @@ def _plain(model: Any, name: str) -> Callable[..., Any]:
 
 
 def _is_for_sloth(trainer: Any) -> bool:
-    from sloth.integrations.accelerate import is_for_sloth
-    from sloth.integrations.generation import is_compiled_for_sloth  # not inside `import torch`
+    """Asked of everybody's trainers, so nothing is imported for it; one whose model is yet to be made holds None."""
+    from sloth.integrations.accelerate import is_for_sloth  # which imports this module
 
-    return is_for_sloth(trainer.accelerator) or is_compiled_for_sloth(trainer.model._compiled_call_impl)
+    compiled = getattr(trainer.model, "_compiled_call_impl", None)
+    generation = sys.modules.get("sloth.integrations.generation")  # loaded where anything is compiled for sloth
+    return is_for_sloth(trainer.accelerator) or bool(compiled and generation and generation.is_compiled_for_sloth(compiled))
 
 
 @integration("transformers.trainer", touches="Trainer.train", why="modules are walked over once, not in every step")

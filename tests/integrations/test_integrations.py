@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from functools import partial
 from importlib import import_module
@@ -129,6 +130,20 @@ def test_while_a_trainer_trains_modules_are_walked_over_once(
     in_steps = [given for given in counted if given.get("exclude_embeddings")]
     assert len(in_steps) == (1 if backend == "sloth" else 3)
     assert model.training and not {"train", "num_parameters"} & set(vars(model)) and held <= set(vars(model))
+
+
+def test_training_without_sloth_needs_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a model before it begins, as in a search of hyperparameters with Ray; a torch that lacks our names trains too."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    monkeypatch.setitem(sys.modules, "sloth.integrations.generation", None)  # it cannot be imported
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    told = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    data = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 2
+    arguments = TrainingArguments(**told, max_steps=1)
+    trainer = Trainer(None, arguments, train_dataset=data, model_init=lambda: LlamaForCausalLM(LlamaConfig(**sizes)))
+    trainer.model = None  # run_hp_search_ray: models do not pickle
+    assert trainer.train().global_step == 1
 
 
 # ---------------------------------------------------------------- LLaMA-Factory
