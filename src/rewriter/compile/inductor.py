@@ -103,8 +103,8 @@ def start_workers(gm: fx.GraphModule) -> None:
     """For a graph on a GPU, if `start_early` did not: `_start_workers`. What it began is done then."""
     examples = (n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in examples):
-        while _begun:
-            _begun.pop().join()
+        for thread in _begun:  # which stay there: who compiles at the same time waits too
+            thread.join()
         _start_workers()
 
 
