@@ -7,8 +7,8 @@ peak. Making them again costs a read of the packed weight and a write of the oth
 What leaves a checkpointed part and is needed by the backward pass of what follows is kept, as in eager. torch does so where the
 next part is checkpointed too; after the last layer it would compute that layer's last projection again, for the norm behind it.
 
-The product of an activation and an adapter's A is kept, though it lies in a checkpointed part: it is a hundredth of the
-activation, and to make it again takes the host as long as a product of any size.
+A product with few columns for those that it reads is kept, though it lies in a checkpointed part, as that of an activation and
+an adapter's A: a hundredth of the activation, and to make it again takes the host as long as a product of any size.
 
 A gradient of a parameter in fp32 that is computed in bf16 is rounded, and cast to fp32 in a launch of its own. An operator that
 accumulates in fp32 can write it so.

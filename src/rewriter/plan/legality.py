@@ -171,8 +171,9 @@ def domain(match: Match, context: LegalityContext) -> None:
 
 
 def gradients(match: Match, context: LegalityContext) -> None:
-    """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it; and
-    no result needs a gradient that needed none.
+    """An operator without a backward never enters a graph that needs its gradient, nor one that skips a tensor that needs it; no
+    result needs a gradient that needed none; and where one comes to some of the results alone, they are made of all that needs
+    it.
     """
     if unbound := [v for v in other_operands(match) if v.meta.requires_grad]:
         raise Refused("gradient", f"{_name(unbound[0])} is no operand of the pattern, and needs a gradient")
