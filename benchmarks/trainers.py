@@ -9,8 +9,8 @@ after two steps (what is compiled, is) each waits, and then they train on one af
 them.
 
 first_s: until the second optimizer step is done, beside the others; median_s: of the later ones, alone; generate_s: of each, in
-`generate`; peak_gib: allocated; losses: of each step. log: what sloth said. found: what the compiled graphs hold, and what of it
-was matched.
+`generate`; peak_gib: allocated; held_gib: behind each of them; losses: of each step. log: what sloth said. found: what the
+compiled graphs hold, and what of it was matched.
 """
 
 import argparse
@@ -116,7 +116,8 @@ def train(contender: str, name: str, folder: str, steps: int, turn: Path) -> dic
     model, given = model_of(contender, name, folder)
     given |= {"reward_funcs": reward} if name == "grpo" else {}
     ends: list[float] = []
-    generated = [0.0]
+    held: list[float] = []
+    generated, parent = [0.0], os.getppid()
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -125,9 +126,12 @@ def train(contender: str, name: str, folder: str, steps: int, turn: Path) -> dic
             if len(ends) == WARM:
                 turn.with_suffix(".waits").touch()
                 while not turn.exists():
+                    if os.getppid() != parent:
+                        raise RuntimeError("whoever measures is gone")
                     time.sleep(0.2)
                 ends.append(time.perf_counter())
             generated.append(0.0)
+            held.append(round(torch.cuda.memory_allocated() / 2**30, 3))
 
     usual = {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": ROWS, "max_steps": steps, "learning_rate": 2e-4,
@@ -176,6 +180,7 @@ def train(contender: str, name: str, folder: str, steps: int, turn: Path) -> dic
         "median_s": round(statistics.median(took), 3),
         "steps_s": [round(s, 3) for s in took],
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "held_gib": held[WARM:],
         "losses": [round(float(entry["loss"]), 5) for entry in history],
         "found": {"sites": len(sites), "matched": sum(site.status == "matched" for site in sites), "graphs": len(reports)},
         "breaks": sum(counters["graph_break"].values()),
@@ -224,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
                 turn.touch()
                 found = result_of(run, log)
                 results["runs"].append({"trainer": name, "contender": contender, **found})
-                print(name, contender, {k: v for k, v in found.items() if k not in ("steps_s", "losses")}, flush=True)
+                print(name, contender, {k: v for k, v in found.items() if k not in ("steps_s", "losses", "held_gib")}, flush=True)
                 write(results, args.out)
         finally:
             for *_, run in begun:

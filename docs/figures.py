@@ -179,7 +179,7 @@ def decode() -> str:
 
 
 def trainers() -> str:
-    runs = json.loads((RESULTS / "trainers.json").read_text())["runs"]
+    runs = [run for file in ("trainers", "trainers_grpo") for run in json.loads((RESULTS / f"{file}.json").read_text())["runs"]]
     of = {(run["trainer"], run["contender"]): run for run in runs}
 
     def row(name: str) -> Iterator[str]:

@@ -51,7 +51,7 @@ MEANINGS = {  # of what stands in a report as a site's status
     "mutation": "an operand or a value inside lies in memory that is written in place",
     "region": "the match spans a change of grad mode or autocast",
     "hidden": "an operand or result is inside one call of the traced graph and cannot be read or replaced",
-    "gradient": "a gradient is needed that the operator does not give, or a result that needs none would need one",
+    "gradient": "a gradient is needed that the operator does not give, or a result that needs none would need one, or get none",
     "domain": "an operand or number for which the operator's formula does not hold: complex, without elements, a scale of 0",
     "subclass": "a tensor of the match is of a subclass that holds other tensors (DTensor)",
     "operator": "the operator raises on operands like these",
