@@ -30,10 +30,17 @@ def set_mode(model: Any, mode: bool = True) -> Any:
         kind = type(module)
         if kind not in plain:
             plain[kind] = kind.train is Module.train
-        if module.training is not mode or not plain[kind]:
+        if module.training is not mode or not plain[kind] and _does_more(module):
             return type(model).train(model, mode)
         rest += [child for child in module._modules.values() if child is not None]
     return model
+
+
+def _does_more(module: Any) -> bool:
+    """Does its own `train`? That of transformers' models chooses kernels anew, for those that use the hub's."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    plain = transformers is not None and type(module).train is transformers.PreTrainedModel.train
+    return not plain or getattr(module, "use_kernels", True)
 
 
 def count(model: Any, known: list[int], only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -107,6 +107,19 @@ def test_a_train_that_does_more_is_called() -> None:
     assert calls == [True]
 
 
+def test_kernels_of_the_hub_are_chosen_as_modes_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+
+    calls: list[bool] = []
+    monkeypatch.setattr(PreTrainedModel, "train", lambda self, mode=True: calls.append(mode))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    model = LlamaModel(LlamaConfig(**sizes))
+    set_mode(model)
+    monkeypatch.setattr(PreTrainedModel, "use_kernels", True)
+    set_mode(model)
+    assert calls == [True]
+
+
 @pytest.mark.parametrize("backend", ["sloth", "eager"])
 def test_while_a_trainer_trains_modules_are_walked_over_once(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,6 +132,9 @@ def test_while_a_trainer_trains_modules_are_walked_over_once(
     monkeypatch.setattr(
         PreTrainedModel, "num_parameters", lambda self, *args, **kwargs: (counted.append(kwargs), count(self, *args, **kwargs))[1]
     )
+    walks: list[bool] = []
+    train = PreTrainedModel.train
+    monkeypatch.setattr(PreTrainedModel, "train", lambda self, mode=True: (walks.append(mode), train(self, mode))[1])
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     model = LlamaForCausalLM(LlamaConfig(**sizes))
     before, held = count(model, exclude_embeddings=True), set(vars(model))
@@ -129,6 +145,7 @@ def test_while_a_trainer_trains_modules_are_walked_over_once(
     assert trainer.state.total_flos == 3 * 6 * 8 * before
     in_steps = [given for given in counted if given.get("exclude_embeddings")]
     assert len(in_steps) == (1 if backend == "sloth" else 3)
+    assert len(walks) == (0 if backend == "sloth" else 2 * 3), "of LlamaForCausalLM and LlamaModel in it"
     assert model.training and not {"train", "num_parameters"} & set(vars(model)) and held <= set(vars(model))
 
 
