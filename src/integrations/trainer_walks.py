@@ -30,7 +30,8 @@ def set_mode(model: Any, mode: bool = True) -> Any:
         kind = type(module)
         if kind not in plain:
             plain[kind] = kind.train is Module.train
-        if module.training is not mode or not plain[kind] and _does_more(module):
+        own = "train" in module.__dict__ and module is not model  # set by its user; the model's is ours
+        if module.training is not mode or own or not plain[kind] and _does_more(module):
             return type(model).train(model, mode)
         rest += [child for child in module._modules.values() if child is not None]
     return model

@@ -105,6 +105,10 @@ def test_a_train_that_does_more_is_called() -> None:
 
     set_mode(nn.Sequential(nn.ReLU(), Counting()))
     assert calls == [True]
+    set_by_user = nn.ReLU()
+    set_by_user.train = calls.append  # pyright: ignore[reportAttributeAccessIssue]
+    set_mode(nn.Sequential(set_by_user))
+    assert calls == [True, True]
 
 
 def test_kernels_of_the_hub_are_chosen_as_modes_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
