@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sloth.generation.caches import Caches, counters, full, is_made, is_static, modes, prepare, tensors_of, vary
-from sloth.integrations.trainer_walks import WALKS
 from sloth.integrations.transformers import marks_gradients
 from sloth.rewriter.notices import warn_once
 
@@ -26,7 +25,7 @@ KINDS = 8  # of one cache: windows that fill, masks or none; each has a graph
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
 UNCAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
 # No part of a step's graph: they come and go where a trainer begins, evaluates, and switches checkpointing off and on.
-OF_TRAINERS = ("_compiled_call_impl", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks", *WALKS)
+OF_TRAINERS = ("_compiled_call_impl", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 

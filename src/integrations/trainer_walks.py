@@ -2,65 +2,57 @@
 
 For each micro-batch it calls `model.train()`, which sets the mode of every module, and counts the parameters that are no
 embedding's, for `total_flos`. A model of 32 layers with adapters on all projections has 2,700 modules: 17 ms of the host
-together, in which the GPU waits, of a micro-batch of 300 (QLoRA, 8B, H200). While Trainer trains a model under sloth, both are
-the model's own attributes: modules are looked at, and set only if one is in another mode; the count is that of the first time.
+together, in which the GPU waits, of a micro-batch of 300 (QLoRA, 8B, H200). Under sloth modules are looked at, and set only if
+one is in another mode; parameters are counted once in a training. For these two calls the model answers itself; whoever copies
+or saves it in between finds nothing of it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
 from sloth.integrations.integration import integration
 
-WALKS = ("train", "num_parameters")  # in vars(model), while it trains
+COUNTED = "sloth_counted"  # in vars(trainer): the state of a training, and how many parameters its model had
+
+
+@contextmanager
+def _answering(model: Any, name: str, answer: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile `model.name(…)` is this, unless its user has set another."""
+    if name in vars(model):
+        yield
+        return
+    vars(model)[name] = answer
+    try:
+        yield
+    finally:
+        if vars(model).get(name) is answer:
+            del vars(model)[name]
 
 
 def set_mode(model: Any, mode: bool = True) -> Any:
     """`model.train(mode)`: nothing is done where every module is in this mode already, and `train` of none does more."""
-    from torch.nn import Module
-
-    plain: dict[type, bool] = {}
-    rest = [model]
+    vars(model).pop("train", None)  # the first call alone: what the step does then is the model's
+    rest, usual = [model], _usual()
     while rest:
         module = rest.pop()
-        kind = type(module)
-        if kind not in plain:
-            plain[kind] = kind.train is Module.train
-        own = "train" in module.__dict__ and module is not model  # set by its user; the model's is ours
-        if module.training is not mode or own or not plain[kind] and _does_more(module):
-            return type(model).train(model, mode)
+        if module.training is not mode or "train" in module.__dict__ or type(module).train not in usual:
+            return model.train(mode)
         rest += [child for child in module._modules.values() if child is not None]
     return model
 
 
-def _does_more(module: Any) -> bool:
-    """Does its own `train`? That of transformers' models chooses kernels anew, for those that use the hub's."""
+def _usual() -> list[Callable[..., Any]]:
+    """torch's, and that of transformers' models, which does more only where the mode changes."""
+    from torch.nn import Module
+
     transformers = sys.modules.get("transformers.modeling_utils")
-    plain = transformers is not None and type(module).train is transformers.PreTrainedModel.train
-    return not plain or getattr(module, "use_kernels", True)
-
-
-def count(model: Any, known: list[int], only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """`model.num_parameters(…)`; what Trainer asks for is kept in `known`."""
-    counted = partial(_plain(model, "num_parameters"), only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
-    if only_trainable or not exclude_embeddings:
-        return counted()
-    if not known:
-        known.append(counted())
-    return known[0]
-
-
-def _plain(model: Any, name: str) -> Callable[..., Any]:
-    """The method as it is without ours."""
-    ours = vars(model).pop(name)
-    try:
-        return getattr(model, name)  # of a PeftModel, its base's
-    finally:
-        vars(model)[name] = ours
+    return [Module.train] if transformers is None else [Module.train, transformers.PreTrainedModel.train]
 
 
 def _is_for_sloth(trainer: Any) -> bool:
@@ -72,20 +64,41 @@ def _is_for_sloth(trainer: Any) -> bool:
     return is_for_sloth(trainer.accelerator) or bool(compiled and generation and generation.is_compiled_for_sloth(compiled))
 
 
-@integration("transformers.trainer", touches="Trainer.train", why="modules are walked over once, not in every step")
-def _walk_once(module: ModuleType) -> None:
-    train = module.Trainer.train
+@integration("transformers.trainer", touches="Trainer.training_step", why="modes are set where they differ, not in every step")
+def _look_first(module: ModuleType) -> None:
+    step = module.Trainer.training_step
 
-    @wraps(train)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @wraps(step)
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_for_sloth(self):
+            return step(self, *args, **kwargs)
+        with _answering(self.model, "train", partial(set_mode, self.model)):
+            return step(self, *args, **kwargs)
+
+    module.Trainer.training_step = training_step
+
+
+@integration("transformers.trainer", touches="Trainer.floating_point_ops", why="parameters are counted once, not in every step")
+def _count_once(module: ModuleType) -> None:
+    count = module.Trainer.floating_point_ops
+
+    @wraps(count)
+    def floating_point_ops(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        if not _is_for_sloth(self) or not hasattr(model, "num_parameters") or not vars(model).keys().isdisjoint(WALKS):
-            return train(self, *args, **kwargs)
-        vars(model).update(train=partial(set_mode, model), num_parameters=partial(count, model, []))
-        try:
-            return train(self, *args, **kwargs)
-        finally:
-            for name in WALKS:
-                vars(model).pop(name, None)
+        if not hasattr(model, "num_parameters") or not _is_for_sloth(self):
+            return count(self, *args, **kwargs)
+        state, counted = vars(self).get(COUNTED, (None, 0))
+        if state is not self.state:
+            counted = model.num_parameters(exclude_embeddings=True)
+            vars(self)[COUNTED] = self.state, counted
 
-    module.Trainer.train = run
+        def num_parameters(only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+            if not only_trainable and exclude_embeddings:
+                return counted
+            del vars(model)["num_parameters"]
+            return model.num_parameters(only_trainable, exclude_embeddings)
+
+        with _answering(model, "num_parameters", num_parameters):
+            return count(self, *args, **kwargs)
+
+    module.Trainer.floating_point_ops = floating_point_ops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 import weakref
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sloth.integrations import generation, llamafactory
 from sloth.integrations.integration import WAITING, integrations
-from sloth.integrations.trainer_walks import set_mode
+from sloth.integrations.trainer_walks import _answering, set_mode
 from sloth.rewriter.backend import listening
 
 # ---------------------------------------------------------------- accelerate
@@ -111,17 +112,16 @@ def test_a_train_that_does_more_is_called() -> None:
     assert calls == [True, True]
 
 
-def test_kernels_of_the_hub_are_chosen_as_modes_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaConfig, LlamaModel, PreTrainedModel
-
-    calls: list[bool] = []
-    monkeypatch.setattr(PreTrainedModel, "train", lambda self, mode=True: calls.append(mode))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
-    model = LlamaModel(LlamaConfig(**sizes))
-    set_mode(model)
-    monkeypatch.setattr(PreTrainedModel, "use_kernels", True)
-    set_mode(model)
-    assert calls == [True]
+def test_a_train_of_the_users_stays() -> None:
+    """Set on the model while it trains, it is called, and there behind the step."""
+    model = nn.Sequential(nn.ReLU())
+    with _answering(model, "train", partial(set_mode, model)):
+        model.train()
+        assert "train" not in vars(model), "whoever copies the model in a step copies nothing of ours"
+        mine = vars(model)["train"] = lambda mode=True: model
+    assert vars(model)["train"] is mine
+    with _answering(model, "train", partial(set_mode, model)):
+        assert vars(model)["train"] is mine
 
 
 @pytest.mark.parametrize("backend", ["sloth", "eager"])
@@ -129,7 +129,7 @@ def test_while_a_trainer_trains_modules_are_walked_over_once(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under sloth; the count of operations is what it was, and nothing is left of it behind the training."""
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
     counted: list[dict] = []
     count = PreTrainedModel.num_parameters
@@ -138,19 +138,35 @@ def test_while_a_trainer_trains_modules_are_walked_over_once(
     )
     walks: list[bool] = []
     train = PreTrainedModel.train
-    monkeypatch.setattr(PreTrainedModel, "train", lambda self, mode=True: (walks.append(mode), train(self, mode))[1])
+
+    def walk(self: Any, mode: bool = True) -> Any:
+        walks.append(mode)
+        return train(self, mode)
+
+    monkeypatch.setattr(PreTrainedModel, "train", walk)
+    copies: list[Any] = []
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            copies.append(vars(copy.copy(model)))
+
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     model = LlamaForCausalLM(LlamaConfig(**sizes))
     before, held = count(model, exclude_embeddings=True), set(vars(model))
     told = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     arguments = TrainingArguments(**told, max_steps=3, per_device_train_batch_size=2, torch_compile_backend=backend)
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 8)
+    data = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 8
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Copies()])
     trainer.train()
     assert trainer.state.total_flos == 3 * 6 * 8 * before
+    assert not any({"train", "num_parameters"} & set(held) for held in copies) and len(copies) == 3
     in_steps = [given for given in counted if given.get("exclude_embeddings")]
     assert len(in_steps) == (1 if backend == "sloth" else 3)
     assert len(walks) == (0 if backend == "sloth" else 2 * 3), "of LlamaForCausalLM and LlamaModel in it"
     assert model.training and not {"train", "num_parameters"} & set(vars(model)) and held <= set(vars(model))
+    model.another = nn.Linear(8, 16, bias=False)
+    trainer.train()
+    assert trainer.state.total_flos == 3 * 6 * 8 * (before + 8 * 16), "counted anew in another training"
 
 
 def test_training_without_sloth_needs_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
