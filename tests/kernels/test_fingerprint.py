@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from common import DEVICE
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sloth.kernels.common import fingerprint as module
 from sloth.kernels.common.device import Device, pretending
@@ -52,3 +53,13 @@ def test_sums_see_what_changes(change, dtype, size):
     assert torch.equal(before, module.fingerprint(x.clone())) and before.nbytes < 16 * module.COLUMNS + x.nbytes // 500
     change(x)
     assert not torch.equal(before, module.fingerprint(x))
+
+
+def test_what_is_traced_is_not_kept():
+    """DDP's optimizer runs each part of a graph on fake tensors first: its numbers must not be those of the parts that run."""
+    x = torch.arange(6, dtype=torch.float32)
+    module._kept_keys.cache_clear()
+    with FakeTensorMode() as mode:
+        module.fingerprint(mode.from_tensor(x))
+    of = module.fingerprint
+    assert torch.equal(of(x), of(x.clone())) and not torch.equal(of(x), of(x + 1))

@@ -24,7 +24,7 @@ from sloth.kernels.common.device import device_of
 from sloth.kernels.common.dispatch import implementations
 from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.language import tl, triton
-from sloth.kernels.common.launch import launch_cached
+from sloth.kernels.common.launch import compiling, launch_cached
 
 BLOCK, WARPS, PROGRAMS = 2048, 8, 16  # words a step; programs for each multiprocessor
 COLUMNS = 2**10  # of 64 bits, without a kernel
@@ -72,10 +72,17 @@ def _words(x: Tensor) -> Tensor:
     return x.view(torch.int32 if aligned else torch.int16 if x.itemsize == 2 else torch.uint8)
 
 
-@cache
 def _keys(device: torch.device) -> Tensor:
+    """Of each device's CHUNK words, made once; but in a graph that is traced, where they are no numbers (DDP runs one so)."""
+    return _make_keys(device) if compiling() else _kept_keys(device)
+
+
+def _make_keys(device: torch.device) -> Tensor:
     k = torch.arange(CHUNK, device=device) * GOLDEN
     return (k ^ (k >> 29)).mul_(MIXER).bitwise_or_(1)
+
+
+_kept_keys = cache(_make_keys)
 
 
 def _by_sums(words: Tensor) -> Tensor:
