@@ -86,6 +86,12 @@ def test_a_layer_after_preparation_for_kbit_training():
     assert gm.graph.output_node().args[0][0].meta["example_value"].dtype == torch.float32
 
 
+def without_gradient(y: torch.Tensor) -> torch.Tensor:
+    """A cast that is none gives its operand, and that has one."""
+    with torch.no_grad():
+        return y.to(LOW)
+
+
 class Read(nn.Module):
     """A projection whose result somebody reads as fp32."""
 
@@ -109,8 +115,9 @@ class Read(nn.Module):
         lambda y, x: y.to(torch.float16) + y.to(torch.bfloat16),
         lambda y, x: torch.add(y, x, alpha=2),
         lambda y, x: y.view(-1).to(torch.bfloat16) + y.view(-1),
+        lambda y, x: without_gradient(y),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_is_read_as_it_is_stays_wide(how):
     assert results(rewritten(Read(how), inputs()[0]), OPS.lora_linear) == [torch.float32]

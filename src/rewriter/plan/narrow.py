@@ -118,8 +118,9 @@ class _Flow:
     def takes(self, user: fx.Node, x: fx.Node, producer: fx.Node, dense: bool) -> bool:
         if _is_view(user):
             return self.is_taken(user, producer, dense and user.target in DENSE)
-        if (cast := _cast_to(user)) is not None:  # of a view that is not dense it lays out anew: one that is none would not
-            return dense and cast == self.dtype
+        if (cast := _cast_to(user)) is not None:
+            # Of a view that is not dense it lays out anew, and without gradients it gives none: one that is no cast would not.
+            return dense and cast == self.dtype and self.has_gradients(user) == self.has_gradients(producer)
         if user.target in _CASTS:
             autocast = self.regions[user].autocast if user in self.regions else ()
             if _UNLESS[user.target](user):
@@ -133,6 +134,10 @@ class _Flow:
             terms = [_argument(user, name) for name in _ADDS[user.target]]
             return _reads_as(user, x, _ADDS[user.target]) and self.stays_wide(*(t for t in terms if t is not x))
         return user.target in ADDITIONS and not user.kwargs and self.stays_wide(*(a for a in user.args if a is not x))
+
+    def has_gradients(self, n: fx.Node) -> bool:
+        """May it, as far as the grad mode around it goes?"""
+        return n not in self.regions or self.regions[n].grad
 
     def stays_wide(self, *others: object) -> bool:
         """Is the one other term of a sum in fp32, and will it be? If it has no dimensions, the sum is not of its dtype."""
