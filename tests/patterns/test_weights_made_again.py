@@ -2,11 +2,13 @@
 it, and what adapters' A make of activations, is not computed again.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from common import DEVICE
 from peft_layers import BF16, Attention, K, adapted, same, step
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sloth.kernels.common.dispatch import IMPLEMENTATIONS
 from sloth.kernels.linear.gemm import sum_of_products
@@ -86,13 +88,23 @@ def test_what_leaves_a_part_is_kept(residual, monkeypatch):
     assert products() == [4, 4 + 2]
 
 
-def test_products_of_adapters_are_kept(monkeypatch):
+class Chosen(Attention):
+    """Of which the user says what is computed again: all."""
+
+    def forward(self, x):
+        again = partial(create_selective_checkpoint_contexts, lambda *args, **kwargs: CheckpointPolicy.MUST_RECOMPUTE)
+        y = checkpoint(self.attend, x, use_reentrant=False, context_fn=again)
+        return self.head(y.to(self.head.weight.dtype))
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_products_of_adapters_are_kept(chosen, monkeypatch):
     """Of the layer that is computed again: x [A_q; A_k; A_v]ᵀ, 6 columns where x has 128, and what o's A makes of its 64."""
     made = lambda graph: sum(n.target is torch.ops.aten.mm.default for n in graph.nodes)  # noqa: E731
 
     def products():
         torch._dynamo.reset()
-        model, graphs = adapted(Attention("nf4", BF16, checkpointed=True), {"r": 2}), Own()
+        model, graphs = adapted((Chosen if chosen else Attention)("nf4", BF16, checkpointed=True), {"r": 2}), Own()
         x = torch.randn(2, 8, K, device=DEVICE, dtype=BF16, requires_grad=True)
         run = torch.compile(model, backend="sloth", options={"post_grad_custom_post_pass": graphs})
         same(step(model, run, x), step(model, model, x), 2e-2)
@@ -100,7 +112,7 @@ def test_products_of_adapters_are_kept(monkeypatch):
 
     kept = products()
     monkeypatch.setattr(inductor, "save_thin_products", lambda graph: None)
-    assert products() == [kept[0], kept[1] + 2]
+    assert products() == [kept[0], kept[1] + 2 * (not chosen)]
 
 
 @pytest.mark.parametrize("where", [pytest.param("setting", marks=pytest.mark.nightly), "option"])

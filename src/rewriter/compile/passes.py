@@ -223,12 +223,11 @@ def save_checkpoint_boundaries(graph: fx.Graph) -> None:
 
 def save_thin_products(graph: fx.Graph) -> None:
     """Of both passes, before they are divided: of checkpointed parts, what is thin and takes a whole matrix to make."""
-    from sloth.compat.inductor import must_recompute
-
     for n in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
         columns, read = n.meta["val"].shape[1], n.args[0].meta["val"].shape[1]
         known = isinstance(columns, int) and isinstance(read, int)
-        if known and columns * THIN <= read and must_recompute(n) and "ac_graph_id" in n.meta:
+        plain = n.meta.get("recompute") == CheckpointPolicy.PREFER_RECOMPUTE  # others the user's own policy chose
+        if known and columns * THIN <= read and plain and "ac_graph_id" in n.meta:
             n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
