@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from toys import Call, Stack, captured, checked, compiled, llama_norm, matched, missed, tables, turned
 
 import sloth
@@ -347,12 +348,19 @@ def test_a_rotation_that_gets_no_gradient_asks_for_none(how: str, variant: str) 
     cos, sin = tables(1, 3, 4)
     sees = torch.ones(3, 3, dtype=torch.bool).tril()
 
-    def fn(m: Any, x: Tensor) -> Any:
-        q = F.scaled_dot_product_attention(x, x * m.w, x * m.v, attn_mask=sees)
-        return turned(x * m.w, cos, sin), *left(turned(q, cos, sin), how)
+    def attend(m: Any, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x * m.w, x * m.v, attn_mask=sees)
 
-    report = checked(Call(fn, 4), x_like(1, 2, 3, 4), options={"sloth.inner_backend": "aot_eager"})
-    assert {name for name in matched(report) if name.startswith("rope")} == {variant}
+    def fn(m: Any, x: Tensor) -> Any:
+        return turned(x * m.w, cos, sin), *left(turned(attend(m, x), cos, sin), how)
+
+    def checkpointed(m: Any, x: Tensor) -> Any:
+        k, *q = checkpoint(lambda x: (turned(x * m.w, cos, sin), turned(attend(m, x), cos, sin)), x, use_reentrant=False)
+        return k, *left(q[0], how)
+
+    for model in (fn, checkpointed):
+        report = checked(Call(model, 4), x_like(1, 2, 3, 4), options={"sloth.inner_backend": "aot_eager"})
+        assert {name for name in matched(report) if name.startswith("rope")} == {variant}
 
 
 @pytest.mark.parametrize("how, calls", [("read", 1), ("detached", 2)])

@@ -131,7 +131,8 @@ def plan(
     tried: dict = {}
     found = Plan([], matcher, mode, limit, [])
     for view in views:
-        graph = GraphPlan(view, LazyOutputs(view, deferrals, costs), nodes_with_gradients(view.gm.graph))
+        trained = nodes_with_gradients(view, {id(graph.view): graph.trained for graph in found.graphs})
+        graph = GraphPlan(view, LazyOutputs(view, deferrals, costs), trained)
         with timed(seconds, "match"):
             matches = list(matcher.matches(view.shadow.values))
         with timed(seconds, "legality"):

@@ -7,22 +7,46 @@ formulas give nothing then. That of attention, while AOTAutograd traces it, give
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
+
 from torch import fx
 
 from sloth.rewriter.graph.aliasing import may_write_or_bodies, tensors
+from sloth.rewriter.graph.lower import PLAIN, LoweredGraph
 from sloth.rewriter.graph.value import Value
 from sloth.rewriter.match.matcher import Match
 
 
-def nodes_with_gradients(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The nodes that a gradient comes to, or may: what is written to memory may be read in it elsewhere."""
+def nodes_with_gradients(view: LoweredGraph, around: Mapping[int, frozenset[fx.Node]]) -> frozenset[fx.Node]:
+    """The nodes that a gradient comes to, or may: what is written to memory may be read in it elsewhere. around: those of the
+    graphs that call this one, by the id of their view.
+    """
     found: set[fx.Node] = set()
-    for n in reversed(graph.nodes):
+    results = _results_with_gradients(view, around)
+    for n in reversed(view.gm.graph.nodes):
         held = list(tensors(n.meta.get("example_value")))
         needs = not held or any(t.requires_grad for t in held)
-        if n.op == "output" or needs and (not found.isdisjoint(n.users) or may_write_or_bodies(n)):
+        if n.op != "output" and needs and (n in results or not found.isdisjoint(n.users) or may_write_or_bodies(n)):
             found.add(n)
     return frozenset(found)
+
+
+def _results_with_gradients(view: LoweredGraph, around: Mapping[int, frozenset[fx.Node]]) -> set[fx.Node]:
+    """All that the graph gives; of a checkpoint's body, what gets one where it is called."""
+    output = view.gm.graph.output_node()
+    given = output.args[0]
+    if not isinstance(given, tuple | list) or not view.calls or any(c.target.name() not in PLAIN for c in view.calls):
+        return set(output.all_input_nodes)
+    wanted: set[fx.Node] = set()
+    for call, caller in zip(view.calls, view.callers, strict=True):
+        trained = around.get(id(caller))
+        for user in call.users:
+            if user.target is not operator.getitem or trained is None:
+                return set(output.all_input_nodes)
+            if user in trained and isinstance(result := given[user.args[1]], fx.Node):
+                wanted.add(result)
+    return wanted
 
 
 def gets_gradient(v: Value, trained: frozenset[fx.Node]) -> bool:
