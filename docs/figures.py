@@ -38,8 +38,8 @@ RECIPES = (
 )  # fmt: skip
 
 
-def recipes() -> str:
-    runs = ((name, found("recipes", recipe="padded", contender=contender, caches=state)) for name, contender, state in RECIPES)
+def recipes(file: str = "recipes") -> str:
+    runs = ((name, found(file, recipe="padded", contender=contender, caches=state)) for name, contender, state in RECIPES)
     rows = (
         (
             name, f"{r['total_s']} s", f"{r['first_s']} s", f"{r['median_s']:.2f} s", f"{r['peak_gib']:.1f} GiB",
@@ -198,5 +198,6 @@ README: dict[str, Callable[[], str]] = {"recipes": recipes}
 PERFORMANCE: dict[str, Callable[[], str]] = {
     "qlora": qlora, "attention": attention, "attention-short": attention_short, "attention-scores": attention_scores,
     "loss": loss, "operators": operators, "accuracy": accuracy, "trainers": trainers,
+    "llama2-7b": lambda: recipes("recipes_llama2_7b"),
 }  # fmt: skip
 GENERATION: dict[str, Callable[[], str]] = {"decode": decode}
