@@ -61,7 +61,7 @@ def _leave_open(module: ModuleType) -> None:
     plugin.__post_init__ = __post_init__
 
 
-_at_work: WeakSet[Any] = WeakSet()  # models that a Trainer works with
+_at_work: WeakSet[Any] = WeakSet()  # trainers; a model may be made anew within a training (model_init)
 CALLS = "sloth_calls"  # in what accelerate makes of a model: the model's own calls, compiled
 
 
@@ -90,7 +90,7 @@ def _compile_calls(module: ModuleType) -> None:
             allow_more_graphs()
             calls = sys.modules["torch"].compile(model._call_impl, **self.state.dynamo_plugin.to_kwargs())
             vars(prepared)[CALLS] = calls  # it hands on to the model what is set in the usual way
-            model._compiled_call_impl = calls if model in _at_work else None
+            model._compiled_call_impl = calls if any(trainer.model is model for trainer in _at_work) else None
         return prepared
 
     module.Accelerator.prepare_model = prepare_model
@@ -104,16 +104,20 @@ def _while_it_works(module: ModuleType) -> None:
     def working(work: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(work)
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-            model = self.model
-            if not is_for_sloth(self.accelerator) or model._compiled_call_impl is not None:  # at work, or compiled for good
+            before = self.model  # None where Ray has yet to have it made
+            compiled = getattr(before, "_compiled_call_impl", None) is not None  # for good, or by the work around this one
+            if compiled or self in _at_work or not is_for_sloth(self.accelerator):
                 return work(self, *args, **kwargs)
-            _at_work.add(model)
-            model._compiled_call_impl = vars(self.model_wrapped).get(CALLS)
+            _at_work.add(self)
+            if before is not None:
+                before._compiled_call_impl = vars(self.model_wrapped).get(CALLS)
             try:
                 return work(self, *args, **kwargs)
             finally:
-                _at_work.discard(model)
-                model._compiled_call_impl = None
+                _at_work.discard(self)
+                for model in (before, self.model):
+                    if model is not None:
+                        model._compiled_call_impl = None
 
         return run
 

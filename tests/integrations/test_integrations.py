@@ -75,6 +75,30 @@ def test_while_a_trainer_works_every_call_of_its_model_is_compiled(backend: str,
     assert gone() is None
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_model_that_is_made_within_a_training_is_compiled_too(given: bool, tmp_path: Path) -> None:
+    """By model_init, anew in each; and where there was none before, as Ray's search of hyperparameters has it."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    seen: list[tuple] = []
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            seen.append((id(model), model._compiled_call_impl is not None))
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    told = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    data = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 2
+    arguments = TrainingArguments(**told, max_steps=1, torch_compile_backend="sloth")
+    make = lambda: LlamaForCausalLM(LlamaConfig(**sizes))  # noqa: E731
+    trainer = Trainer(None, arguments, train_dataset=data, callbacks=[Seen()], model_init=make)
+    first = trainer.model
+    trainer.model = first if given else None
+    trainer.train()
+    assert seen == [(id(trainer.model), True)] and trainer.model is not first
+    assert trainer.model._compiled_call_impl is first._compiled_call_impl is None
+
+
 class Frozen(nn.Module):
     """Stays in evaluation mode, as some models have it."""
 
