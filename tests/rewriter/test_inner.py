@@ -1,8 +1,7 @@
 """The compiler behind the rewriter."""
 
 import os
-import threading
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -209,7 +208,7 @@ def test_workers_start_while_dynamo_traces(used, monkeypatch, tmp_path):
     from torch._inductor import codecache
     from torch._inductor.async_compile import AsyncCompile
 
-    calls, may_read = [], threading.Event()
+    calls, may_read = [], Event()
     monkeypatch.setattr(codecache, "torch_key", lambda: calls.append("key") if may_read.wait(10) else None)
     monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: calls.append("workers"))
     monkeypatch.setattr(inductor, "_start_triton", lambda: calls.append("triton"))

@@ -55,36 +55,20 @@ def add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, alpha: fl
 
 
 def in_memory(parts: list[torch.Tensor], dim: int) -> torch.Tensor | None:
-    """Matrices one behind the other along `dim`, where they are one matrix in memory already: each fills its part of it, and the
-    next one follows, as weights do that are dequantised together. dim 1 is of transposed ones.
+    """Matrices one behind the other along `dim`, as the one that they are in memory already: weights that are dequantised
+    together, or columns of one result. None where they are not.
     """
-    first, width = parts[0], parts[0].shape[1 - dim]
-    stride, end = (1, width) if dim else (width, 1), first.data_ptr()
-    if not first.is_meta:  # compiled ahead: where tensors will lie is not known, and they are made to lie so
-        for part in parts:
-            if part.data_ptr() != end or part.stride() != stride or part.shape[1 - dim] != width:
-                return None
-            end += part.numel() * part.element_size()
-        held = first.untyped_storage()
-        if end > held.data_ptr() + held.nbytes():  # memory of others, that happens to follow
-            return None
-    count = sum(part.shape[dim] for part in parts)
-    shape = (width, count) if dim else (count, width)
-    return first.new_empty_strided(shape, stride) if first.is_meta else first.as_strided(shape, stride)
-
-
-def _beside(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """Columns of one matrix in memory, each beside the one before, as that matrix."""
-    first, at, columns = parts[0], parts[0].storage_offset(), 0
-    if first.is_meta:  # as in `in_memory`
-        return first.new_empty(first.shape[0], sum(part.shape[1] for part in parts))
+    first, at, count = parts[0], parts[0].storage_offset(), sum(part.shape[dim] for part in parts)
+    shape = (first.shape[0], count) if dim else (count, first.shape[1])
+    if first.is_meta:  # compiled ahead: where tensors will lie is not known, and they are made to lie so
+        return first.new_empty(shape) if first.stride(1) == 1 else first.new_empty(shape[::-1]).t()
+    stride, held = first.stride(), first.untyped_storage()._cdata
     for part in parts:
-        same = part.stride() == first.stride() and part.untyped_storage()._cdata == first.untyped_storage()._cdata
-        if not same or part.storage_offset() != at + columns:
+        alike = part.stride() == stride and part.shape[1 - dim] == first.shape[1 - dim]
+        if not alike or part.storage_offset() != at or part.untyped_storage()._cdata != held:
             return None
-        columns += part.shape[1]
-    inside = first.stride(1) == 1 and (first.stride(0) >= columns or first.shape[0] <= 1)
-    return first.as_strided((first.shape[0], columns), first.stride()) if inside else None
+        at += part.shape[dim] * stride[dim]
+    return first.as_strided(shape, stride)
 
 
 def _check(a: list[torch.Tensor], b: list[torch.Tensor], alpha: list[float]) -> None:
@@ -104,7 +88,7 @@ def compute_sum_of_products(a, b, alpha, bias=None, dtype=None) -> torch.Tensor:
     """The operator's result, for operands that were checked when the graph was traced."""
     dtype, wide = dtype or a[0].dtype, compute_dtype(a[0])
     if len(a) > 2 and all(s == alpha[1] for s in alpha[2:]) and (whole := in_memory(b[1:], 0)) is not None:
-        beside = _beside(a[1:])
+        beside = in_memory(a[1:], 1)
         if beside is None and whole.shape[0] <= NARROW * whole.shape[1]:
             # It takes a GPU less than to read and write y in fp32 for each of them, and its host one launch for each two.
             beside = torch.cat(a[1:], 1)
