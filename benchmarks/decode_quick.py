@@ -60,7 +60,7 @@ def kernels(tiles: bool) -> None:
         return f"error {ours / theirs:.3f} of eager's"
 
     for m in (1, 8):
-        how = module.ELEMENT if m <= module.BY_ELEMENT else module.TENSOR
+        how = module.ELEMENT if m == 1 else module.TENSOR_FEW
         others = [dict(how)]
         if tiles:
             few, many = [(8, 32, 4, 1), (4, 16, 2, 1), (4, 64, 8, 1)], [(16, 8, 4, 3), (64, 4, 8, 2), (32, 2, 4, 4)]

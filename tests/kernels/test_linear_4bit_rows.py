@@ -103,6 +103,18 @@ def test_three_at_once(path, m):
     judged(path(x, layers, scale), x, layers, scale)
 
 
+@pytest.mark.parametrize("m", [1, 3, 16])
+def test_parts_of_adapters_products(m, monkeypatch):
+    """More programs share a row of t than are read at a time, and the last has fewer columns."""
+    monkeypatch.setattr(module, "SPLITS", 5)
+    monkeypatch.setattr(module, "T_TILE", 4 * 128 * module._power(m))
+    module._constants.cache_clear()
+    layer, x = Layer(24, 3136, torch.bfloat16, rank=100, seed=3), make((m, 3136), torch.bfloat16, seed=5)
+    assert module._splits(3136) == (4, 1024)
+    judged(kernel(x, [layer], [0.5]), x, [layer], [0.5])
+    module._constants.cache_clear()
+
+
 def test_adapters_of_a_large_rank(monkeypatch):
     """A program would hold a row of B for each row of x: the weights are dequantised."""
     layer, x = Layer(24, 128, torch.bfloat16, rank=module.MOST_RANK + 1), make((3, 128), torch.bfloat16)

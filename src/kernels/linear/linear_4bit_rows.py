@@ -7,10 +7,11 @@ Dtypes   x in bf16 or fp16 for the kernels; adapters in a dtype of their own; y_
 
 Nothing is differentiable. Two launches, one without adapters: t = s x Aᵀ for all adapters, in fp32, a program for some of the
 columns, whose sums stand side by side; then a program computes a few rows of one W_i, whose bytes are read once and become
-elements in registers, added up in fp32, the adapter's product added, rounded once. One or two rows of x are multiplied element by
-element, block by block before the scale is, so that W is not rounded at all; up to 16 by tensor cores, with W in x's dtype as
-dequantize_4bit gives it, the even and the odd columns each by themselves, as a byte holds them.
+elements in registers, added up in fp32, the adapter's product added, rounded once. W is not rounded at all: the sum of a block
+is scaled, and not its elements. One row of x is multiplied element by element; up to 16 by tensor cores, the even and the odd
+columns each by themselves, as a byte holds them, and a code's value as the sum of two of x's dtype.
 More rows than that, other dtypes and devices: the weights are dequantised, and lora_linear has them.
+Domain   x is finite: by tensor cores an infinity gives NaN, where the products alone may give an infinity.
 Bytes    N·K/2 and N·K/64 of scales, once: the floor. x and t come from L1 and L2.
 """
 
@@ -26,82 +27,101 @@ from sloth.kernels.common.faults import falls_back
 from sloth.kernels.common.launch import launch_cached, no_derivative
 from sloth.kernels.linear.dequantize_4bit import CODES, NESTED_BLOCK, compute_dequantize_4bit, operands_of
 from sloth.kernels.linear.linear_4bit_rows_kernels import down_kernel, rows_kernel
-from sloth.kernels.linear.lookup_4bit import lane_values
+from sloth.kernels.linear.lookup_4bit import lane_pairs, lane_values
 from sloth.kernels.linear.lora import lora_linear
 
 MOST = 16  # rows of x that the kernels take
 MOST_RANK = 128  # of adapters: a program holds a row of it for each row of x
 ROWS_DTYPES = (torch.bfloat16, torch.float16)  # of x
-BY_ELEMENT = 2  # rows up to which no tensor core is used
 TOGETHER = 3  # layers of one launch
-# Rows of W to a program, blocks of 4 bits to a step, and how it is launched: by element, and by tensor cores.
+# Rows of W to a program, blocks of 64 elements to a step, and how it is launched: for one row of x, and by tensor cores, where W
+# has few rows and where it has many.
 ELEMENT = {"BN": 4, "BLOCKS": 32, "num_warps": 4, "num_stages": 1}
-TENSOR = {"BN": 32, "BLOCKS": 4, "num_warps": 4, "num_stages": 3}
-DOWN_TILE, DOWN_WARPS = 8192, 4  # elements of A to a step
-SPLITS = {False: 32, True: 8}  # the most programs that share a row of t, by element and by tensor cores
+TENSOR_FEW = {"BN": 16, "BLOCKS": 8, "num_warps": 4, "num_stages": 3}
+TENSOR_MANY = {"BN": 32, "BLOCKS": 4, "num_warps": 4, "num_stages": 3}
+MANY = 16384  # rows of W
+DOWN_TILE, DOWN_COLUMNS, DOWN_WARPS = 8192, 512, 4  # products to a step, columns of x to a program
+SPLITS, T_TILE = 32, 4096  # the most programs that share a row of t; its elements that are added up at a time
 
 
 # ---------------------------------------------------------------- launches
 
 
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
 def _padded(rank: int) -> int:
     """A power of two that a tensor core's product takes."""
-    return 0 if rank == 0 else max(16, 1 << (rank - 1).bit_length())
+    return 0 if rank == 0 else max(16, _power(rank))
 
 
-def _splits(columns: int, tensor_cores: bool) -> tuple[int, int]:
-    """How many programs share a row of t, and the columns of each: one step, or as many as it takes for few programs."""
-    each = DOWN_TILE // 16
-    steps = -(-columns // each)
-    each *= -(-steps // SPLITS[tensor_cores])
+def _splits(columns: int) -> tuple[int, int]:
+    """How many programs share a row of t, and the columns of each."""
+    each = DOWN_COLUMNS * -(-columns // (DOWN_COLUMNS * SPLITS))
     return -(-columns // each), each
 
 
-@cache
-def _adapters(m: int, ranks: tuple[int, ...]) -> dict[str, Any]:
-    """What both kernels are told of x and its adapters."""
-    ranks = (*ranks, 0, 0)[:TOGETHER]
-    padded = {f"RP_{i}": _padded(r) for i, r in enumerate(ranks)}
-    return {"M": m, **{f"R_{i}": r for i, r in enumerate(ranks)}, **padded}
+def _tile(m: int, rows: int) -> dict[str, int]:
+    return ELEMENT if m == 1 else TENSOR_FEW if rows < MANY else TENSOR_MANY
 
 
 @cache
 def _constants(
     m: int, columns: int, ranks: tuple[int, ...], biases: tuple[bool, ...], blocksize: int, nested: bool, quant_type: str,
-    ptx: bool,
+    rows: int, dtype: torch.dtype, ptx: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    tensor_cores = m > BY_ELEMENT
-    how = TENSOR if tensor_cores else ELEMENT
-    splits, _ = _splits(columns, tensor_cores)
+    """rows: of all W."""
+    tensor_cores, how = m > 1, _tile(m, rows)
+    splits, _ = _splits(columns)
+    fewest = how["num_warps"] if tensor_cores else 1  # blocks: each warp has some
+    lanes = lane_pairs(quant_type, dtype) if tensor_cores else lane_values(quant_type)
+    ranks, biases = (*ranks, 0, 0)[:TOGETHER], (*biases, False, False)[:TOGETHER]
+    padded = [_padded(r) for r in ranks]
     return {
-        **_adapters(m, ranks),
-        **{f"BIAS_{i}": b for i, b in enumerate((*biases, False, False)[:TOGETHER])},
+        "M": m,
+        **{f"R_{i}": r for i, r in enumerate(ranks)},
+        **{f"RP_{i}": r for i, r in enumerate(padded)},
+        **{f"BIAS_{i}": b for i, b in enumerate(biases)},
         "BN": how["BN"],
-        "BLOCKS": max(1, how["BLOCKS"] * 64 // blocksize),
+        "BLOCKS": max(fewest, how["BLOCKS"] * 64 // blocksize),
         "HALF": blocksize // 2,
         "NESTED": nested,
         "NESTED_BLOCK": NESTED_BLOCK,
         "CODE": CODES[quant_type],
-        "LANES": lane_values(quant_type) if ptx else "",
+        "LANES": lanes if ptx else "",
         "TENSOR_CORES": tensor_cores,
         "S": splits,
-        "SP": 1 << (splits - 1).bit_length(),
+        "SP": min(_power(splits), T_TILE // (max(16, *padded) * _power(m))),
         "STAGES": how["num_stages"],
+    }
+
+
+@cache
+def _down_constants(m: int, columns: int, ranks: tuple[int, ...], scales: tuple[float, ...]) -> dict[str, Any]:
+    rows = 16 if m <= 4 else 8  # of A to a program
+    return {
+        "M": m,
+        **{f"R_{i}": r for i, r in enumerate((*ranks, 0, 0)[:TOGETHER])},
+        **{f"S_{i}": s for i, s in enumerate((*scales, 1.0, 1.0)[:TOGETHER])},
+        "COLUMNS": columns,
+        "MP": _power(m),
+        "BR": rows,
+        "BK": DOWN_TILE // (_power(m) * rows),
     }
 
 
 def _down_products(x: Tensor, a: list[Tensor], scale: list[float]) -> Tensor:
     """t [splits, M, Σ r_i] in fp32."""
     m, k = x.shape
-    tensor_cores = m > BY_ELEMENT
-    splits, columns = _splits(k, tensor_cores)
+    splits, columns = _splits(k)
     ranks = tuple(of.shape[0] for of in a)
     t = x.new_empty(splits, m, sum(ranks), dtype=torch.float32)
-    scales = {f"S_{i}": s for i, s in enumerate((*scale, 1.0, 1.0)[:TOGETHER])}
-    ranks = (*ranks, *ranks[-1:] * (TOGETHER - len(a)))
-    constants = {**_adapters(m, ranks), **scales, "COLUMNS": columns, "TILE": DOWN_TILE, "TENSOR_CORES": tensor_cores}
+    constants = _down_constants(m, columns, ranks, tuple(scale))
+    grid = len(a), splits, -(-max(ranks) // constants["BR"])
     operands = [x, *a, *a[-1:] * (TOGETHER - len(a)), t]
-    launch_cached(down_kernel, (len(a), splits), operands, [k, t.shape[2]], constants, num_warps=DOWN_WARPS)
+    launch_cached(down_kernel, grid, operands, [k, t.shape[2]], constants, num_warps=DOWN_WARPS)
     return t
 
 
@@ -117,15 +137,14 @@ def _triton(x: Tensor, weights: list[tuple], bias, a, b, scale, blocksize: int, 
         out.append(y)
     operands += operands[-8:] * (TOGETHER - len(weights))
     nested, biased = weights[0][2] is not None, tuple(of is not None for of in bias)
-    ptx = device_of(x.device).ptx
-    constants = _constants(M, K, tuple(ranks), biased, blocksize, nested, quant_type, ptx)
     sizes = [w[-1] for w in weights]
+    of = sum(sizes), x.dtype, device_of(x.device).ptx
+    constants = _constants(M, K, tuple(ranks), biased, blocksize, nested, quant_type, *of)
     ends = [0]
     for n in sizes:
         ends.append(ends[-1] + -(-n // constants["BN"]))
     numbers = [*sizes, *sizes[-1:] * (TOGETHER - len(sizes)), *(ends[1:] + ends[-1:])[:2], K // 2, t.shape[-1]]
-    how = TENSOR if constants["TENSOR_CORES"] else ELEMENT
-    launch_cached(rows_kernel, (ends[-1],), operands, numbers, constants, num_warps=how["num_warps"])
+    launch_cached(rows_kernel, (ends[-1],), operands, numbers, constants, num_warps=_tile(M, sum(sizes))["num_warps"])
     return out
 
 
@@ -238,36 +257,32 @@ linear_4bit_rows = torch.ops.sloth.linear_4bit_rows.default
 """linear_4bit_rows(x, packed, …, offset, bias, a, b: lists, scale, rows: lists, blocksize, quant_type, dtype=None) -> [y_i]"""
 
 
-def _compile_case(m: int, nested: bool, rank: int):
+def _compile_case(m: int, nested: bool, rank: int, rows: int = 4096, dtype: str = "bf16", ptx: bool = True):
     kinds = {"packed": "*u8", "absmax": "*fp32", "absmax_8bit": "*u8", "code8": "*fp32", "offset": "*fp32", "t": "*fp32"}
     names = [name for name in rows_kernel.arg_names if name.endswith("_ptr")]
-    signature = {name: kinds.get(name.removesuffix("_ptr").rstrip("_012"), "*bf16") for name in names}
+    signature = {name: kinds.get(name.removesuffix("_ptr").rstrip("_012"), f"*{dtype}") for name in names}
     signature |= dict.fromkeys(("N_0", "N_1", "N_2", "end_0", "end_1", "HALF_K", "n_t"), "i32")
-    constants = _constants(m, 4096, (rank,) * 3, (True, False, False), 64, nested, "nf4", True)
-    how = TENSOR if m > BY_ELEMENT else ELEMENT
-    only = [("sm_75", "fp16"), *((target, "bf16") for target in ("sm_80", "sm_90", "sm_100")), ("sm_90", "fp16")]
-    return rows_kernel, signature, constants, {"num_warps": how["num_warps"], "only": only}
+    x = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    constants = _constants(m, 4096, (rank,) * 3, (True, False, False), 64, nested, "nf4", rows, x, ptx)
+    targets = ("sm_80", "sm_90", "sm_100") if dtype == "bf16" else ("sm_75", "sm_90")
+    only = [(target, dtype) for target in targets] if ptx else [("gfx942", dtype)]
+    return rows_kernel, signature, constants, {"num_warps": _tile(m, rows)["num_warps"], "only": only}
 
 
 def _compile_down(m: int):
     signature = {"x_ptr": "*bf16", "t_ptr": "*fp32", "K": "i32", "n_t": "i32"}
     signature |= dict.fromkeys(("a_0_ptr", "a_1_ptr", "a_2_ptr"), "*fp32")
-    constants = _adapters(m, (16, 16, 4)) | {"S_0": 1.0, "S_1": 0.5, "S_2": 1.0, "COLUMNS": 512, "TILE": DOWN_TILE}
-    return down_kernel, signature, constants | {"TENSOR_CORES": m > BY_ELEMENT}, {"num_warps": DOWN_WARPS}
-
-
-def _gathering(m: int, nested: bool, rank: int):
-    """Where there is no PTX."""
-    kernel, signature, constants, how = _compile_case(m, nested, rank)
-    return kernel, signature, constants | {"LANES": ""}, how | {"only": [("gfx942", "bf16")]}
+    return down_kernel, signature, _down_constants(m, 512, (16, 16, 4), (1.0, 0.5, 1.0)), {"num_warps": DOWN_WARPS}
 
 
 COMPILE = [
     _compile_case(1, True, 16),
     _compile_case(8, True, MOST_RANK),
-    _compile_case(2, False, 0),
-    _gathering(1, True, 16),
-    _gathering(8, True, 16),
+    _compile_case(2, False, 0, rows=2 * MANY),
+    _compile_case(1, False, 0, dtype="fp16"),
+    _compile_case(16, True, 16, dtype="fp16"),
+    _compile_case(1, True, 16, ptx=False),
+    _compile_case(8, True, 16, ptx=False),
     _compile_down(1),
     _compile_down(8),
 ]
