@@ -9,6 +9,7 @@ the model's own code, and is told once.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import Any
@@ -23,6 +24,7 @@ from sloth.rewriter.notices import warn_once
 ATTEMPTS = 4  # to capture a kind; Dynamo may need two graphs until it takes a number for one that varies
 KINDS = 8  # of one cache: windows that fill, masks or none; each has a graph
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
+PLAIN_TYPES, CONTAINERS = frozenset(PLAIN), frozenset((dict, list, tuple, set, OrderedDict))
 UNCAPTURED = ("output_attentions", "output_hidden_states", "output_router_logits")
 # No part of a step's graph: they come and go where a trainer begins, evaluates, and switches checkpointing off and on.
 OF_TRAINERS = ("_compiled_call_impl", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
@@ -213,27 +215,32 @@ def state_of(model: torch.nn.Module) -> int:
     """A number that is another one when a graph of the model's would be: addresses of its tensors, and what its modules hold
     beside these that is a number or a name (of adapters, their scales).
     """
-    return hash(tuple(_hashed(dict(_seen(m)), 4) for m in model.modules()))
-
-
-def _seen(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """What of it a graph may depend on."""
-    for name, value in vars(module).items():
-        if name == "_forward_hooks":
-            yield name, [hook for hook in value.values() if not marks_gradients(hook)]
-        elif name not in OF_TRAINERS:
-            yield name, value
+    found: list[Any] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in OF_TRAINERS:
+                continue
+            found.append(name)
+            kind = type(value)
+            if kind in PLAIN_TYPES:
+                found.append(value)
+            elif kind not in CONTAINERS or value:  # a model of 32 layers has 70,000 attributes, most of them empty
+                if name == "_forward_hooks":
+                    value = [hook for hook in value.values() if not marks_gradients(hook)]
+                found.append(_hashed(value, 3))
+    return hash(tuple(found))
 
 
 def _hashed(value: Any, depth: int) -> Any:
+    kind = type(value)
+    if kind in PLAIN_TYPES:
+        return value
     if isinstance(value, Tensor):
         return value.data_ptr(), value.dtype, value.shape, _hashed(getattr(value, "quant_state", None), depth - 1)
-    if isinstance(value, PLAIN):
-        return value
     if depth and isinstance(value, dict):
-        return tuple((k if isinstance(k, PLAIN) else id(k), _hashed(v, depth - 1)) for k, v in value.items())
+        return tuple((k if type(k) in PLAIN_TYPES else id(k), _hashed(v, depth - 1)) for k, v in value.items())
     if depth and isinstance(value, list | tuple | set):
         return tuple(_hashed(v, depth - 1) for v in value)
-    if depth and type(value).__name__ == "QuantState":
+    if depth and kind.__name__ == "QuantState":
         return _hashed(vars(value), depth - 1)
     return id(value)

@@ -224,12 +224,17 @@ def _of_training(model: torch.nn.Module) -> str | None:
         if getattr(module, "track_running_stats", False):
             return f"{name} takes its statistics from what it is given"
         for attribute, value in vars(module).items():
-            if not DRAWN.search(attribute) and not (attribute == "p" and "Dropout" in type(module).__name__):
+            if not _draws(attribute) and not (attribute == "p" and "Dropout" in type(module).__name__):
                 continue
             for number in value.values() if isinstance(value, dict) else (value,):  # PEFT's, by adapter
                 if isinstance(number, int | float) and number > 0:
                     return f"{name}.{attribute} is {value}"
     return None
+
+
+@cache
+def _draws(attribute: str) -> bool:
+    return DRAWN.search(attribute) is not None
 
 
 def _text(model: Any) -> Any:
