@@ -72,6 +72,16 @@ def test_kernels(problem):
         check(problem)
 
 
+@pytest.mark.parametrize("logit", [1e-4, 0.003, 0.3, 2.9])
+def test_logits_that_are_small_beside_the_cap(logit):
+    """In fp16: the loss is right to fp32's digits, as that of fp32 logits is."""
+    logits, target = make((1, 2), torch.float16, scale=logit), torch.tensor([1], device=DEVICE)
+    with interpret():
+        found = cross_entropy(logits, target, softcap=30.0)[0]
+    exact = eager(logits.double(), target, softcap=30.0)
+    assert abs(found.double() - exact) <= 1e-7 + 4e-7 * logit
+
+
 @pytest.mark.parametrize("path", ["operator", "kernels"])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_wide_vocabulary(path, softcap):

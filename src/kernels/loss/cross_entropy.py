@@ -81,7 +81,11 @@ def _capped(x, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     """z and ∂z/∂logit of raw logits, fp32."""
     z = x.to(tl.float32) * SCALE
     if SOFTCAP is not None:
-        t, slope = _tanh(z / SOFTCAP, EXACT)
+        u = z / SOFTCAP
+        t, slope = _tanh(u, EXACT)
+        if not EXACT:  # of small logits (1 − e) has few digits: Taylor's series
+            s = u * u
+            t = tl.where(s < 0.01, u + u * s * (-1 / 3 + s * (2 / 15)), t)
         return SOFTCAP * t, SCALE * slope
     else:
         return z, SCALE
