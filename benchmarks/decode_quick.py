@@ -60,24 +60,24 @@ def kernels(tiles: bool) -> None:
         return f"error {ours / theirs:.3f} of eager's"
 
     for m in (1, 8):
-        how = module.ELEMENT if m == 1 else module.TENSOR_FEW
-        others = [dict(how)]
-        if tiles:
-            few, many = [(8, 32, 4, 1), (4, 16, 2, 1), (4, 64, 8, 1)], [(16, 8, 4, 3), (64, 4, 8, 2), (32, 2, 4, 4)]
-            others += [dict(zip(("BN", "BLOCKS", "num_warps", "num_stages"), t, strict=True)) for t in (few if m == 1 else many)]
-        for tile in others:
-            how.update(tile)
+        held = [module.ELEMENT] if m == 1 else [module.TENSOR_FEW, module.TENSOR_MANY]
+        before = [dict(of) for of in held]
+        few, many = [(8, 32, 4, 1), (4, 16, 2, 1), (4, 64, 8, 1)], [(16, 8, 4, 3), (32, 4, 4, 3), (32, 8, 4, 4), (16, 4, 2, 4)]
+        for tile in [None, *(few if m == 1 else many)] if tiles else [None]:
+            for of in held if tile else ():
+                of.update(zip(("BN", "BLOCKS", "num_warps", "num_stages"), tile, strict=True))
             module._constants.cache_clear()
             try:
                 found = []
-                for name in shapes if tile is others[0] else ("qkv", "gate_up", "down"):
+                for name in ("qkv", "gate_up", "down") if tile else shapes:
                     size = sum(n * shapes[name][0] * (0.5 + 1 / 64) for n in shapes[name][1])
                     whole = device_us(run(name, m, True)[0], flush, 9)
                     found.append(f"{name} {whole:.1f} us {size / whole / 1e3:.0f} gb_s")
-                say("rows", m, list(tile.values()), "with adapters:", "; ".join(found), "|", check("o", m))
+                say("rows", m, tile or "as they are", "with adapters:", "; ".join(found), "|", check("o", m))
             except Exception as e:
-                say("rows", m, list(tile.values()), type(e).__name__, str(e).split("\n")[0][:300])
-        how.update(others[0])
+                say("rows", m, tile, type(e).__name__, str(e).split("\n")[0][:300])
+        for of, was in zip(held, before, strict=True):
+            of.update(was)
         module._constants.cache_clear()
 
 
