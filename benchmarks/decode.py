@@ -130,7 +130,7 @@ def step_ms(model: Any, rows: int) -> float | None:
 
     generate(model, rows, 4)
     decoder = session._decoders.get(model.get_base_model())
-    kinds = [] if decoder is None else [k for of in decoder._kinds.values() for k in of.values() if k._replay is not None]
+    kinds = [] if decoder is None else [k for of in decoder._known.values() for k in of.kinds.values() if k._replay is not None]
     kinds = [k for k in kinds if k._places[0].shape[0] == rows]
     if not kinds:
         return None

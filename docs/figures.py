@@ -169,13 +169,18 @@ def accuracy() -> str:
 
 
 def decode() -> str:
-    of = (found("decode", contender="sloth", batch=1), found("decode_8_rows", contender="sloth", batch=8))
-    head = ("rows", "tokens/s of `generate`", "a step alone", "first `generate`", "peak memory")
-    row = (
-        (str(r["batch"]), f"{r['tok_s']:.0f}", f"{r['step_ms']:.1f} ms", f"{r['first_s']:.0f} s", f"{r['peak_gib']} GiB")
-        for r in of
-    )
-    return table(head, row)
+    runs = json.loads((RESULTS / "decode.json").read_text())["runs"]
+    head = ("rows", "", "tokens/s of `generate`", "a step alone", "first `generate`", "peak memory")
+
+    def row(r: dict[str, Any]) -> Iterator[str]:
+        yield str(r["batch"])
+        yield NAMES.get(r["contender"], r["contender"])
+        yield f"{r['tok_s']:.0f}"
+        yield f"{r['step_ms']:.1f} ms" if "step_ms" in r else ""
+        yield f"{r['first_s']:.0f} s"
+        yield f"{r['peak_gib']} GiB"
+
+    return table(head, (tuple(row(r)) for r in sorted(runs, key=lambda r: r["batch"])))
 
 
 def trainers() -> str:
@@ -198,6 +203,6 @@ README: dict[str, Callable[[], str]] = {"recipes": recipes}
 PERFORMANCE: dict[str, Callable[[], str]] = {
     "qlora": qlora, "attention": attention, "attention-short": attention_short, "attention-scores": attention_scores,
     "loss": loss, "operators": operators, "accuracy": accuracy, "trainers": trainers,
-    "llama2-7b": lambda: recipes("recipes_llama2_7b"),
+    "llama2-7b": lambda: recipes("recipes_llama2_7b"), "mistral-7b": lambda: recipes("recipes_mistral_7b"),
 }  # fmt: skip
 GENERATION: dict[str, Callable[[], str]] = {"decode": decode}

@@ -216,16 +216,32 @@ def test_a_fresh_cache_that_is_given(graphs: StandIn) -> None:
     assert torch.equal(tokens(model, past_key_values=cache), expected) and graphs.replayed
 
 
+def test_a_cache_whose_tensors_are_others(graphs: StandIn) -> None:
+    """Between two calls, and another address under the same tensor: each is captured anew."""
+    model = made()
+    plain, expected = made(), []
+    session.start(model, lambda: None)
+    for of, found in ((plain, expected), (model, [])):
+        cache, ids = None, IDS
+        for change in (lambda t: t.clone(), lambda t: t.set_(t.clone()), lambda t: t):
+            out = tokens(of, ids, past_key_values=cache, return_dict_in_generate=True, max_new_tokens=6)
+            cache, ids = out["cache" if "cache" in out else "past_key_values"], out["sequences"]
+            found.append(ids)
+            for layer in cache.layers if of is model else ():
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
+    assert all(map(torch.equal, found, expected)) and graphs.captured >= 3
+
+
 def test_what_was_given_out_is_freed(graphs: StandIn) -> None:
     """A cache ends with the last who holds it, and its graph with it."""
     model = made("mistral")
     session.start(model, lambda: None)
     found = tokens(model, return_dict_in_generate=True)
     cache = weakref.ref(found["cache" if "cache" in found else "past_key_values"])
-    assert graphs.replayed and len(session._decoders[model]._kinds) == 1
+    assert graphs.replayed and len(session._decoders[model]._known) == 1
     del found
     gc.collect()
-    assert cache() is None and not session._decoders[model]._kinds
+    assert cache() is None and not session._decoders[model]._known
 
 
 # ---------------------------------------------------------------- back and forth
@@ -490,7 +506,7 @@ def test_steps_that_are_all_different(graphs: StandIn, caplog: pytest.LogCapture
         model(IDS, past_key_values=cache)
         for n in range(decoder.KINDS + 3):
             step(input_ids=IDS[:, :1], past_key_values=cache, logits_to_keep=n)
-    assert len(step._kinds[cache]) == decoder.KINDS and "another form at each" in caplog.text
+    assert len(step._known[cache].kinds) == decoder.KINDS and "another form at each" in caplog.text
 
 
 def test_a_model_that_was_moved(graphs: StandIn, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -614,7 +630,7 @@ def test_a_model_on_a_gpu() -> None:
     for _ in range(2):
         FastLanguageModel.for_inference(model, replay_steps=True)
         assert torch.equal(tokens(model, ids), expected) and torch.equal(tokens(model, ids), expected)
-        kinds = [kind for held in session._decoders[model]._kinds.values() for kind in held.values()]
+        kinds = [kind for of in session._decoders[model]._known.values() for kind in of.kinds.values()]
         assert kinds and all(kind._replay is not None for kind in kinds)
         assert torch.equal(tokens(model.cpu()).cuda(), expected) and model not in session._decoders
         model.cuda()

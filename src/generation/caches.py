@@ -104,17 +104,16 @@ def _are_plain(cache: Any) -> bool:
 
 
 def tensors_of(cache: Any) -> list[torch.Tensor]:
-    return [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    return [t for layer in cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
 
 
 def prepare(cache: Any) -> None:
     """Let its tensors be inputs of graphs as others are, of any length: transformers marks them as constants, by address, for
     Inductor's CUDA graphs, and each new cache would be compiled for.
     """
-    for layer in cache.layers:
-        for t in (layer.keys, layer.values, layer.cumulative_length):
-            vars(t).pop(STATIC_MARK, None)
-            vary(t, 0, 2)
+    for t in tensors_of(cache):
+        vars(t).pop(STATIC_MARK, None)
+        vary(t, 0, 2)
 
 
 def vary(t: torch.Tensor, *dims: int) -> None:
@@ -129,6 +128,6 @@ def counters(cache: Any) -> list[tuple[int, str, int]]:
     return [(i, name, n) for i, layer in enumerate(cache.layers) for name, n in vars(layer).items() if type(n) is int]
 
 
-def full(cache: Any) -> tuple[bool, ...]:
+def full(windows: list[Any]) -> tuple[bool, ...]:
     """Of layers with a window: is it full? They are written in another way then."""
-    return tuple(layer.get_seq_length() >= layer.get_max_length() for layer in cache.layers if layer.is_sliding)
+    return tuple(layer.get_seq_length() >= layer.get_max_length() for layer in windows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from operator import is_
 from threading import Lock
 from typing import Any
 
@@ -42,7 +43,7 @@ class Decoder:
         self._capture = capture
         self.device = device
         self.tokens_requested, self.replay_after = 0, after  # of a row, in all calls; from how many on steps are replayed
-        self._kinds: weakref.WeakKeyDictionary[Any, dict[tuple, _Kind]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Any, _OfCache] = weakref.WeakKeyDictionary()
         self._state: int | None = None
         self._failed = False
         self._short = False  # of memory, in this `generate`
@@ -55,27 +56,29 @@ class Decoder:
         have another dtype.
         """
         self._short = False
+        for of in self._known.values():
+            of.tensors = []
         if (state := state_of(self._model())) != self._state:
             self.clear()
             self._state = state
 
     def clear(self) -> None:
         """Let go of graphs and caches."""
-        self._kinds.clear()
+        self._known.clear()
         self.caches.clear()
 
     def __call__(self, **inputs: Any) -> Any:
         """What `model(**inputs)` gives; logits are overwritten by the next call."""
         model = self._model()
-        cache = None if self._failed or self._short else _cache_of_step(inputs)
+        cache = None if self._failed or self._short else self._cache_of_step(inputs)
         form = () if cache is None else tuple(_form(inputs))
         if cache is None or None in form:
             return model(**inputs)
-        kinds = self._kinds.get(cache)
-        if kinds is None:
+        of = self._known.get(cache)
+        if of is None:
             prepare(cache)
-            kinds = self._kinds[cache] = {}
-        key = form, full(cache), modes(self.device.type), tuple(t.data_ptr() for t in tensors_of(cache))
+            of = self._known[cache] = _OfCache(cache)
+        kinds, key = of.kinds, (form, full(of.windows), modes(self.device.type), of.places(cache))
         kind = kinds.get(key)
         if kind is None:
             if len(kinds) == KINDS:
@@ -92,6 +95,16 @@ class Decoder:
             warn_once(f"{rest} the model's own code, since a step of it cannot be a CUDA graph: {why}")
             return model(**inputs)
 
+    def _cache_of_step(self, inputs: dict[str, Any]) -> Any:
+        """The cache of a step that may be captured: one token a row, a static cache that has its memory; else None."""
+        ids = inputs.get("input_ids")
+        if ids is None or ids.shape[1] != 1 or any(inputs.get(name) for name in UNCAPTURED):
+            return None
+        held = [v for v in inputs.values() if is_cache(v)]
+        if len(held) != 1 or held[0] not in self._known and not (is_static(held[0]) and is_made(held[0])):
+            return None
+        return held[0]
+
 
 class _NotCaptured(Exception):
     """Nothing was computed of this step. of_memory: there was too little, which may be otherwise next time."""
@@ -99,6 +112,25 @@ class _NotCaptured(Exception):
     def __init__(self, why: str, of_memory: bool = False):
         super().__init__(why)
         self.of_memory = of_memory
+
+
+class _OfCache:
+    """What is known of one cache, without a reference to it: its kinds of steps, layers with a window, and where its tensors are.
+
+    Which tensors it has is asked in every step, and where they are once in a `generate`: there are a hundred.
+    """
+
+    def __init__(self, cache: Any):
+        self.kinds: dict[tuple, _Kind] = {}
+        self.windows = [layer for layer in cache.layers if layer.is_sliding]
+        self.tensors: list[Tensor] = []
+        self._places: tuple[int, ...] = ()
+
+    def places(self, cache: Any) -> tuple[int, ...]:
+        now = tensors_of(cache)
+        if len(now) != len(self.tensors) or not all(map(is_, now, self.tensors)):
+            self.tensors, self._places = now, tuple(t.data_ptr() for t in now)
+        return self._places
 
 
 class _Kind:
@@ -172,15 +204,6 @@ def is_cache(value: Any) -> bool:
     from transformers.cache_utils import Cache
 
     return isinstance(value, Cache)
-
-
-def _cache_of_step(inputs: dict[str, Any]) -> Any:
-    """The cache of a step that may be captured: one token a row, a static cache that has its memory; else None."""
-    ids = inputs.get("input_ids")
-    if ids is None or ids.shape[1] != 1 or any(inputs.get(name) for name in UNCAPTURED):
-        return None
-    held = [v for v in inputs.values() if is_cache(v)]
-    return held[0] if len(held) == 1 and is_static(held[0]) and is_made(held[0]) else None
 
 
 def _form(inputs: dict[str, Any], prefix: str = "") -> Iterator[Any]:
