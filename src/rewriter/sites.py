@@ -62,7 +62,8 @@ def missed_sites(
     """One site for each anchor, or group of anchors of one module, that is not covered by what was replaced or deferred."""
     sites = []
     for construct in constructs:
-        seen = [v for v in view.shadow.values if v not in covered and (v.nodes or not v.replaces) and _anchors(construct, v)]
+        seen = [v for v in view.shadow.values if not _is_covered(v, covered) and (v.nodes or not v.replaces)]
+        seen = [v for v in seen if _anchors(construct, v)]
         sites += [missed(anchors, construct, matcher, refused) for anchors in _grouped(seen, construct)]
         taken, near = set(covered).union(seen), []
         for values, site in _unseen(view, construct, matcher, covered, refused):
@@ -74,6 +75,11 @@ def missed_sites(
             near.append(missed(values, construct, matcher, refused))
         sites += [replace(site, reason=f"{site.reason} (no anchor of {construct.name} sees this place)") for site in near]
     return sites
+
+
+def _is_covered(v: Value, covered: set[Value]) -> bool:
+    """Was it replaced, or is it the cast of what was?"""
+    return v in covered or v.op == "cast" and v.args[0] in covered
 
 
 def _grouped(values: list[Value], construct: Construct) -> Iterator[list[Value]]:

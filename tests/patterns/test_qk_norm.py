@@ -53,6 +53,21 @@ def test_both_constructs_are_counted():
     assert variants(Heads()) == [("rms_norm", "norm_rope", MATCHED)] * 2 + [("rope", "norm_rope", MATCHED)]
 
 
+def test_a_rotation_by_wide_tables_is_counted_once():
+    """LFM3 in bf16: what is turned by tables in fp32 is cast back, by an operation that is a rotation's too."""
+
+    class Narrow(Heads):
+        def forward(self, x, cos, sin):
+            return tuple(y.to(torch.bfloat16) for y in super().forward(x, cos, sin))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Narrow().bfloat16(), backend="sloth", options=QUICK)
+    with listening() as reports:
+        compiled(torch.randn(2, 5, 16).bfloat16(), *torch.randn(2, 1, 5, 8))
+    sites = [(s.construct, s.status) for r in reports for s in r.sites]
+    assert sorted(sites) == [("rms_norm", MATCHED)] * 2 + [("rope", MATCHED)]
+
+
 def test_sites_point_to_their_own_lines():
     with listening() as reports:
         torch._dynamo.reset()
