@@ -128,7 +128,9 @@ def with_adapters(model: torch.nn.Module, dtype: torch.dtype = torch.float32) ->
     from transformers.pytorch_utils import Conv1D
 
     head, around = model.get_output_embeddings(), torch.nn.ModuleDict({"model": model})
-    layers = [n for n, m in around.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    named = {n: m for n, m in around.named_modules() if m is not head}
+    layers = [n for n, m in named.items() if type(m) in (torch.nn.Linear, Conv1D)]
+    layers = layers or [n for n, m in named.items() if isinstance(m, torch.nn.Linear)]  # all are of a class of Falcon's own
     torch.manual_seed(4)
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=8, target_modules=layers, init_lora_weights=False), around)
     for name, p in model.named_parameters():
