@@ -303,6 +303,33 @@ def test_another_model_is_captured_anew(graphs: StandIn) -> None:
     assert torch.equal(tokens(model), found[1]) and not torch.equal(found[0], found[1])
 
 
+def test_what_a_model_holds_is_read_by_value() -> None:
+    """Numbers of any class, in place of those before; hooks that mark gradients are no change."""
+    import numpy as np
+
+    class Scale(float): ...
+
+    base = made()
+    layer = base.model.layers[0]
+    layer.scaling, layer.factor = {"default": np.float64(0.5)}, Scale(1.0)
+    plain = state_of(base)
+    layer.scaling["default"] = np.float64(0.5)
+    assert state_of(base) == plain
+    base.enable_input_require_grads()
+    assert state_of(base) == plain
+    base.disable_input_require_grads()
+    assert state_of(base) == plain
+    found = {plain}
+    for n in range(20):  # freed numbers leave their addresses to later ones
+        layer.scaling["default"], layer.factor = np.float64(n + 1.5), Scale(n + 2.0)
+        found.add(state_of(base))
+    assert len(found) == 21
+    layer.names = []
+    empty = state_of(base)
+    layer.names = ["default"]
+    assert state_of(base) not in found | {empty}
+
+
 def test_another_dtype(graphs: StandIn) -> None:
     """By autocast, and of the weights: neither graphs nor caches serve it."""
     model, wide = made(), made().double()

@@ -243,27 +243,25 @@ def state_of(model: torch.nn.Module) -> int:
         for name, value in vars(module).items():
             if name in OF_TRAINERS:
                 continue
-            found.append(name)
             kind = type(value)
-            if kind in PLAIN_TYPES:
-                found.append(value)
-            elif kind not in CONTAINERS or value:  # a model of 32 layers has 70,000 attributes, most of them empty
+            if kind not in PLAIN_TYPES:
                 if name == "_forward_hooks":
                     value = [hook for hook in value.values() if not marks_gradients(hook)]
-                found.append(_hashed(value, 3))
+                # A model of 32 layers has 70,000 attributes, most of them empty.
+                value = _hashed(value, 3) if kind not in CONTAINERS or value else ()
+            found += (name, value)
     return hash(tuple(found))
 
 
 def _hashed(value: Any, depth: int) -> Any:
-    kind = type(value)
-    if kind in PLAIN_TYPES:
+    if type(value) in PLAIN_TYPES:
         return value
     if isinstance(value, Tensor):
         return value.data_ptr(), value.dtype, value.shape, _hashed(getattr(value, "quant_state", None), depth - 1)
     if depth and isinstance(value, dict):
-        return tuple((k if type(k) in PLAIN_TYPES else id(k), _hashed(v, depth - 1)) for k, v in value.items())
+        return tuple((_hashed(k, 0), _hashed(v, depth - 1)) for k, v in value.items())
     if depth and isinstance(value, list | tuple | set):
         return tuple(_hashed(v, depth - 1) for v in value)
-    if depth and kind.__name__ == "QuantState":
+    if depth and type(value).__name__ == "QuantState":
         return _hashed(vars(value), depth - 1)
-    return id(value)
+    return value if isinstance(value, PLAIN) else id(value)  # a number of numpy's

@@ -106,11 +106,11 @@ def test_three_at_once(path, m):
 @pytest.mark.parametrize("m", [1, 3, 16])
 def test_parts_of_adapters_products(m, monkeypatch):
     """More programs share a row of t than are read at a time, and the last has fewer columns."""
-    monkeypatch.setattr(module, "SPLITS", 5)
-    monkeypatch.setattr(module, "T_TILE", 4 * 128 * module._power(m))
+    monkeypatch.setattr(module, "T_TILE", 2 * 128 * (1 if m == 1 else 16))
     module._constants.cache_clear()
-    layer, x = Layer(24, 3136, torch.bfloat16, rank=100, seed=3), make((m, 3136), torch.bfloat16, seed=5)
-    assert module._splits(3136) == (4, 1024)
+    layer, x = Layer(24, 2496, torch.bfloat16, rank=100, seed=3), make((m, 2496), torch.bfloat16, seed=5)
+    constants = module._constants(m, 2496, (100,), (False,), 64, True, "nf4", 24, torch.bfloat16, False)
+    assert module._splits(2496) == (5, 512) and constants["SP"] == 2
     judged(kernel(x, [layer], [0.5]), x, [layer], [0.5])
     module._constants.cache_clear()
 
@@ -132,8 +132,8 @@ def test_operands_that_begin_anywhere():
 
 
 def test_what_the_kernels_do_not_take():
-    """Seventeen rows, fp32, lengths that end within a block, four layers of two kinds: dequantised, or launched in turn."""
-    for m, k, dtype in ((17, 128, torch.bfloat16), (2, 128, torch.float32), (1, 96, torch.bfloat16)):
+    """No rows and seventeen, fp32, lengths that end within a block, layers of two kinds: dequantised, or launched in turn."""
+    for m, k, dtype in ((0, 128, torch.bfloat16), (17, 128, torch.bfloat16), (2, 128, torch.float32), (1, 96, torch.bfloat16)):
         layer, x = Layer(24, k, dtype, rank=4), make((m, k), dtype)
         judged(operator(x, [layer], [1.0]), x, [layer], [1.0])
     layers = [Layer(8, 64, torch.bfloat16, double=i != 1, seed=i) for i in range(4)]

@@ -6,10 +6,10 @@ Shapes   x [..., K], packed_i as in dequantize_4bit.py, A_i [r_i, K] and B_i [N_
 Dtypes   x in bf16 or fp16 for the kernels; adapters in a dtype of their own; y_i in `dtype`, by default x's.
 
 Nothing is differentiable. Two launches, one without adapters: t = s x Aᵀ for all adapters, in fp32, a program for some of the
-columns, whose sums stand side by side; then a program computes a few rows of one W_i, whose bytes are read once and become
-elements in registers, added up in fp32, the adapter's product added, rounded once. W is not rounded at all: the sum of a block
-is scaled, and not its elements. One row of x is multiplied element by element; up to 16 by tensor cores, the even and the odd
-columns each by themselves, as a byte holds them, and a code's value as the sum of two of x's dtype.
+columns and rows of A, whose sums stand side by side; then a program computes a few rows of one W_i, whose bytes are read once and
+become elements in registers, added up in fp32, the adapter's product added, rounded once. W is not rounded at all: the sum of a
+block is scaled, and not its elements. One row of x is multiplied element by element; up to 16 by tensor cores, the even and the
+odd columns each by themselves, as a byte holds them, and a code's value as the sum of two of x's dtype.
 More rows than that, other dtypes and devices: the weights are dequantised, and lora_linear has them.
 Domain   x is finite: by tensor cores an infinity gives NaN, where the products alone may give an infinity.
 Bytes    N·K/2 and N·K/64 of scales, once: the floor. x and t come from L1 and L2.
@@ -34,8 +34,8 @@ MOST = 16  # rows of x that the kernels take
 MOST_RANK = 128  # of adapters: a program holds a row of it for each row of x
 ROWS_DTYPES = (torch.bfloat16, torch.float16)  # of x
 TOGETHER = 3  # layers of one launch
-# Rows of W to a program, blocks of 64 elements to a step, and how it is launched: for one row of x, and by tensor cores, where W
-# has few rows and where it has many.
+# Rows of W to a program, blocks of 64 elements to a step (by tensor cores, of any size one to a warp at least), and how it is
+# launched: for one row of x, and by tensor cores, where W has few rows and where it has many.
 ELEMENT = {"BN": 4, "BLOCKS": 32, "num_warps": 4, "num_stages": 1}
 TENSOR_FEW = {"BN": 16, "BLOCKS": 8, "num_warps": 4, "num_stages": 3}
 TENSOR_MANY = {"BN": 32, "BLOCKS": 4, "num_warps": 4, "num_stages": 3}
@@ -79,8 +79,10 @@ def _constants(
     lanes = lane_pairs(quant_type, dtype) if tensor_cores else lane_values(quant_type)
     ranks, biases = (*ranks, 0, 0)[:TOGETHER], (*biases, False, False)[:TOGETHER]
     padded = [_padded(r) for r in ranks]
+    rows_of_x = (8 if m <= 8 and ptx else 16) if tensor_cores else 1
     return {
         "M": m,
+        "MP": rows_of_x,
         **{f"R_{i}": r for i, r in enumerate(ranks)},
         **{f"RP_{i}": r for i, r in enumerate(padded)},
         **{f"BIAS_{i}": b for i, b in enumerate(biases)},
@@ -93,7 +95,7 @@ def _constants(
         "LANES": lanes if ptx else "",
         "TENSOR_CORES": tensor_cores,
         "S": splits,
-        "SP": min(_power(splits), T_TILE // (max(16, *padded) * _power(m))),
+        "SP": min(_power(splits), T_TILE // (max(16, *padded) * rows_of_x)),
         "STAGES": how["num_stages"],
     }
 
@@ -155,7 +157,7 @@ def takes(dtype: torch.dtype, columns: int, blocksize: int) -> bool:
 
 def serves(x: Tensor, blocksize: int) -> bool:
     """Are the kernels made for these operands?"""
-    return x.shape[0] <= MOST and takes(x.dtype, x.shape[1], blocksize)
+    return 0 < x.shape[0] <= MOST and takes(x.dtype, x.shape[1], blocksize)
 
 
 # ---------------------------------------------------------------- the operator
@@ -260,7 +262,7 @@ linear_4bit_rows = torch.ops.sloth.linear_4bit_rows.default
 def _compile_case(m: int, nested: bool, rank: int, rows: int = 4096, dtype: str = "bf16", ptx: bool = True):
     kinds = {"packed": "*u8", "absmax": "*fp32", "absmax_8bit": "*u8", "code8": "*fp32", "offset": "*fp32", "t": "*fp32"}
     names = [name for name in rows_kernel.arg_names if name.endswith("_ptr")]
-    signature = {name: kinds.get(name.removesuffix("_ptr").rstrip("_012"), f"*{dtype}") for name in names}
+    signature = {name: kinds.get(name.removesuffix("_ptr").rstrip("_012"), "*bf16") for name in names}  # in place of `dtype`
     signature |= dict.fromkeys(("N_0", "N_1", "N_2", "end_0", "end_1", "HALF_K", "n_t"), "i32")
     x = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     constants = _constants(m, 4096, (rank,) * 3, (True, False, False), 64, nested, "nf4", rows, x, ptx)
@@ -280,6 +282,7 @@ COMPILE = [
     _compile_case(8, True, MOST_RANK),
     _compile_case(2, False, 0, rows=2 * MANY),
     _compile_case(1, False, 0, dtype="fp16"),
+    _compile_case(8, True, 16, dtype="fp16"),
     _compile_case(16, True, 16, dtype="fp16"),
     _compile_case(1, True, 16, ptx=False),
     _compile_case(8, True, 16, ptx=False),

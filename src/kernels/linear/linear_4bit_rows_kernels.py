@@ -78,8 +78,7 @@ def _scales(absmax_ptr, absmax_8bit_ptr, code8_ptr, offset_ptr, at, inside, NEST
     if NESTED:
         q = tl.load(absmax_8bit_ptr + at, inside, 0).to(tl.int32)
         outer = tl.load(absmax_ptr + at.to(tl.uint32) // NESTED_BLOCK, inside, 0.0)  # unsigned: one shift
-        product = tl.where(inside, tl.load(code8_ptr + q) * outer, 0.0)  # rounded: no compiler adds through a choice
-        scale = tl.where(inside, product + tl.load(offset_ptr), 0.0)
+        scale = tl.where(inside, tl.load(code8_ptr + q) * outer + tl.load(offset_ptr), 0.0)
     else:
         scale = tl.load(absmax_ptr + at, inside, 0.0)
     return scale
@@ -152,15 +151,14 @@ def _by_tensor_cores(
 def _rows(
     program, x_ptr, t_ptr, packed_ptr, absmax_ptr, absmax_8bit_ptr, code8_ptr, offset_ptr, bias_ptr, b_ptr, y_ptr,
     N, HALF_K, n_t,
-    M: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, AT: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr,
-    BLOCKS: tl.constexpr, HALF: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, CODE: tl.constexpr,
-    LANES: tl.constexpr, TENSOR_CORES: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, AT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BN: tl.constexpr, BLOCKS: tl.constexpr, HALF: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    CODE: tl.constexpr, LANES: tl.constexpr, TENSOR_CORES: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BN elements of each row of y. M: rows of x; RP: the rank R in a power of two, from column AT of t on; 0: no adapter.
-    SP: the parts of t that are read at a time.
+    """BN elements of each row of y. M: rows of x, MP: in a power of two; RP: the rank R likewise, from column AT of t on; 0: no
+    adapter. SP: the parts of t that are read at a time.
     """
-    MP: tl.constexpr = M if not TENSOR_CORES else 8 if M <= 8 and LANES != "" else 16
     n, m = program * BN + tl.arange(0, BN), tl.arange(0, MP)
     n_inside = n < N
     if TENSOR_CORES:
@@ -200,7 +198,7 @@ def rows_kernel(
     packed_1_ptr, absmax_1_ptr, absmax_8bit_1_ptr, code8_1_ptr, offset_1_ptr, bias_1_ptr, b_1_ptr, y_1_ptr,
     packed_2_ptr, absmax_2_ptr, absmax_8bit_2_ptr, code8_2_ptr, offset_2_ptr, bias_2_ptr, b_2_ptr, y_2_ptr,
     N_0, N_1, N_2, end_0, end_1, HALF_K, n_t,
-    M: tl.constexpr, R_0: tl.constexpr, R_1: tl.constexpr, R_2: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, R_0: tl.constexpr, R_1: tl.constexpr, R_2: tl.constexpr,
     RP_0: tl.constexpr, RP_1: tl.constexpr, RP_2: tl.constexpr,
     BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, BIAS_2: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
     HALF: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, CODE: tl.constexpr, LANES: tl.constexpr,
@@ -211,18 +209,18 @@ def rows_kernel(
     if program < end_0:
         _rows(
             program, x_ptr, t_ptr, packed_0_ptr, absmax_0_ptr, absmax_8bit_0_ptr, code8_0_ptr, offset_0_ptr, bias_0_ptr, b_0_ptr,
-            y_0_ptr, N_0, HALF_K, n_t, M, R_0, RP_0, 0, BIAS_0, BN, BLOCKS, HALF, NESTED, NESTED_BLOCK, CODE, LANES,
+            y_0_ptr, N_0, HALF_K, n_t, M, MP, R_0, RP_0, 0, BIAS_0, BN, BLOCKS, HALF, NESTED, NESTED_BLOCK, CODE, LANES,
             TENSOR_CORES, S, SP, STAGES,
         )  # fmt: skip
     elif program < end_1:
         _rows(
             program - end_0, x_ptr, t_ptr, packed_1_ptr, absmax_1_ptr, absmax_8bit_1_ptr, code8_1_ptr, offset_1_ptr, bias_1_ptr,
-            b_1_ptr, y_1_ptr, N_1, HALF_K, n_t, M, R_1, RP_1, R_0, BIAS_1, BN, BLOCKS, HALF, NESTED, NESTED_BLOCK, CODE,
+            b_1_ptr, y_1_ptr, N_1, HALF_K, n_t, M, MP, R_1, RP_1, R_0, BIAS_1, BN, BLOCKS, HALF, NESTED, NESTED_BLOCK, CODE,
             LANES, TENSOR_CORES, S, SP, STAGES,
         )  # fmt: skip
     else:
         _rows(
             program - end_1, x_ptr, t_ptr, packed_2_ptr, absmax_2_ptr, absmax_8bit_2_ptr, code8_2_ptr, offset_2_ptr, bias_2_ptr,
-            b_2_ptr, y_2_ptr, N_2, HALF_K, n_t, M, R_2, RP_2, R_0 + R_1, BIAS_2, BN, BLOCKS, HALF, NESTED, NESTED_BLOCK, CODE,
+            b_2_ptr, y_2_ptr, N_2, HALF_K, n_t, M, MP, R_2, RP_2, R_0 + R_1, BIAS_2, BN, BLOCKS, HALF, NESTED, NESTED_BLOCK, CODE,
             LANES, TENSOR_CORES, S, SP, STAGES,
         )  # fmt: skip
