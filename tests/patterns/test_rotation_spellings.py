@@ -172,7 +172,8 @@ def check(how, dtype):
     fn, sites = spelling(how), []
     tensors = operands(how, dtype)
     compiled = rewritten(fn, sites)
-    compare(compiled, fn, tensors, [True] + [False] * (len(tensors) - 1))
+    # Where memory of complex products lies, eager decides by more than x.
+    compare(compiled, fn, tensors, [True] + [False] * (len(tensors) - 1), strides=how[0] != "complex")
     # A sum of broadcast products may be read as a product of matrices, which is no rotation: it is left alone, and right.
     assert (sites or how[2] == "sum") and all(s.status == MATCHED for s in sites), (how, sites)
 
