@@ -100,6 +100,11 @@ def separate(act):
     return lambda gate, up: act(gate) * up
 
 
+def cast_back(act):
+    """Of a gate in fp32: gated norms of linear attention (Qwen3-Next)."""
+    return lambda gate, up: (act(gate.float()) * up).to(up.dtype)
+
+
 def packed(act, up_first):
     def both(x):
         gate, up = reversed(x.chunk(2, -1)) if up_first else x.chunk(2, -1)
@@ -132,6 +137,7 @@ def entries(construct, name, activations):
 
 
 act_mul, act_mul_packed = entries(GATED_MLP, "gated_mlp", ACTIVATIONS)
+act_mul.variant("silu_cast_back", act="silu")(cast_back(F.silu))
 # Of activations that gate elsewhere too, only those between layers. As constructs are told apart as objects, what its check
 # refuses is no miss of a gated MLP, unless the anchor says so.
 relu_mul, relu_mul_packed = entries(replace(GATED_MLP), "gated_layers", {"relu": torch.relu, "sigmoid": torch.sigmoid})
@@ -145,6 +151,6 @@ def between_layers(match):
 
 @relu_mul.check
 @act_mul.check
-def same_dtype(match):
-    gate, up = match.gate.meta, match.up.meta
-    match.require(gate.dtype == up.dtype, f"gate is {gate.dtype}, up is {up.dtype}")
+def no_wider_gate(match):
+    gate, up = match.gate.meta.dtype, match.up.meta.dtype
+    match.require(torch.promote_types(gate, up) == up, f"gate is {gate}, up is {up}")

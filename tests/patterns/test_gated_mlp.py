@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from common import compare, make
 from inner import OPTIONS as QUICK
 
 from sloth.rewriter.backend import listening
@@ -22,6 +23,23 @@ def test_an_activation_that_is_scaled_is_no_site():
     x, scale = torch.randn(2, 6, 5), torch.randn(6)
     assert sites(lambda x, scale: F.silu(x) * scale[None, :, None], x, scale) == []
     assert sites(lambda x, y: F.silu(x) * y, x, torch.randn(2, 6, 5)) == [("gated_mlp", "matched")]
+
+
+@pytest.mark.parametrize("size", [(2, 3, 8), (7, 33)])
+@pytest.mark.parametrize(
+    "gated, gate, up",
+    [
+        (lambda g, u: u * F.silu(g), torch.bfloat16, torch.float32),  # Mamba's scan is in fp32
+        (lambda g, u: (u * F.silu(g.float())).to(u.dtype), torch.bfloat16, torch.bfloat16),  # Qwen3-Next's norm
+        (lambda g, u: (u * F.silu(g.float())).to(u.dtype), torch.float16, torch.float16),
+    ],
+    ids=["wide up", "cast back", "cast back, fp16"],
+)
+def test_two_dtypes(gated, gate, up, size):
+    g, u = make(size, gate, seed=1), make(size, up, seed=2)
+    assert sites(gated, g.requires_grad_(), u.requires_grad_()) == [("gated_mlp", "matched")]
+    torch._dynamo.reset()
+    compare(torch.compile(gated, backend="sloth", options={"sloth.inner_backend": "eager"}), gated, [g.detach(), u.detach()])
 
 
 ACTIVATIONS = {
