@@ -130,7 +130,7 @@ def test_other_numbers_are_noticed(monkeypatch):
     assert run["state"] == "fails" and run["why"] == "ZeroDivisionError: division by zero" and "fails" in run["torch"]
 
 
-@pytest.mark.parametrize(("times", "state"), [(1, "ok"), (9, "differs")])
+@pytest.mark.parametrize(("times", "state"), [(1, "ok"), (30, "differs")])
 def test_an_expert_without_tokens_is_chance_unless_it_never_has_any(times, state, monkeypatch):
     import sloth.zoo.measure as zoo
 

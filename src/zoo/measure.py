@@ -29,7 +29,7 @@ Step = tuple[torch.Tensor, Gradients]
 MISMATCH = 1e-4  # relative difference of a gradient in fp32 from which on it is another
 # In bf16: how much larger an error than eager's is none of chance, and a size of errors below which nobody asks.
 WORSE, SMALL = 1.5, 2e-2
-DRAWS, RANK = 5, 4
+DRAWS, RANK = 20, 4
 AOT = "aot_eager_decomp_partition"
 
 
