@@ -14,7 +14,7 @@ import pytest
 import torch
 from generating import StandIn
 
-from sloth.generation import decoder, session
+from sloth.generation import by_layer, decoder, session
 from sloth.generation.caches import Caches, bucket, holds_two_dtypes
 from sloth.generation.capture import CudaCapture
 from sloth.generation.decoder import state_of
@@ -46,7 +46,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """Steps of models for which a test calls `session.start` are replayed by this."""
     stand_in = StandIn()
     monkeypatch.setattr(session, "capture_for", lambda device: stand_in)
-    monkeypatch.setattr(session, "_compiled", lambda backend: lambda model, inputs: model(**inputs))
+    uncompiled = lambda model, inputs: model(**inputs), by_layer.run_layer, by_layer.run_layer
+    monkeypatch.setattr(session, "_compiled", lambda backend: uncompiled)
     return stand_in
 
 
@@ -496,7 +497,8 @@ def test_what_cannot_be_captured(monkeypatch: Any, caplog: pytest.LogCaptureFixt
 
     monkeypatch.setattr("sloth.rewriter.notices._said", set())
     monkeypatch.setattr(session, "capture_for", lambda device: fails)
-    monkeypatch.setattr(session, "_compiled", lambda backend: lambda model, inputs: model(**inputs))
+    uncompiled = lambda model, inputs: model(**inputs), by_layer.run_layer, by_layer.run_layer
+    monkeypatch.setattr(session, "_compiled", lambda backend: uncompiled)
     model = made("mistral")
     expected = tokens(model)
     session.start(model, lambda: None)
@@ -570,12 +572,12 @@ def test_logits_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.mark_dynamic(ids, 0)
     with torch.no_grad():
         assert isinstance(torch.compile(model, backend="sloth")(input_ids=ids).logits, LazyLogits)
-        assert type(session._compiled("sloth")(model, {"input_ids": ids}).logits) is torch.Tensor
+        assert type(session._compiled("sloth")[0](model, {"input_ids": ids}).logits) is torch.Tensor
 
 
 @pytest.mark.nightly
 def test_compiled_once_for_all_lengths(graphs: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that Dynamo has traced, over caches of two lengths, are one graph."""
+    """Prompts that Dynamo has traced, and steps over caches of two lengths, are one graph each, of all layers."""
     from torch._dynamo.utils import counters
 
     monkeypatch.undo()
@@ -587,11 +589,11 @@ def test_compiled_once_for_all_lengths(graphs: StandIn, monkeypatch: pytest.Monk
     expected = tokens(model), tokens(model, max_new_tokens=260)
     session.start(model, "eager")
     assert torch.equal(tokens(model), expected[0]) and torch.equal(tokens(model, max_new_tokens=260), expected[1])
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_compiled_once_for_all_switches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From training to generating and back, ten times: the step is not compiled again."""
+    """From training to generating and back, ten times: prompt and step are compiled once."""
     from sloth import FastLanguageModel
     from sloth.models import compiled
 
@@ -610,7 +612,7 @@ def test_compiled_once_for_all_switches(monkeypatch: pytest.MonkeyPatch) -> None
         FastLanguageModel.for_inference(model, replay_steps=True)
         tokens(model, IDS[:1], max_new_tokens=3)
         FastLanguageModel.for_training(model)
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def _never(function: Any) -> Any:

@@ -33,7 +33,7 @@ ARROWS = {
     "options": {"rewriter/match", "rewriter/notices"},
     "lazy": {"kernels"},
     "integrations": {"lazy"},
-    "generation": {"integrations", "rewriter/notices"},
+    "generation": {"integrations", "kernels/attention/write_token", "rewriter/notices"},
     "kernels": set(),
     "patterns": {"rewriter", "kernels", "lazy"},
     "testing": {"rewriter"},

@@ -68,7 +68,8 @@ def is_ours(tx: Any) -> bool:
 
 def allow_more_graphs() -> None:
     """Twice what Dynamo allows, unless somebody has chosen. Trainers of preferences have a graph for each pass, that of
-    the policy, the reference, mismatched pairs; others when they evaluate, and others for a last batch of one row.
+    the policy, the reference, mismatched pairs; others when they evaluate, and others for a last batch of one row. Layers that
+    generate have one of each kind, for one row and for several, with a mask and without.
     """
     if config.recompile_limit == 8:
         config.recompile_limit = 16

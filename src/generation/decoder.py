@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sloth.generation.by_layer import ByLayer
 from sloth.generation.caches import Caches, counters, full, is_made, is_static, modes, prepare, tensors_of, vary
 from sloth.integrations.transformers import marks_gradients
 from sloth.rewriter.notices import warn_once
@@ -33,19 +34,17 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
 class Decoder:
-    """Of one model; it holds no reference to it. compiled: `compiled(model, inputs)` gives what `model(**inputs)` does."""
+    """Of one model; it holds no reference to it."""
 
-    def __init__(
-        self, model: torch.nn.Module, compiled: Callable[..., Any], capture: Capture, device: torch.device, after: int = 0
-    ):
+    def __init__(self, model: torch.nn.Module, compiled: ByLayer, capture: Capture, device: torch.device, after: int = 0):
         self._model = weakref.ref(model)
-        self._compiled = compiled
+        self.compiled = compiled
         self._capture = capture
         self.device = device
         self.tokens_requested, self.replay_after = 0, after  # of a row, in all calls; from how many on steps are replayed
         self._known: weakref.WeakKeyDictionary[Any, _OfCache] = weakref.WeakKeyDictionary()
         self._state: int | None = None
-        self._failed = False
+        self.failed = False
         self._short = False  # of memory, in this `generate`
         self.caches = Caches(device.type)
         self.busy = Lock()  # for one `generate` at a time
@@ -66,11 +65,12 @@ class Decoder:
         """Let go of graphs and caches."""
         self._known.clear()
         self.caches.clear()
+        self.compiled.forget()
 
     def __call__(self, **inputs: Any) -> Any:
         """What `model(**inputs)` gives; logits are overwritten by the next call."""
         model = self._model()
-        cache = None if self._failed or self._short else self._cache_of_step(inputs)
+        cache = None if self.failed or self._short else self._cache_of_step(inputs)
         form = () if cache is None else tuple(_form(inputs))
         if cache is None or None in form:
             return model(**inputs)
@@ -86,10 +86,10 @@ class Decoder:
                 return model(**inputs)
             kind = kinds[key] = _Kind(inputs)
         try:
-            return kind(model, self._compiled, self._capture, self.device, cache, inputs)
+            return kind(model, self.compiled, self._capture, self.device, cache, inputs)
         except _NotCaptured as why:
             self._short = why.of_memory
-            self._failed = not why.of_memory
+            self.failed = not why.of_memory
             self.clear()
             rest = "the rest of a `generate` runs" if self._short else "generating runs"
             warn_once(f"{rest} the model's own code, since a step of it cannot be a CUDA graph: {why}")
@@ -148,7 +148,7 @@ class _Kind:
         self._counted: list[tuple[int, str, int]] = []  # number of a layer, what it counts, and how much a step
 
     def __call__(
-        self, model: Any, compiled: Callable[..., Any], capture: Capture, device: torch.device, cache: Any,
+        self, model: Any, compiled: ByLayer, capture: Capture, device: torch.device, cache: Any,
         inputs: dict[str, Any],
     ) -> Any:  # fmt: skip
         for place, (_, given) in zip(self._places, _tensors(inputs), strict=True):
@@ -157,7 +157,7 @@ class _Kind:
             self._try(model, compiled, capture, device, cache)
         if self._replay is None:
             self._runs += 1
-            return compiled(model, self._inputs(cache))
+            return compiled(model, self._inputs(cache), cache)
         self._replay()
         for i, name, more in self._counted:
             layer = cache.layers[i]
@@ -168,14 +168,14 @@ class _Kind:
     def _inputs(self, cache: Any) -> dict[str, Any]:
         return {**self._buffers, self._cache: cache}
 
-    def _try(self, model: Any, compiled: Callable[..., Any], capture: Capture, device: torch.device, cache: Any) -> None:
+    def _try(self, model: Any, compiled: ByLayer, capture: Capture, device: torch.device, cache: Any) -> None:
         """Capture, which computes nothing. What is not compiled yet raises, and is compiled by a run like the first."""
         before = counters(cache)
         # Casts of weights are a part of the graph: not those that autocast keeps from before, nor for later.
         torch.clear_autocast_cache()
         try:
             with torch.compiler.set_stance("fail_on_recompile"):
-                replay, output = capture(lambda: compiled(model, self._inputs(cache)))
+                replay, output = capture(lambda: compiled(model, self._inputs(cache), cache))
         except Exception as e:
             # A capture that is broken off may raise an error of its own on top.
             of_memory = any(isinstance(error, torch.OutOfMemoryError) for error in (e, e.__context__))

@@ -1,8 +1,9 @@
 """`model.generate(…)` with a Decoder: transformers' own loop, asked at its own seams for the cache and for the forward pass.
 
 transformers compiles the steps of static caches itself: it asks `_valid_auto_compile_criteria` whether, `get_compiled_call` for
-what to call, and `_prepare_cache_for_generation` for the cache. For the time of one `generate` the model answers these itself, as
-attributes of the object; its class is as it was. Sampling, processors, stopping and streaming are transformers'.
+what to call, `_prepare_cache_for_generation` for the cache, and `_prefill` to read the prompt. For the time of one `generate` the
+model answers these itself, as attributes of the object; its class is as it was. Sampling, processors, stopping and streaming are
+transformers'.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from typing import Any
 
 import torch
 
-from sloth.generation.caches import has_plain_layers, holds_two_dtypes, is_static
+from sloth.compat.dynamo import allow_more_graphs
+from sloth.generation.by_layer import ByLayer, run_layer, run_layer_of_prompt
+from sloth.generation.caches import SMALLEST, has_plain_layers, holds_two_dtypes, is_made, is_static, prepare
 from sloth.generation.capture import capture_for
 from sloth.generation.decoder import Decoder
 from sloth.integrations import generation
 from sloth.rewriter.notices import tell_once
 
-SEAMS = ("_prepare_cache_for_generation", "_valid_auto_compile_criteria", "get_compiled_call")
+SEAMS = ("_prepare_cache_for_generation", "_prefill", "_valid_auto_compile_criteria", "get_compiled_call")
 STATIC = (None, "static")
 MODES = ("greedy_search", "sample")
 ATTENTION = ("sdpa", "eager")
-PAYS_AFTER = 640  # tokens of a row: 30 to 45 s to rewrite 32 layers, 5 ms a token in place of 70 (H200)
+PAYS_AFTER = 256  # tokens of a row: 15 s to compile a layer's prompt and step, 5 ms a token in place of 70 (H200)
 DRAWN = re.compile("drop|jitter|noise")  # in the names of what modules draw by
 CUSTOM = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")  # what may count how often it is called
 _decoders: weakref.WeakKeyDictionary[torch.nn.Module, Decoder] = weakref.WeakKeyDictionary()
@@ -48,7 +51,8 @@ def start(model: torch.nn.Module, backend: Callable[..., Any] | str, after: int 
     capture = capture_for(device)
     if capture is None or not all(hasattr(model, seam) for seam in SEAMS) or model.config.is_encoder_decoder:
         return False
-    _decoders[model] = Decoder(model, _compiled(backend), capture, device, after)
+    allow_more_graphs()
+    _decoders[model] = Decoder(model, ByLayer(*_compiled(backend)), capture, device, after)
     return True
 
 
@@ -67,12 +71,17 @@ def _device(model: Any) -> torch.device:
 
 
 @cache  # what was compiled stays so from one `start` to the next
-def _compiled(backend: Callable[..., Any] | str) -> Callable[..., Any]:
-    def step(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+def _compiled(backend: Callable[..., Any] | str) -> tuple[Callable[..., Any], ...]:
+    """What ByLayer takes."""
+
+    def run_model(model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         return model(**inputs)
 
     # Logits that are computed when they are read would be computed once, of what the graph writes anew in each step.
-    return torch.compile(step, backend=backend, options={"sloth.disable": "head", "sloth.inner_backend": "eager"})
+    prompt = {"sloth.disable": "head"}
+    step = prompt | {"sloth.inner_backend": "eager"}  # what is captured needs no compiler
+    given = (run_model, step), (run_layer, step), (run_layer_of_prompt, prompt)
+    return tuple(torch.compile(fn, backend=backend, options=options) for fn, options in given)
 
 
 @contextmanager
@@ -113,12 +122,13 @@ def _answering(model: Any, decoder: Decoder, custom: bool) -> Iterator[None]:
     theirs = {seam: partial(getattr(type(model), seam), model) for seam in SEAMS}
     ours = {
         "_prepare_cache_for_generation": partial(_prepare_cache, model, decoder, lent, fit, custom),
+        "_prefill": lambda *of, **more: (partial(_prefill, model, decoder) if fit else theirs["_prefill"])(*of, **more),
         "_valid_auto_compile_criteria": lambda *of: True if fit else theirs["_valid_auto_compile_criteria"](*of),
         "get_compiled_call": lambda config: decoder if fit else theirs["get_compiled_call"](config),
     }
 
-    def answer(seam: str, *of: Any) -> Any:
-        return (ours if decoder.owner == get_ident() else theirs)[seam](*of)
+    def answer(seam: str, *of: Any, **more: Any) -> Any:
+        return (ours if decoder.owner == get_ident() else theirs)[seam](*of, **more)
 
     decoder.owner = get_ident()
     vars(model).update({seam: partial(answer, seam) for seam in SEAMS})
@@ -185,6 +195,21 @@ def _prepare_cache(
     kwargs[_name_of_cache(model)] = taken
     if not config.return_dict_in_generate:  # else it is the caller's
         lent.append(taken)
+
+
+def _prefill(model: Any, decoder: Decoder, ids: torch.Tensor, config: Any, kwargs: dict[str, Any], *of: Any, **more: Any) -> Any:
+    """The prompt, through the layers that a step goes through."""
+    from transformers import StaticCache
+
+    cache, by_layer = kwargs.get(name := _name_of_cache(model)), decoder.compiled
+    if decoder.failed or not ids.numel():
+        return type(model)._prefill(model, ids, config, kwargs, *of, **more)
+    by_layer.find(model, ids, name, partial(StaticCache, config=_text(model), max_cache_len=SMALLEST))
+    by_layer.make(cache, len(ids))
+    if is_made(cache):
+        prepare(cache)
+    with by_layer.reading(cache):
+        return type(model)._prefill(model, ids, config, kwargs, *of, **more)
 
 
 def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> Iterator[str]:
