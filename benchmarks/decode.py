@@ -1,10 +1,12 @@
 """Generating on one GPU: a Llama-3-8B shape in NF4 with adapters that are not merged, greedy, tokens/s by batch.
 
-    python benchmarks/decode.py [--out FILE.json] [--contenders sloth,eager,…] [--batches 1,8] [--new 64] [--profile]
+    python benchmarks/decode.py [--out FILE.json] [--contenders sloth,eager,…] [--batches 1,8] [--new 64]
+                                [--weights bf16] [--profile]
 
 The model is that of benchmarks/qlora.py: random weights in NF4 (double-quantised), rank 16 on all seven projections. Prompts have
 128 tokens. eager: `generate` as it is; static: with cache_implementation="static" (transformers does not compile quantised
-models); sloth: for_inference with replay_steps; unsloth: its own, where it is installed. Each in a process of its own.
+models); sloth: for_inference with replay_steps; unsloth: its own, where it is installed. Each in a process of its own. With
+--weights bf16 the model is made of random weights in that dtype; sloth-merged: the same with its adapters merged.
 
 tok_s: new tokens of all rows over the time of a whole `generate`, the best of three; ms_token likewise; first_s: the first
 `generate`, with everything that is compiled in it; step_ms: one step alone on the device, without transformers' loop; floor_ms:
@@ -40,18 +42,23 @@ MARK = "decode: "
 
 
 def model_of(contender: str, folder: str) -> Any:
-    """The model with adapters that are not zero, ready to generate."""
+    """The model with adapters that are not zero, ready to generate. folder: a checkpoint, or the config of a model in bf16."""
     torch.manual_seed(1)
     lora = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "target_modules": TARGETS, "bias": "none"}
-    if contender in ("sloth", "unsloth"):
+    dense = not list(Path(folder).glob("*.safetensors"))
+    if contender in ("sloth", "unsloth") and not dense:
         FastLanguageModel = importlib.import_module(contender).FastLanguageModel
         model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True)
         model = FastLanguageModel.get_peft_model(model, **lora)
     else:
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0})
+        if dense:
+            with torch.device("cuda"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0})
         model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
         model.config.use_cache = True
     generator = torch.Generator("cuda").manual_seed(2)
@@ -61,8 +68,10 @@ def model_of(contender: str, folder: str) -> Any:
                 p.copy_(torch.randn(p.shape, generator=generator, device="cuda") * 0.01)
     if contender == "unsloth":
         FastLanguageModel.for_inference(model)
-    if contender == "sloth":
-        FastLanguageModel.for_inference(model, replay_steps=True)
+    if contender == "sloth-merged":
+        model = model.merge_and_unload()
+    if contender.startswith("sloth"):
+        importlib.import_module("sloth").FastLanguageModel.for_inference(model, replay_steps=True)
     return model.eval()
 
 
@@ -80,11 +89,16 @@ def seconds(fn: Any) -> float:
     return time.perf_counter() - start
 
 
+def bare(model: Any) -> Any:
+    """transformers' model, without PEFT's around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def in_fp32(model: Any) -> Any:
     """The same model with its adapters merged, all of it in fp32."""
     import bitsandbytes.functional as B
 
-    base = model.get_base_model()
+    base = bare(model)
     config = copy.deepcopy(base.config)
     vars(config).pop("quantization_config", None)
     with torch.device("cuda"):
@@ -92,12 +106,12 @@ def in_fp32(model: Any) -> Any:
     state = {name: p.data.float() for name, p in base.named_parameters() if "base_layer" not in name and "lora_" not in name}
     for name, layer in base.named_modules():
         if hasattr(layer, "base_layer"):
-            weight, of = layer.base_layer.weight, copy.copy(layer.base_layer.weight.quant_state)
-            of.dtype = torch.float32
+            weight, of = layer.base_layer.weight, copy.copy(getattr(layer.base_layer.weight, "quant_state", None))
             a, b = (p["default"].weight.data.float() for p in (layer.lora_A, layer.lora_B))
-            state[f"{name}.weight"] = (
-                B.dequantize_4bit(weight.data, of).view(b.shape[0], a.shape[1]) + layer.scaling["default"] * b @ a
-            )
+            if of is not None:
+                of.dtype = torch.float32
+            w = weight.data.float() if of is None else B.dequantize_4bit(weight.data, of)
+            state[f"{name}.weight"] = w.view(b.shape[0], a.shape[1]) + layer.scaling["default"] * b @ a
     wide.load_state_dict(state, assign=True, strict=False)
     return wide
 
@@ -129,7 +143,7 @@ def step_ms(model: Any, rows: int) -> float | None:
     from sloth.generation import session
 
     generate(model, rows, 4)
-    decoder = session._decoders.get(model.get_base_model())
+    decoder = session._decoders.get(bare(model))
     kinds = [] if decoder is None else [k for of in decoder._known.values() for k in of.kinds.values() if k._replay is not None]
     kinds = [k for k in kinds if k._places[0].shape[0] == rows]
     if not kinds:
@@ -174,7 +188,7 @@ def measure(contender: str, folder: str, batches: list[int], new: int, profiled:
             "first_s": round(first, 1),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         }
-        if contender == "sloth":
+        if contender.startswith("sloth"):
             row |= {"step_ms": step_ms(model, rows)}
             if profiled:
                 profile(model, rows)
@@ -184,13 +198,21 @@ def measure(contender: str, folder: str, batches: list[int], new: int, profiled:
     return found
 
 
-def floor_ms(shape: str, layers: int) -> float:
-    """What every token reads: 4-bit weights with their scales, adapters, the head."""
+def write_config(folder: Path, shape: str, layers: int) -> None:
+    from transformers import LlamaConfig
+
+    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    LlamaConfig(**sizes, rms_norm_eps=1e-5, pad_token_id=3, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def floor_ms(shape: str, layers: int, weights: str) -> float:
+    """What every token reads: weights, in 4 bits with their scales, adapters, the head."""
     of = SHAPES[shape]
     H, I, V = of["hidden_size"], of["intermediate_size"], of["vocab_size"]
     KV = H // of["num_attention_heads"] * of["num_key_value_heads"]
     sizes = [(H, H), (KV, H), (KV, H), (H, H), (I, H), (I, H), (H, I)]
-    each = sum(n * k * (0.5 + 1 / 64) + 2 * RANK * (n + k) for n, k in sizes)
+    element = {"nf4": 0.5 + 1 / 64, "bf16": 2}[weights]  # bytes
+    each = sum(n * k * element + 2 * RANK * (n + k) for n, k in sizes)
     return ((layers or of["num_hidden_layers"]) * each + 2 * V * H) / (copy_rate(l2_flush()) / 1e3)
 
 
@@ -220,14 +242,18 @@ def main(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {
         "machine": machine(args.commit),
         "shape": args.shape,
+        "weights": args.weights,
         "prompt": PROMPT,
         "new": args.new,
         "runs": [],
     }
-    results["floor_ms"] = round(floor_ms(args.shape, args.layers), 3)
+    results["floor_ms"] = round(floor_ms(args.shape, args.layers, args.weights), 3)
     print("floor_ms", results["floor_ms"], flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), args.shape, args.layers)
+        if args.weights == "nf4":
+            write_checkpoint(Path(folder), args.shape, args.layers)
+        else:
+            write_config(Path(folder), args.shape, args.layers)
         for contender in args.contenders.split(","):
             if contender == "unsloth" and not optional("unsloth"):
                 continue
@@ -247,6 +273,7 @@ if __name__ == "__main__":
         made.add_argument("--batches", default="1,8")
         made.add_argument("--new", type=int, default=64, help="tokens")
         made.add_argument("--profile", action="store_true")
+        made.add_argument("--weights", choices=("nf4", "bf16"), default="nf4")
         made.add_argument("--shape", choices=SHAPES, default="8b")
         made.add_argument("--layers", type=int, default=0, help="of another number than the shape's")
         main(parse(made))
