@@ -125,6 +125,20 @@ def test_layers_that_are_compiled_by_their_owner() -> None:
     assert not by_layer._parts and getattr(model.model.layers[1], CALL) is call
 
 
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_of_one_layer(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is run for that layer alone, and no more once it is removed."""
+    model = made(num_hidden_layers=3)
+    without = tokens(model)
+    mlp = model.model.layers[1].mlp
+    handle = getattr(mlp, hook)(lambda module, args, *out: -5 * (out or args)[0])
+    expected = tokens(model)
+    assert not torch.equal(expected, without)
+    assert torch.equal(graphs_of(model, monkeypatch)[0], expected)
+    handle.remove()
+    assert torch.equal(tokens(model), without)
+
+
 def test_a_model_that_fails_is_left_whole() -> None:
     model = made()
     model.model.layers[1].forward = lambda *args, **kwargs: 1 / 0
@@ -175,4 +189,9 @@ def test_a_part_answers_as_the_cache_does() -> None:
         at = slice(before, before + given.shape[2])
         assert keys[:, :, at].eq(1).all() and values[:, :, at].eq(2).all() and keys[:, :, at.stop :].eq(0).all()
         assert int(cache.layers[n].cumulative_length) == at.stop
+    part = cache.layers[1]
+    part.keys = part.keys.transpose(1, 2).contiguous().transpose(1, 2)
+    before = int(part.cumulative_length)
+    LayerCache(cache, part).update(3 * token, token, 0)
+    assert part.keys[:, :, before].eq(3).all() and int(part.cumulative_length) == before + 1
     assert seen.get_seq_length(0) == cache.get_seq_length(0) and seen.is_compileable == cache.is_compileable

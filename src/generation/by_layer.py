@@ -32,7 +32,8 @@ class LayerCache:
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         own, dtypes = self.own, (key_states.dtype, value_states.dtype)
-        if key_states.shape[2] == 1 and not own.is_sliding and dtypes == (own.keys.dtype, own.values.dtype):
+        one = key_states.shape[2] == 1 and not own.is_sliding and dtypes == (own.keys.dtype, own.values.dtype)
+        if one and own.keys.is_contiguous() and own.values.is_contiguous():
             write_token(own.keys, own.values, own.cumulative_length, key_states, value_states)
             return own.keys, own.values
         return own.update(key_states, value_states, *args, **kwargs)
@@ -94,7 +95,8 @@ class ByLayer:
 
     def find(self, model: nn.Module, ids: Tensor, name: str, make_cache: Callable[[], Any]) -> None:
         """Which modules write one part of a cache each, by a forward pass of one token; the model takes the cache by this name.
-        None, where one writes several parts, or has a compiled call of its own.
+        None, where one writes several parts, has a compiled call of its own, or hooks: Dynamo does not ask which of the layers of
+        a graph have these.
         """
         if self._found_in == (now := modes(ids.device.type)):
             return
@@ -106,7 +108,7 @@ class ByLayer:
             return module._call_impl(*args, **kwargs)
 
         layers = list(_items_of_lists(model))
-        if any(getattr(m, CALL, None) is not None for m in layers):
+        if any(getattr(m, CALL, None) is not None or any(map(_has_hooks, m.modules())) for m in layers):
             return
         try:
             with _called_by(dict.fromkeys(layers, note), cache):
@@ -134,6 +136,10 @@ def run_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
 def run_layer_of_prompt(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A function of its own: Dynamo looks through the graphs of a function one by one, and allows so many of them."""
     return layer._call_impl(*args, **kwargs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _items_of_lists(module: nn.Module) -> Iterator[nn.Module]:
