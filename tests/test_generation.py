@@ -619,6 +619,36 @@ def _never(function: Any) -> Any:
     raise RuntimeError("not now")
 
 
+def test_a_model_that_takes_no_static_cache(graphs: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    """It generates as without sloth, and that is told; what raises without sloth too is raised."""
+    from transformers import StaticCache
+
+    model = made()
+    expected = tokens(model)
+    forward = model.model.norm.forward
+
+    def refusing(x: torch.Tensor) -> torch.Tensor:
+        if isinstance(cache[0], StaticCache):
+            raise ValueError("not over this")
+        return forward(x)
+
+    cache: list[Any] = [None]
+
+    def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        cache[0] = next((v for v in kwargs.values() if decoder.is_cache(v)), None)
+
+    model.model.norm.forward = refusing
+    model.model.register_forward_pre_hook(before, with_kwargs=True)
+    session.start(model, lambda: None)
+    with caplog.at_level(logging.INFO, "sloth"):
+        for _ in range(2):
+            assert torch.equal(tokens(model), expected)
+    assert caplog.text.count("cannot read a prompt (ValueError: not over this)") == 1 and not graphs.captured
+    with pytest.raises(ValueError, match="not over this"):
+        tokens(model, **{session._name_of_cache(model): StaticCache(config=model.config, max_cache_len=32)})
+    assert not [seam for seam in session.SEAMS if seam in vars(model)]
+
+
 # ---------------------------------------------------------------- CUDA graphs themselves
 
 

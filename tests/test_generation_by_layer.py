@@ -125,6 +125,19 @@ def test_layers_that_are_compiled_by_their_owner() -> None:
     assert not by_layer._parts and getattr(model.model.layers[1], CALL) is call
 
 
+def test_a_layer_that_its_owner_compiles_later() -> None:
+    """Its compiled call is there again once a prompt was read, or was not; no memory of the cache that found layers is kept."""
+    model = made()
+    by_layer, cache = found_in(model)
+    model.model.layers[1].compile(backend="eager")
+    call = getattr(model.model.layers[1], CALL)
+    with pytest.raises(ZeroDivisionError), by_layer.reading(cache):
+        assert getattr(model.model.layers[1], CALL) is not call
+        raise ZeroDivisionError
+    assert getattr(model.model.layers[1], CALL) is call and CALL not in vars(model.model.layers[0])
+    assert not sum(t.untyped_storage().nbytes() for pair in by_layer._empty for t in pair)
+
+
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
 def test_a_hook_of_one_layer(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is run for that layer alone, and no more once it is removed."""

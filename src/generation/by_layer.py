@@ -119,7 +119,7 @@ class ByLayer:
         numbers = [n for found in noted.values() for n in found]
         if sorted(numbers) == list(range(len(cache.layers))) and all(len(found) == 1 for found in noted.values()):
             self._parts.update({module: n for module, (n,) in noted.items()})
-            self._empty = [(part.keys[:0], part.values[:0]) for part in cache.layers]
+            self._empty = [(part.keys[:0].clone(), part.values[:0].clone()) for part in cache.layers]  # their memory ends
 
     def make(self, cache: Any, rows: int) -> None:
         """Give a cache its memory, as its first tokens would."""
@@ -161,13 +161,16 @@ def _called_by(how: dict[nn.Module, Callable[..., Any]], cache: Any) -> Iterator
             return how[module](module, args, kwargs)
         return module._call_impl(*args, **kwargs)
 
+    before = {module: vars(module).get(CALL) for module in how}
     for module in how:
         vars(module)[CALL] = partial(call, module)
     try:
         yield
     finally:
-        for module in how:
-            vars(module).pop(CALL, None)
+        for module, theirs in before.items():
+            vars(module).pop(CALL)
+            if theirs is not None:
+                vars(module)[CALL] = theirs
 
 
 def _with(args: tuple, kwargs: dict[str, Any], old: Any, new: Any) -> tuple[tuple, dict[str, Any]]:

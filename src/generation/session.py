@@ -118,11 +118,11 @@ def _answering(model: Any, decoder: Decoder, custom: bool) -> Iterator[None]:
     """The model answers for itself, to the thread that is in here. custom: something of the caller's is called in each step."""
     decoder.begin()
     lent: list[Any] = []
-    fit: list[bool] = []
+    fit: list[Callable[..., None] | None] = []  # one, where it is: how transformers makes the cache in place of which is ours
     theirs = {seam: partial(getattr(type(model), seam), model) for seam in SEAMS}
     ours = {
         "_prepare_cache_for_generation": partial(_prepare_cache, model, decoder, lent, fit, custom),
-        "_prefill": lambda *of, **more: (partial(_prefill, model, decoder) if fit else theirs["_prefill"])(*of, **more),
+        "_prefill": lambda *of, **more: (partial(_prefill, model, decoder, fit) if fit else theirs["_prefill"])(*of, **more),
         "_valid_auto_compile_criteria": lambda *of: True if fit else theirs["_valid_auto_compile_criteria"](*of),
         "get_compiled_call": lambda config: decoder if fit else theirs["get_compiled_call"](config),
     }
@@ -173,7 +173,7 @@ def _asks_for_sloth(model: Any, given: dict[str, Any]) -> bool:
 
 
 def _prepare_cache(
-    model: Any, decoder: Decoder, lent: list[Any], fit: list[bool], custom: bool, config: Any,
+    model: Any, decoder: Decoder, lent: list[Any], fit: list[Callable[..., None] | None], custom: bool, config: Any,
     kwargs: dict[str, Any], mode: Any, rows: int, length: int,
 ) -> None:  # fmt: skip
     """In place of a cache that grows, a static one, where steps over it can be replayed."""
@@ -184,10 +184,12 @@ def _prepare_cache(
     few = decoder.tokens_requested < decoder.replay_after
     if why:
         tell_once(f"generating runs the model's own code: {why}")
-    elif not few:
-        fit.append(True)
-    if why or few or kwargs.get(_name_of_cache(model)) is not None:
-        type(model)._prepare_cache_for_generation(model, config, kwargs, mode, rows, length)
+    theirs = partial(type(model)._prepare_cache_for_generation, model, config)
+    given = kwargs.get(_name_of_cache(model)) is not None
+    if not (why or few):
+        fit.append(None if given else lambda kwargs, rows=rows: theirs(kwargs, mode, rows, length))
+    if why or few or given:
+        theirs(kwargs, mode, rows, length)
         return
     rows *= config.num_return_sequences or 1
     taken = decoder.caches.take(_text(model), rows, max(length, config.max_cache_len or 0))
@@ -197,19 +199,32 @@ def _prepare_cache(
         lent.append(taken)
 
 
-def _prefill(model: Any, decoder: Decoder, ids: torch.Tensor, config: Any, kwargs: dict[str, Any], *of: Any, **more: Any) -> Any:
-    """The prompt, through the layers that a step goes through."""
+def _prefill(
+    model: Any, decoder: Decoder, fit: list[Callable[..., None] | None], ids: torch.Tensor, config: Any, kwargs: dict[str, Any],
+    *of: Any, **more: Any,
+) -> Any:  # fmt: skip
+    """The prompt, through the layers that a step goes through. What raises over a cache of ours is transformers' to read."""
     from transformers import StaticCache
 
     cache, by_layer = kwargs.get(name := _name_of_cache(model)), decoder.compiled
-    if decoder.failed or not ids.numel():
-        return type(model)._prefill(model, ids, config, kwargs, *of, **more)
-    by_layer.find(model, ids, name, partial(StaticCache, config=_text(model), max_cache_len=SMALLEST))
-    by_layer.make(cache, len(ids))
-    if is_made(cache):
-        prepare(cache)
-    with by_layer.reading(cache):
-        return type(model)._prefill(model, ids, config, kwargs, *of, **more)
+    read = partial(type(model)._prefill, model, ids, config, kwargs, *of, **more)
+    try:
+        if decoder.failed or not ids.numel():
+            return read()
+        by_layer.find(model, ids, name, partial(StaticCache, config=_text(model), max_cache_len=SMALLEST))
+        by_layer.make(cache, len(ids))
+        if is_made(cache):
+            prepare(cache)
+        with by_layer.reading(cache):
+            return read()
+    except Exception as e:
+        if (theirs := fit.pop()) is None or isinstance(e, torch.OutOfMemoryError):
+            raise
+        told = f"{type(e).__name__}: {e}".split("\n")[0]
+    tell_once(f"generating runs the model's own code: over a static cache it cannot read a prompt ({told})")
+    kwargs.pop(name)
+    theirs(kwargs)
+    return read()
 
 
 def _unfit(model: Any, config: Any, kwargs: dict[str, Any], mode: Any) -> Iterator[str]:

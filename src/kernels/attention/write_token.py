@@ -57,9 +57,9 @@ def _constants(D: int, E: int, ptx: bool) -> dict:
 
 
 def _triton(keys: Tensor, values: Tensor, length: Tensor, key: Tensor, value: Tensor) -> None:
-    if key.numel() + value.numel() > MOST:
-        return _aten(keys, values, length, key, value)
     (B, G, T, D), E = keys.shape, values.shape[3]
+    if key.numel() + value.numel() > MOST or max(D, E) > TILE:
+        return _aten(keys, values, length, key, value)
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
     numbers = [T, B * G, G, *key.stride()[:2], *value.stride()[:2]]
     constants = _constants(D, E, device_of(key.device).ptx)
