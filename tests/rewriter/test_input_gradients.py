@@ -34,7 +34,8 @@ def compiled(model: torch.nn.Module, inner: str = "aot_eager"):
 
 
 def test_the_hook_is_known():
-    assert [c.co_name for c in _hooks] == ["make_inputs_require_grads"]
+    """Others are known where a test of this process has met LLaMA-Factory's wrapper."""
+    assert [c.co_name for c in _hooks].count("make_inputs_require_grads") == 1
 
 
 @pytest.mark.parametrize("reentrant", [True, False, None])
