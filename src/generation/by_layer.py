@@ -1,8 +1,9 @@
 """A forward pass over a static cache whose layers go, one by one, through one compiled function.
 
 In a graph of the whole model each layer is traced and rewritten again: 30 s for 32 of them. Called one by one, those that are
-alike are one graph, which Dynamo's guards decide. Only the number of a layer is another one in each, and it is read for nothing
-but the layer's part of the cache: so each layer is given a cache that knows its part, and no graph depends on the number.
+alike are one graph, which Dynamo's guards decide, but for hooks, which they do not ask for: layers with these are not called so.
+Only the number of a layer is another one in each, and it is read for nothing but the layer's part of the cache: so each layer is
+given a cache that knows its part, and no graph depends on the number.
 What is beside the layers (embedding, last norm, head) runs as the model has it.
 """
 
